@@ -1,0 +1,217 @@
+//! Ways to carry overlay packets between hosts: one trait, one module for each way.
+
+pub mod netlink;
+mod udp_tun;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnetwork::IpNetwork;
+use tokio::sync::mpsc::UnboundedReceiver;
+use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
+
+pub use weft_engine::GuardMode;
+
+/// One way to carry overlay packets between hosts.
+///
+/// All calls may block for as long as the kernel takes, so they do not belong on an async thread.
+pub trait Backend: Send + fmt::Debug {
+    /// Checks the backend's options and says what of it goes into the lease.
+    ///
+    /// # Errors
+    /// An option of the config is wrong, or the interface does not serve.
+    fn prepare(&mut self) -> Result<LeaseAttrs, BackendError>;
+
+    /// Brings the overlay up under this lease; it must be down. After an error nothing is left
+    /// behind.
+    ///
+    /// # Errors
+    /// What stands in the way; see [`BackendError::is_final`].
+    fn start(&mut self, lease: &Lease) -> Result<Started, BackendError>;
+
+    /// Makes forwarding what `desired` says. Idempotent: lease events and the slow timer all end
+    /// here.
+    fn reconcile(&mut self, desired: &Desired) -> Report;
+
+    /// Takes the overlay down; [`Self::start`] may follow.
+    fn stop(&mut self);
+
+    /// What the backend does now.
+    fn status(&self) -> BackendStatus;
+}
+
+/// The backends by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackendKind {
+    UdpTun,
+    Vxlan,
+    HostGw,
+}
+
+impl BackendKind {
+    /// Reads a `Type` of the network config. `udp` is flannel's name for the wire format that
+    /// udp-tun speaks.
+    pub fn from_config(name: &str) -> Option<Self> {
+        match name {
+            "udp" | "udp-tun" => Some(Self::UdpTun),
+            "vxlan" => Some(Self::Vxlan),
+            "host-gw" => Some(Self::HostGw),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::UdpTun => "udp-tun",
+            Self::Vxlan => "vxlan",
+            Self::HostGw => "host-gw",
+        })
+    }
+}
+
+/// The operator's choices that backends follow.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    pub guard: GuardMode,
+    /// Workers of the packet engine, at least 1.
+    pub workers: usize,
+}
+
+/// A backend, and what it reports between calls.
+pub type Opened = (Box<dyn Backend>, UnboundedReceiver<BackendEvent>);
+
+/// Makes the backend of this kind. Nothing in the kernel changes yet.
+///
+/// # Errors
+/// The kind is not built yet, or netlink is not to be had.
+pub fn open(
+    kind: BackendKind,
+    config: &NetworkConfig,
+    interface: &ExternalInterface,
+    options: Options,
+) -> Result<Opened, BackendError> {
+    match kind {
+        BackendKind::UdpTun => udp_tun::open(config.clone(), interface.clone(), options),
+        BackendKind::Vxlan | BackendKind::HostGw => Err(BackendError::NotBuilt(kind)),
+    }
+}
+
+/// The interface that overlay traffic leaves by, and the addresses that other nodes know us by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalInterface {
+    pub name: String,
+    pub index: u32,
+    /// Bytes of an IP packet.
+    pub mtu: u32,
+    /// The interface's own address, which sockets are bound to.
+    pub ipv4: Option<Ipv4Addr>,
+    /// As `ipv4`.
+    pub ipv6: Option<Ipv6Addr>,
+    /// The address that other nodes send to; differs from `ipv4` behind address translation.
+    pub public_ipv4: Option<Ipv4Addr>,
+    /// As `public_ipv4`.
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// Every other global address of the interface: packets may leave with one of them.
+    pub other_addresses: Vec<IpAddr>,
+}
+
+/// What came up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Started {
+    /// The overlay device.
+    pub device: String,
+    /// The largest packet that containers may send, in bytes.
+    pub mtu: u32,
+}
+
+/// What forwarding should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Desired {
+    pub lease: Lease,
+    pub peers: Vec<DesiredPeer>,
+}
+
+/// A peer that packets should go to and come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DesiredPeer {
+    pub lease: Lease,
+    /// Where its packets may come from, besides its public addresses.
+    pub other_addresses: Vec<IpAddr>,
+}
+
+/// What a reconciliation came to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What could not be done, one line each, with the object and the cure.
+    pub problems: Vec<String>,
+}
+
+/// What happened that the daemon must act on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackendEvent {
+    /// Packets no longer move, for this reason; [`Backend::stop`] and [`Backend::start`] mend it.
+    Lost(String),
+}
+
+/// What a backend does at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BackendStatus {
+    /// The peers that packets go to: where to, and what lies there.
+    pub peers: Vec<(IpAddr, Vec<IpNetwork>)>,
+    /// By name; they begin at zero with each [`Backend::start`].
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// Why a backend cannot work.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    #[error("the backend {0} is not built yet; use udp-tun (`udp` in the network config)")]
+    NotBuilt(BackendKind),
+    #[error("the backend's options in the network config: {0}")]
+    Options(#[from] ConfigError),
+    #[error(
+        "the interface {interface} has no address that the backend can send from: give it an IPv4 \
+         address, or choose another one with --iface"
+    )]
+    NoAddress { interface: String },
+    #[error(
+        "the MTU of the interface {interface}, {mtu}, leaves no room for containers' packets: \
+         raise it, or choose another interface with --iface"
+    )]
+    MtuTooSmall { interface: String, mtu: u32 },
+    #[error(
+        "the route to {network}, which is the overlay's Network, already leads to {elsewhere}; \
+         remove that route (`ip route del {network}`), or choose another Network"
+    )]
+    RouteTaken { network: IpNetwork, elsewhere: String },
+    #[error("no device {0} after making it: somebody deleted it at once")]
+    DeviceGone(String),
+    #[error("cannot speak to the kernel's netlink: {0}")]
+    NetlinkSocket(#[source] io::Error),
+    #[error(transparent)]
+    Netlink(#[from] netlink::NetlinkError),
+    #[error(transparent)]
+    Engine(#[from] weft_engine::EngineError),
+}
+
+impl BackendError {
+    /// Whether trying again is in vain until the operator has changed something outside the
+    /// registry: a port that is taken, a privilege that is missing.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::NoAddress { .. }
+            | Self::MtuTooSmall { .. }
+            | Self::NetlinkSocket(_)
+            | Self::Engine(_) => true,
+            Self::NotBuilt(_)
+            | Self::Options(_)
+            | Self::RouteTaken { .. }
+            | Self::DeviceGone(_)
+            | Self::Netlink(_) => false,
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! The one place that speaks rtnetlink: links, addresses and routes of the network namespace that
+//! the process lives in.
+//!
+//! Calls block; each drives a small runtime of this module's own, so backends stay plain code.
+
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+
+use futures_util::TryStreamExt;
+use ipnetwork::IpNetwork;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
+};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use tokio::runtime::{Builder, Runtime};
+
+/// Marks the routes that weft made (`ip route` shows it as `proto 119`). No routing daemon in
+/// iproute2's `rt_protos` uses this number.
+pub const ROUTE_PROTOCOL: u8 = 119;
+
+/// Marks the links that weft made (`ip link` shows it as `alias weft`).
+pub const LINK_ALIAS: &str = "weft";
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    /// Bytes of an IP packet.
+    pub mtu: u32,
+    /// Administratively up; says nothing about the carrier.
+    pub up: bool,
+    /// In the kernel's order.
+    pub addresses: Vec<LinkAddress>,
+}
+
+/// An address of a link, with what makes one address a better choice than another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkAddress {
+    /// The address (not the base of its network) and the prefix length.
+    pub network: IpNetwork,
+    /// Reaches the own link only.
+    pub link_local: bool,
+    /// Set by hand, not by DHCP or router advertisements.
+    pub permanent: bool,
+    /// An IPv6 privacy address, replaced after some hours.
+    pub temporary: bool,
+    /// Its preferred lifetime is over.
+    pub deprecated: bool,
+}
+
+/// A default route of the main table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DefaultRoute {
+    pub ipv6: bool,
+    /// The interface it leaves by; `None` where it has several next hops.
+    pub link: Option<u32>,
+}
+
+/// A route of the main table, as far as weft compares it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelRoute {
+    pub destination: IpNetwork,
+    pub gateway: Option<IpAddr>,
+    pub link: Option<u32>,
+    /// The number in `/etc/iproute2/rt_protos`.
+    pub protocol: u8,
+}
+
+/// A request that the kernel refused, in the words of the `ip` command that would do the same.
+#[derive(Debug, thiserror::Error)]
+#[error("`ip {command}` was refused by the kernel: {reason}")]
+pub struct NetlinkError {
+    command: String,
+    reason: io::Error,
+}
+
+/// A connection to the kernel's rtnetlink.
+pub struct Netlink {
+    runtime: Runtime,
+    handle: Handle,
+}
+
+impl fmt::Debug for Netlink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Netlink").finish_non_exhaustive()
+    }
+}
+
+impl Netlink {
+    /// Opens a netlink socket in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// The kernel refused the socket.
+    pub fn open() -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_io().build()?;
+        let handle = {
+            let _entered = runtime.enter();
+            let (connection, handle, _events) = rtnetlink::new_connection()?;
+            runtime.spawn(connection);
+            handle
+        };
+        Ok(Self { runtime, handle })
+    }
+
+    /// All links with their addresses, in the kernel's order.
+    pub fn links(&self) -> Result<Vec<Link>, NetlinkError> {
+        self.call("address show", async {
+            let mut links: Vec<Link> =
+                self.handle.link().get().execute().map_ok(link).try_collect().await?;
+            let mut addresses = self.handle.address().get().execute();
+            while let Some(message) = addresses.try_next().await? {
+                let owner = links.iter_mut().find(|link| link.index == message.header.index);
+                if let (Some(owner), Some(address)) = (owner, link_address(&message)) {
+                    owner.addresses.push(address);
+                }
+            }
+            Ok(links)
+        })
+    }
+
+    /// The default routes of both families, in the kernel's order.
+    pub fn default_routes(&self) -> Result<Vec<DefaultRoute>, NetlinkError> {
+        let defaults = self.routes()?.into_iter().filter(|route| route.destination.prefix() == 0);
+        Ok(defaults
+            .map(|route| DefaultRoute { ipv6: route.destination.is_ipv6(), link: route.link })
+            .collect())
+    }
+
+    /// The unicast routes of the main table, both families, in the kernel's order.
+    pub fn routes(&self) -> Result<Vec<KernelRoute>, NetlinkError> {
+        self.call("route show", async {
+            let mut routes = Vec::new();
+            for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+                let mut request = RouteMessage::default();
+                request.header.address_family = family;
+                let mut answers = self.handle.route().get(request).execute();
+                while let Some(message) = answers.try_next().await? {
+                    routes.extend(main_unicast_route(&message));
+                }
+            }
+            Ok(routes)
+        })
+    }
+
+    /// Gives the link an address, if it has not got it yet.
+    pub fn set_address(&self, link: &Link, address: IpNetwork) -> Result<(), NetlinkError> {
+        self.call(&format!("address replace {address} dev {}", link.name), async {
+            let request = self.handle.address().add(link.index, address.ip(), address.prefix());
+            request.replace().execute().await
+        })
+    }
+
+    /// Sets how many packets the link may queue, and marks it as weft's.
+    pub fn claim_link(&self, link: &Link, queue_len: u32) -> Result<(), NetlinkError> {
+        let command = format!("link set {} txqueuelen {queue_len} alias {LINK_ALIAS}", link.name);
+        self.call(&command, async {
+            let message = LinkUnspec::new_with_index(link.index)
+                .txqueuelen(queue_len)
+                .append_extra_attribute(LinkAttribute::IfAlias(LINK_ALIAS.into()))
+                .build();
+            self.handle.link().set(message).execute().await
+        })
+    }
+
+    /// Adds, or replaces, the route to `destination` out of `link`.
+    pub fn set_route(&self, destination: IpNetwork, link: &Link) -> Result<(), NetlinkError> {
+        self.call(&format!("route replace {destination} dev {}", link.name), async {
+            let message = RouteMessageBuilder::<IpAddr>::new()
+                .destination_prefix(destination.network(), destination.prefix())
+                .map_err(|_| rtnetlink::Error::RequestFailed)?
+                .output_interface(link.index)
+                .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+                .build();
+            self.handle.route().add(message).replace().execute().await
+        })
+    }
+
+    fn call<T>(
+        &self,
+        command: &str,
+        work: impl Future<Output = Result<T, rtnetlink::Error>>,
+    ) -> Result<T, NetlinkError> {
+        self.runtime
+            .block_on(work)
+            .map_err(|error| NetlinkError { command: command.into(), reason: reason(error) })
+    }
+}
+
+fn reason(error: rtnetlink::Error) -> io::Error {
+    if let rtnetlink::Error::NetlinkError(message) = error {
+        return message.to_io();
+    }
+    io::Error::other(error)
+}
+
+fn link(message: LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        addresses: Vec::new(),
+    };
+    for attribute in message.attributes {
+        if let LinkAttribute::IfName(name) = attribute {
+            link.name = name;
+        } else if let LinkAttribute::Mtu(mtu) = attribute {
+            link.mtu = mtu;
+        }
+    }
+    link
+}
+
+/// IFA_LOCAL is the address itself; IFA_ADDRESS is the peer's on point-to-point links
+/// (rtnetlink(7)).
+fn link_address(message: &AddressMessage) -> Option<LinkAddress> {
+    let (mut local, mut address, mut flags) = (None, None, AddressFlags::empty());
+    for attribute in &message.attributes {
+        if let AddressAttribute::Local(ip) = attribute {
+            local = Some(*ip);
+        } else if let AddressAttribute::Address(ip) = attribute {
+            address = Some(*ip);
+        } else if let AddressAttribute::Flags(bits) = attribute {
+            flags = *bits;
+        }
+    }
+    let ip = local.or(address)?;
+    let network = IpNetwork::new(ip, message.header.prefix_len).ok()?;
+    Some(LinkAddress {
+        network,
+        link_local: message.header.scope == AddressScope::Link,
+        permanent: message.header.flags.contains(AddressHeaderFlags::Permanent),
+        temporary: ip.is_ipv6() && flags.contains(AddressFlags::Secondary),
+        deprecated: message.header.flags.contains(AddressHeaderFlags::Deprecated),
+    })
+}
+
+fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
+    let header = &message.header;
+    if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast {
+        return None;
+    }
+    let unspecified = if header.address_family == AddressFamily::Inet6 {
+        IpAddr::from([0u16; 8])
+    } else {
+        IpAddr::from([0u8; 4])
+    };
+    let (mut destination, mut gateway, mut link) = (unspecified, None, None);
+    for attribute in &message.attributes {
+        if let RouteAttribute::Destination(address) = attribute {
+            destination = ip(address)?;
+        } else if let RouteAttribute::Gateway(address) = attribute {
+            gateway = ip(address);
+        } else if let RouteAttribute::Oif(index) = attribute {
+            link = Some(*index);
+        }
+    }
+    let destination = IpNetwork::new(destination, header.destination_prefix_length).ok()?;
+    Some(KernelRoute { destination, gateway, link, protocol: header.protocol.into() })
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    if let RouteAddress::Inet(ip) = address {
+        Some(IpAddr::V4(*ip))
+    } else if let RouteAddress::Inet6(ip) = address {
+        Some(IpAddr::V6(*ip))
+    } else {
+        None
+    }
+}

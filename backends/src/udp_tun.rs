@@ -1,0 +1,245 @@
+//! udp-tun: containers' packets go through a TUN device into UDP datagrams and back, moved by
+//! weft's own engine. The wire format is flannel's `udp` backend's: one packet, one datagram,
+//! nothing in front.
+//!
+//! The device carries the whole overlay: its address is the base of our subnet, and one route for
+//! each Network leads into it. Which peer a packet goes to is the engine's business.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnetwork::IpNetwork;
+use tokio::sync::mpsc::{self, UnboundedSender};
+use weft_control::{Lease, LeaseAttrs, NetworkConfig};
+use weft_engine::{Counter, Engine, EngineConfig, EngineHandle, Peer, RouteTable, overhead};
+
+use crate::netlink::{Link, Netlink, ROUTE_PROTOCOL};
+use crate::{
+    Backend, BackendError, BackendEvent, BackendStatus, Desired, DesiredPeer, ExternalInterface,
+    Opened, Options, Report, Started,
+};
+
+/// The name that flannel's device has; the kernel puts the next free number.
+const DEVICE: &str = "flannel%d";
+/// flannel's port, where the config names none.
+const DEFAULT_PORT: u16 = 8285;
+/// Packets that may wait in the device for the engine. flannel's 500 lose bursts of a single TCP
+/// stream.
+const QUEUE_LEN: u32 = 10_000;
+/// The smallest MTU of an IPv4 link (RFC 791).
+const MTU_MIN: u32 = 68;
+
+/// The udp-tun backend.
+#[derive(Debug)]
+struct UdpTun {
+    config: NetworkConfig,
+    interface: ExternalInterface,
+    options: Options,
+    netlink: Netlink,
+    events: UnboundedSender<BackendEvent>,
+    running: Option<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    engine: EngineHandle,
+    device: String,
+    peers: Vec<(IpAddr, Vec<IpNetwork>)>,
+}
+
+pub(crate) fn open(
+    config: NetworkConfig,
+    interface: ExternalInterface,
+    options: Options,
+) -> Result<Opened, BackendError> {
+    let (events, receiver) = mpsc::unbounded_channel();
+    let netlink = Netlink::open().map_err(BackendError::NetlinkSocket)?;
+    let backend = UdpTun { config, interface, options, netlink, events, running: None };
+    Ok((Box::new(backend), receiver))
+}
+
+impl Backend for UdpTun {
+    fn prepare(&mut self) -> Result<LeaseAttrs, BackendError> {
+        self.port()?;
+        self.mtu(self.underlay()?)?;
+        Ok(LeaseAttrs {
+            public_ip: self.interface.public_ipv4,
+            public_ipv6: self.interface.public_ipv6,
+            // flannel's udp backend names neither itself nor any data.
+            backend_type: String::new(),
+            backend_data: None,
+            backend_v6_data: None,
+        })
+    }
+
+    fn start(&mut self, lease: &Lease) -> Result<Started, BackendError> {
+        self.refuse_taken_routes()?;
+        let underlay = self.underlay()?;
+        let mtu = self.mtu(underlay)?;
+        let engine = Engine::open(EngineConfig {
+            device: DEVICE.into(),
+            mtu,
+            workers: self.options.workers,
+            listen: SocketAddr::new(underlay, self.port()?),
+            guard: self.options.guard,
+            tunnel_addresses: tunnel_addresses(lease).collect(),
+        })?;
+        let device = engine.device().to_owned();
+        self.configure(&device, lease)?;
+        let events = self.events.clone();
+        let on_failure = Arc::new(move |reason| {
+            // Nobody listens any more only when the daemon is on its way out.
+            let _ = events.send(BackendEvent::Lost(reason));
+        });
+        let engine = engine.start(RouteTable::default(), on_failure)?;
+        self.running = Some(Running { engine, device: device.clone(), peers: Vec::new() });
+        Ok(Started { device, mtu: mtu.into() })
+    }
+
+    fn reconcile(&mut self, desired: &Desired) -> Report {
+        let mut report = Report::default();
+        let Ok(underlay) = self.underlay() else {
+            return report;
+        };
+        let Ok(port) = self.port() else { return report };
+        let Some(device) = self.running.as_ref().map(|running| running.device.clone()) else {
+            return report;
+        };
+        if let Err(error) = self.configure(&device, &desired.lease) {
+            report.problems.push(error.to_string());
+        }
+        let mut peers = Vec::new();
+        for desired in &desired.peers {
+            match peer(desired, underlay, port) {
+                Some(peer) => peers.push(peer),
+                None => report.problems.push(format!(
+                    "the node of {} publishes no address of {underlay}'s family, so nothing can \
+                     be sent to it",
+                    desired.lease.key
+                )),
+            }
+        }
+        if let Some(running) = &mut self.running {
+            running.peers =
+                peers.iter().map(|peer| (peer.endpoint.ip(), peer.subnets.clone())).collect();
+            let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
+            running.engine.publish(RouteTable::new(&local, peers));
+        }
+        report
+    }
+
+    fn stop(&mut self) {
+        self.running = None;
+    }
+
+    fn status(&self) -> BackendStatus {
+        let Some(running) = &self.running else {
+            return BackendStatus::default();
+        };
+        let counter =
+            |counter: &Counter| (counter.name().to_owned(), running.engine.counter(*counter));
+        BackendStatus {
+            peers: running.peers.clone(),
+            counters: Counter::ALL.iter().map(counter).collect(),
+        }
+    }
+}
+
+impl UdpTun {
+    /// Our address on the underlay. Both families of inner packets go over IPv4, unless there is
+    /// only IPv6.
+    fn underlay(&self) -> Result<IpAddr, BackendError> {
+        let ipv4 = self.interface.ipv4.map(IpAddr::V4);
+        ipv4.or(self.interface.ipv6.map(IpAddr::V6))
+            .ok_or_else(|| BackendError::NoAddress { interface: self.interface.name.clone() })
+    }
+
+    /// The port of every node of the overlay: a lease does not tell it.
+    fn port(&self) -> Result<u16, BackendError> {
+        let port = self.config.backend.u16_option("Port")?.unwrap_or(0);
+        Ok(if port == 0 { DEFAULT_PORT } else { port })
+    }
+
+    fn mtu(&self, underlay: IpAddr) -> Result<u16, BackendError> {
+        let external = self.interface.mtu;
+        let mtu = external.saturating_sub(overhead(underlay));
+        if mtu < MTU_MIN {
+            let interface = self.interface.name.clone();
+            return Err(BackendError::MtuTooSmall { interface, mtu: external });
+        }
+        // A loopback-like interface may carry more than an IP packet can hold.
+        Ok(u16::try_from(mtu).unwrap_or(u16::MAX - 28))
+    }
+
+    fn refuse_taken_routes(&self) -> Result<(), BackendError> {
+        let routes = self.netlink.routes()?;
+        let links = self.netlink.links()?;
+        for network in self.config.families().map(|family| family.network) {
+            let taken = routes
+                .iter()
+                .find(|route| route.destination == network && route.protocol != ROUTE_PROTOCOL);
+            if let Some(route) = taken {
+                let link = links.iter().find(|link| Some(link.index) == route.link);
+                let elsewhere = match (link, route.gateway) {
+                    (Some(link), _) => link.name.clone(),
+                    (None, Some(gateway)) => gateway.to_string(),
+                    (None, None) => "somewhere else".into(),
+                };
+                return Err(BackendError::RouteTaken { network, elsewhere });
+            }
+        }
+        Ok(())
+    }
+
+    /// Address, route, queue length and sysctls of our device. Idempotent.
+    fn configure(&self, device: &str, lease: &Lease) -> Result<(), BackendError> {
+        let link = self.link(device)?;
+        self.netlink.claim_link(&link, QUEUE_LEN)?;
+        accept_own_address(device);
+        for address in tunnel_addresses(lease) {
+            self.netlink.set_address(&link, IpNetwork::from(address))?;
+        }
+        for family in self.config.families() {
+            self.netlink.set_route(family.network, &link)?;
+        }
+        Ok(())
+    }
+
+    fn link(&self, device: &str) -> Result<Link, BackendError> {
+        let mut links = self.netlink.links()?.into_iter();
+        links
+            .find(|link| link.name == device)
+            .ok_or_else(|| BackendError::DeviceGone(device.to_owned()))
+    }
+}
+
+/// Our addresses on the device: the base of each of our subnets, as flannel's.
+fn tunnel_addresses(lease: &Lease) -> impl Iterator<Item = IpAddr> {
+    lease.key.networks().map(|subnet| subnet.network())
+}
+
+/// The engine's ICMP errors come out of the device with the device's own address as source, which
+/// the kernel drops as martian unless this is set (ip-sysctl.rst, accept_local).
+fn accept_own_address(device: &str) {
+    let path = format!("/proc/sys/net/ipv4/conf/{device}/accept_local");
+    if let Err(error) = fs::write(&path, "1") {
+        tracing::warn!(
+            "cannot set {path} to 1: {error}; containers will not see weft's ICMP errors \
+             (make /proc/sys/net writable for weftd)"
+        );
+    }
+}
+
+/// `None` where the peer has no address of our underlay's family.
+fn peer(desired: &DesiredPeer, underlay: IpAddr, port: u16) -> Option<Peer> {
+    let public: Vec<IpAddr> = desired.lease.attrs.public_addresses().collect();
+    let endpoint = public.iter().find(|ip| ip.is_ipv4() == underlay.is_ipv4())?;
+    let mut outer = public.clone();
+    outer.extend(&desired.other_addresses);
+    Some(Peer {
+        endpoint: SocketAddr::new(*endpoint, port),
+        outer,
+        subnets: desired.lease.key.networks().collect(),
+    })
+}

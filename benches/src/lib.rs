@@ -1,0 +1,62 @@
+//! What the benchmarks of the engine work on: route tables and packets of any size.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use ipnetwork::{IpNetwork, Ipv4Network};
+use weft_engine::packet::checksum;
+use weft_engine::{Peer, RouteTable};
+
+/// The first address of the overlay, 10.0.0.0; subnets of 256 addresses follow one another.
+const OVERLAY: u32 = 0x0a00_0000;
+/// Where hosts are, one after the other: 172.16.0.0.
+const UNDERLAY: u32 = 0xac10_0000;
+
+/// An address in the subnet of the host with this number.
+pub fn inner_address(host: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(OVERLAY + (host << 8) + 2)
+}
+
+/// The underlay address of the host with this number.
+pub fn outer_address(host: u32) -> IpAddr {
+    Ipv4Addr::from_bits(UNDERLAY + host).into()
+}
+
+/// Host 0's routes to `peers` other hosts, a /24 each.
+pub fn route_table(peers: u32) -> RouteTable {
+    let subnet = |host: u32| -> IpNetwork {
+        let base = Ipv4Addr::from_bits(OVERLAY + (host << 8));
+        Ipv4Network::new_checked(base, 24).expect("24 is a prefix length").into()
+    };
+    let peer = |host| Peer {
+        endpoint: SocketAddr::new(outer_address(host), 8285),
+        outer: vec![outer_address(host)],
+        subnets: vec![subnet(host)],
+    };
+    RouteTable::new(&[subnet(0)], (1..=peers).map(peer).collect())
+}
+
+/// An IPv4 packet of `len` bytes between two hosts' containers.
+pub fn packet(from: u32, to: u32, len: u16) -> Vec<u8> {
+    let mut packet = vec![0; usize::from(len)];
+    packet[..10].copy_from_slice(&[0x45, 0, 0, 0, 0, 1, 0x40, 0, 62, 17]);
+    packet[2..4].copy_from_slice(&len.to_be_bytes());
+    packet[12..16].copy_from_slice(&inner_address(from).octets());
+    packet[16..20].copy_from_slice(&inner_address(to).octets());
+    let sum = checksum(&packet[..20]);
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    packet
+}
+
+#[cfg(test)]
+mod tests {
+    use weft_engine::guard::{Guard, GuardMode, Verdict};
+
+    use super::*;
+
+    #[test]
+    fn the_packets_are_ones_that_the_guard_lets_through() {
+        let guard = Guard { mode: GuardMode::Strict, mtu: 1472 };
+        let verdict = guard.judge(&route_table(9), outer_address(9), &packet(9, 0, 64), false);
+        assert_eq!(verdict, Verdict::Deliver);
+    }
+}

@@ -1,0 +1,176 @@
+//! What to do about this node's lease: plans made from the registry's newest snapshot. Pure; the
+//! caller does the reading and writing, and plans again when the registry changed meanwhile.
+
+use std::time::Duration;
+
+use ipnetwork::IpNetwork;
+use jiff::{SignedDuration, Timestamp};
+
+use crate::allocate::{is_allowed, pick_subnet};
+use crate::config::NetworkConfig;
+use crate::lease::{Lease, LeaseAttrs, LeaseKey};
+use crate::subnet_env::Previous;
+
+/// Who we are in the registry: a lease is ours by its public address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    pub attrs: LeaseAttrs,
+}
+
+/// The next step towards a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Plan {
+    /// This one is ours and fits: write our attributes to it, with a fresh TTL unless it is a
+    /// reservation.
+    Reuse(Lease),
+    /// This one is ours, but the config does not allow it any more: remove it, and plan again.
+    Remove(Lease),
+    /// Nobody has this: create it.
+    Create(LeaseKey),
+    OutOfSubnets,
+}
+
+/// flannel's order: the lease that has our address, then the subnet of the last run, then any. A
+/// subnet that somebody else holds is never taken.
+pub fn plan(
+    config: &NetworkConfig,
+    identity: &Identity,
+    previous: &Previous,
+    leases: &[Lease],
+    rng: &mut fastrand::Rng,
+) -> Plan {
+    if let Some(ours) = leases.iter().find(|lease| lease.attrs.same_node(&identity.attrs)) {
+        let fits = is_compatible(config, &ours.key);
+        return if fits { Plan::Reuse(ours.clone()) } else { Plan::Remove(ours.clone()) };
+    }
+    let former = LeaseKey::new(previous.ipv4, previous.ipv6);
+    let taken: Vec<IpNetwork> = leases.iter().flat_map(|lease| lease.key.networks()).collect();
+    if is_compatible(config, &former) && !leases.iter().any(|lease| lease.key.overlaps(&former)) {
+        return Plan::Create(former);
+    }
+    let mut key = LeaseKey::new(None, None);
+    for family in config.families() {
+        match pick_subnet(&family, &taken, rng) {
+            Some(IpNetwork::V4(net)) => key.ipv4 = Some(net),
+            Some(IpNetwork::V6(net)) => key.ipv6 = Some(net),
+            None => return Plan::OutOfSubnets,
+        }
+    }
+    Plan::Create(key)
+}
+
+/// Whether the config would give out just this: the families that it has, each in range.
+fn is_compatible(config: &NetworkConfig, key: &LeaseKey) -> bool {
+    let allowed = |ipv6: bool, subnet: Option<IpNetwork>| match (config.family(ipv6), subnet) {
+        (Some(family), Some(subnet)) => is_allowed(&family, subnet),
+        (None, None) => true,
+        (Some(_), None) | (None, Some(_)) => false,
+    };
+    allowed(false, key.ipv4.map(IpNetwork::V4)) && allowed(true, key.ipv6.map(IpNetwork::V6))
+}
+
+/// What has become of our lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Own {
+    /// It is there, as the registry has it now.
+    Held(Lease),
+    Missing,
+    /// Another node has the subnet.
+    TakenBy(Lease),
+}
+
+/// Looks our lease up among the registry's.
+pub fn check_own(own: &Lease, leases: &[Lease]) -> Own {
+    match leases.iter().find(|lease| lease.key == own.key) {
+        None => Own::Missing,
+        Some(found) if found.attrs.same_node(&own.attrs) => Own::Held(found.clone()),
+        Some(found) => Own::TakenBy(found.clone()),
+    }
+}
+
+/// When to renew: `margin` before the end. `None` for a reservation.
+pub fn renew_at(lease: &Lease, margin: Duration) -> Option<Timestamp> {
+    let margin = SignedDuration::try_from(margin).unwrap_or(SignedDuration::ZERO);
+    lease.expires.map(|end| end.checked_sub(margin).unwrap_or(Timestamp::MIN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> NetworkConfig {
+        r#"{"Network":"10.3.0.0/16","SubnetMin":"10.3.1.0","SubnetMax":"10.3.25.0"}"#
+            .parse()
+            .unwrap()
+    }
+
+    fn lease(key: &str, public_ip: &str) -> Lease {
+        let attrs =
+            LeaseAttrs { public_ip: Some(public_ip.parse().unwrap()), ..LeaseAttrs::default() };
+        Lease { key: key.parse().unwrap(), attrs, expires: None }
+    }
+
+    fn next(previous: &str, leases: &[Lease]) -> Plan {
+        let identity = Identity { attrs: lease("10.3.1.0-24", "192.0.2.9").attrs };
+        let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
+        plan(&config(), &identity, &previous, leases, &mut fastrand::Rng::with_seed(7))
+    }
+
+    #[test]
+    fn the_lease_with_our_address_comes_first() {
+        let ours = lease("10.3.4.0-24", "192.0.2.9");
+        let leases = [lease("10.3.3.0-24", "192.0.2.1"), ours.clone()];
+        assert_eq!(next("10.3.7.0/24", &leases), Plan::Reuse(ours));
+        let outside = lease("10.4.0.0-24", "192.0.2.9");
+        assert_eq!(next("", std::slice::from_ref(&outside)), Plan::Remove(outside));
+    }
+
+    #[test]
+    fn then_the_subnet_of_the_last_run_unless_somebody_has_it() {
+        let created = |plan| {
+            let Plan::Create(key) = plan else { panic!("{plan:?}") };
+            key.to_string()
+        };
+        assert_eq!(created(next("10.3.7.0/24", &[])), "10.3.7.0-24");
+        let taken = lease("10.3.7.0-24", "192.0.2.1");
+        assert_ne!(created(next("10.3.7.0/24", &[taken])), "10.3.7.0-24", "never stolen");
+        assert_ne!(created(next("10.4.1.0/24", &[])), "10.4.1.0-24", "outside");
+        assert_ne!(created(next("10.3.7.0/25", &[])), "10.3.7.0-25", "other length");
+    }
+
+    #[test]
+    fn a_full_network_is_said_so() {
+        assert_eq!(next("", &[lease("10.3.0.0-16", "192.0.2.1")]), Plan::OutOfSubnets);
+    }
+
+    #[test]
+    fn dual_stack_asks_for_both() {
+        let config: NetworkConfig =
+            r#"{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fd00::/48"}"#
+                .parse()
+                .unwrap();
+        let identity = Identity { attrs: LeaseAttrs::default() };
+        let v4_only = Previous { ipv4: "10.3.7.0/24".parse().ok(), ipv6: None };
+        let mut rng = fastrand::Rng::with_seed(7);
+        let Plan::Create(key) = plan(&config, &identity, &v4_only, &[], &mut rng) else { panic!() };
+        assert!(key.ipv4.is_some() && key.ipv6.is_some());
+    }
+
+    #[test]
+    fn knows_what_became_of_our_lease() {
+        let own = lease("10.3.4.0-24", "192.0.2.9");
+        assert_eq!(check_own(&own, &[]), Own::Missing);
+        assert_eq!(check_own(&own, std::slice::from_ref(&own)), Own::Held(own.clone()));
+        let other = lease("10.3.4.0-24", "192.0.2.1");
+        assert_eq!(check_own(&own, std::slice::from_ref(&other)), Own::TakenBy(other));
+    }
+
+    #[test]
+    fn renewal_comes_a_margin_before_the_end() {
+        let mut own = lease("10.3.4.0-24", "192.0.2.9");
+        assert_eq!(renew_at(&own, Duration::from_secs(60)), None);
+        own.expires = Some("2026-11-23T12:00:00Z".parse().unwrap());
+        let due = renew_at(&own, Duration::from_secs(3600)).unwrap();
+        assert_eq!(due.to_string(), "2026-11-23T11:00:00Z");
+    }
+}

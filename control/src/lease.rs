@@ -1,0 +1,416 @@
+//! A lease: which node owns a subnet, in the registry's own form.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::NetworkConfig;
+
+/// The subnets of one lease, one of each family at most and one at least. Its text form is the last
+/// part of the registry key, `10.1.2.0-24&fd00:1::-64` (flannel: subnet.MakeSubnetKey).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LeaseKey {
+    pub ipv4: Option<Ipv4Network>,
+    pub ipv6: Option<Ipv6Network>,
+}
+
+/// The text is no lease key: two networks at most, joined by `&`, each `address-length` with no
+/// bits set behind the length.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not the name of a subnet, such as 10.1.2.0-24 or 10.1.2.0-24&fd00:1::-64")]
+pub struct BadKey(String);
+
+impl LeaseKey {
+    /// The key of these subnets.
+    pub fn new(ipv4: Option<Ipv4Network>, ipv6: Option<Ipv6Network>) -> Self {
+        Self { ipv4, ipv6 }
+    }
+
+    /// The subnets, IPv4 first.
+    pub fn networks(&self) -> impl Iterator<Item = IpNetwork> + use<> {
+        let ipv4 = self.ipv4.map(IpNetwork::V4);
+        ipv4.into_iter().chain(self.ipv6.map(IpNetwork::V6))
+    }
+
+    /// Whether any address belongs to both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let ours: Vec<IpNetwork> = other.networks().collect();
+        self.networks().any(|net| ours.iter().any(|other| overlap(net, *other)))
+    }
+}
+
+impl From<IpNetwork> for LeaseKey {
+    fn from(network: IpNetwork) -> Self {
+        match network {
+            IpNetwork::V4(net) => Self::new(Some(net), None),
+            IpNetwork::V6(net) => Self::new(None, Some(net)),
+        }
+    }
+}
+
+impl fmt::Display for LeaseKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.ipv4 {
+            Some(net) => write!(f, "{}-{}", net.network(), net.prefix())?,
+            // flannel's form for nodes without IPv4.
+            None => f.write_str("0.0.0.0-0")?,
+        }
+        match self.ipv6 {
+            Some(net) => write!(f, "&{}-{}", net.network(), net.prefix()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl FromStr for LeaseKey {
+    type Err = BadKey;
+
+    fn from_str(text: &str) -> Result<Self, BadKey> {
+        parse_key(text).ok_or_else(|| BadKey(text.chars().take(80).collect()))
+    }
+}
+
+fn parse_key(text: &str) -> Option<LeaseKey> {
+    let (v4, v6) = match text.split_once('&') {
+        Some((v4, v6)) => (v4, Some(v6)),
+        None => (text, None),
+    };
+    let (address, len) = split_len(v4, 31)?;
+    let net = Ipv4Network::new(address.parse().ok()?, len).ok()?;
+    let ipv4 = (net.ip() == net.network()).then_some(net)?;
+    let ipv6 = match v6 {
+        Some(text) => {
+            let (address, len) = split_len(text, 127)?;
+            let net = Ipv6Network::new(address.parse().ok()?, len).ok()?;
+            Some((net.ip() == net.network()).then_some(net)?)
+        }
+        None => None,
+    };
+    let no_ipv4 = ipv4.prefix() == 0 && ipv4.ip().is_unspecified() && ipv6.is_some();
+    Some(LeaseKey::new((!no_ipv4).then_some(ipv4), ipv6))
+}
+
+fn split_len(text: &str, max: u8) -> Option<(&str, u8)> {
+    let (address, len) = text.split_once('-')?;
+    let digits = !len.is_empty() && len.bytes().all(|byte| byte.is_ascii_digit());
+    let len: u8 = digits.then(|| len.parse().ok()).flatten()?;
+    (len <= max).then_some((address, len))
+}
+
+/// What a node publishes with its subnet; flannel's LeaseAttrs, byte for byte.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct LeaseAttrs {
+    /// The address to send to; 0.0.0.0 in the registry where there is none.
+    #[serde(rename = "PublicIP", with = "unspecified_is_none")]
+    pub public_ip: Option<Ipv4Addr>,
+    #[serde(rename = "PublicIPv6", default)]
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// Empty, and left out, for flannel's udp backend.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub backend_type: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend_data: Option<Value>,
+    #[serde(rename = "BackendV6Data", default, skip_serializing_if = "Option::is_none")]
+    pub backend_v6_data: Option<Value>,
+}
+
+impl LeaseAttrs {
+    /// The addresses to send to, IPv4 first.
+    pub fn public_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        let ipv4 = self.public_ip.map(IpAddr::V4);
+        ipv4.into_iter().chain(self.public_ipv6.map(IpAddr::V6))
+    }
+
+    /// Whether both name the same node: by IPv4 address, or by IPv6 where neither has IPv4.
+    pub fn same_node(&self, other: &Self) -> bool {
+        match (self.public_ip, other.public_ip) {
+            (Some(ours), Some(theirs)) => ours == theirs,
+            (None, None) => self.public_ipv6.is_some() && self.public_ipv6 == other.public_ipv6,
+            _ => false,
+        }
+    }
+}
+
+/// JSON's form of "no IPv4 address" in leases.
+mod unspecified_is_none {
+    use std::net::Ipv4Addr;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[expect(clippy::ref_option, reason = "the shape that serde asks for")]
+    pub(super) fn serialize<S: Serializer>(
+        ip: &Option<Ipv4Addr>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        ip.unwrap_or(Ipv4Addr::UNSPECIFIED).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Ipv4Addr>, D::Error> {
+        let ip = Ipv4Addr::deserialize(deserializer)?;
+        Ok((!ip.is_unspecified()).then_some(ip))
+    }
+}
+
+/// A lease as the registry has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    pub key: LeaseKey,
+    pub attrs: LeaseAttrs,
+    /// `None`: a reservation, which never expires.
+    pub expires: Option<Timestamp>,
+}
+
+/// What weft nodes tell each other beside the leases.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct NodeRecord {
+    /// Made once by the node, 32 hexadecimal digits.
+    pub id: String,
+    #[serde(rename = "PublicIP")]
+    pub public_ip: Option<Ipv4Addr>,
+    #[serde(rename = "PublicIPv6")]
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// Where its packets may come from, besides the public addresses.
+    pub addresses: Vec<IpAddr>,
+    /// weft's version.
+    pub version: String,
+    /// The MTU it hands to containers, in bytes.
+    pub mtu: u32,
+}
+
+impl NodeRecord {
+    /// The addresses that its lease has, IPv4 first.
+    pub fn public_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        let ipv4 = self.public_ip.map(IpAddr::V4);
+        ipv4.into_iter().chain(self.public_ipv6.map(IpAddr::V6))
+    }
+}
+
+/// Everything in the registry at one moment, in order of the keys.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    pub leases: Vec<Lease>,
+    pub nodes: Vec<NodeRecord>,
+    pub skipped: Vec<Skipped>,
+}
+
+/// An entry that is there but cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Skipped {
+    pub name: String,
+    pub reason: String,
+}
+
+/// The leases that may be forwarded to, and those that must not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Peers {
+    pub accepted: Vec<Lease>,
+    pub refused: Vec<(LeaseKey, Refusal)>,
+}
+
+/// Why a lease is not forwarded to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("it lies outside of the Network {0}")]
+    OutsideNetwork(IpNetwork),
+    #[error("the network config has no network of its family")]
+    FamilyOff,
+    #[error("it overlaps our own subnet")]
+    OverlapsOurs,
+    #[error("it names no address to send to")]
+    NoAddress,
+    #[error("packets cannot be sent to its address {0}")]
+    UnusableAddress(IpAddr),
+    #[error("its address {0} lies inside the overlay itself")]
+    AddressInsideOverlay(IpAddr),
+    #[error("it has our own address {0}: a second lease of this node, or a node with our address")]
+    OurAddress(IpAddr),
+}
+
+/// Sorts everybody else's leases; our own is in neither list.
+pub fn peers(config: &NetworkConfig, own: &Lease, leases: &[Lease]) -> Peers {
+    let ours: HashSet<IpAddr> = own.attrs.public_addresses().collect();
+    let mut peers = Peers::default();
+    for lease in leases.iter().filter(|lease| lease.key != own.key) {
+        match refusal(config, own, &ours, lease) {
+            Some(refusal) => peers.refused.push((lease.key, refusal)),
+            None => peers.accepted.push(lease.clone()),
+        }
+    }
+    peers
+}
+
+fn refusal(
+    config: &NetworkConfig,
+    own: &Lease,
+    ours: &HashSet<IpAddr>,
+    lease: &Lease,
+) -> Option<Refusal> {
+    for subnet in lease.key.networks() {
+        let Some(family) = config.family(subnet.is_ipv6()) else {
+            return Some(Refusal::FamilyOff);
+        };
+        if !contains(family.network, subnet) {
+            return Some(Refusal::OutsideNetwork(family.network));
+        }
+    }
+    if lease.key.overlaps(&own.key) {
+        return Some(Refusal::OverlapsOurs);
+    }
+    let addresses: Vec<IpAddr> = lease.attrs.public_addresses().collect();
+    if addresses.is_empty() {
+        return Some(Refusal::NoAddress);
+    }
+    for address in addresses {
+        if ours.contains(&address) {
+            return Some(Refusal::OurAddress(address));
+        }
+        if is_unusable(address) {
+            return Some(Refusal::UnusableAddress(address));
+        }
+        if config.families().any(|family| family.network.contains(address)) {
+            return Some(Refusal::AddressInsideOverlay(address));
+        }
+    }
+    None
+}
+
+fn is_unusable(address: IpAddr) -> bool {
+    let broadcast = matches!(address, IpAddr::V4(ip) if ip.is_broadcast());
+    broadcast || address.is_unspecified() || address.is_multicast() || address.is_loopback()
+}
+
+/// Whether `inner` lies wholly inside `outer`.
+pub(crate) fn contains(outer: IpNetwork, inner: IpNetwork) -> bool {
+    outer.prefix() <= inner.prefix() && outer.contains(inner.network())
+}
+
+/// Networks nest or are disjoint.
+pub(crate) fn overlap(a: IpNetwork, b: IpNetwork) -> bool {
+    contains(a, b) || contains(b, a)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key(text: &str) -> LeaseKey {
+        text.parse().unwrap()
+    }
+
+    fn lease(key: &str, public_ip: &str) -> Lease {
+        let attrs = LeaseAttrs { public_ip: public_ip.parse().ok(), ..LeaseAttrs::default() };
+        Lease { key: key.parse().unwrap(), attrs, expires: None }
+    }
+
+    #[test]
+    fn keys_are_flannels() {
+        for text in ["10.12.13.0-24", "10.12.13.0-24&fd00:12:13::-56", "0.0.0.0-0&fd00:12:13::-56"]
+        {
+            assert_eq!(key(text).to_string(), text);
+        }
+        assert_eq!(key("0.0.0.0-0&fd00::-64").ipv4, None);
+        for text in [
+            "",
+            "10.12.13.0",
+            "10.12.13.0/24",
+            "10.12.13.0-32",
+            "10.12.13.0-+24",
+            "10.12.13.1-24",
+            "x10.12.13.0-24",
+            "10.12.13.0-24&",
+            "10.12.13.0-24&fd00::-128",
+            "fd00::-64",
+            "10.12.13.0-24&fd00::1-64",
+        ] {
+            assert!(text.parse::<LeaseKey>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn values_are_flannels_byte_for_byte() {
+        for text in [
+            r#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#,
+            r#"{"PublicIP":"192.168.64.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}"#,
+            r#"{"PublicIP":"10.1.1.1","PublicIPv6":"2001:db8::5","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"00:00:00:00:00:01"},"BackendV6Data":{"VNI":1,"VtepMAC":"00:00:00:00:00:02"}}"#,
+            r#"{"PublicIP":"10.1.1.1","PublicIPv6":null,"BackendType":"host-gw"}"#,
+            r#"{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::5"}"#,
+        ] {
+            let attrs: LeaseAttrs = serde_json::from_str(text).unwrap();
+            assert_eq!(serde_json::to_string(&attrs).unwrap(), text);
+        }
+        let old: LeaseAttrs = serde_json::from_str(r#"{"PublicIP":"1.2.3.4","Other":1}"#).unwrap();
+        assert_eq!(old.public_ipv6, None);
+        for text in ["", "{}", r#"{"PublicIP":"2001:db8::1"}"#, r#"{"PublicIP":7}"#, "null"] {
+            assert!(serde_json::from_str::<LeaseAttrs>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn networks_nest_or_are_apart() {
+        let net = |text: &str| text.parse::<IpNetwork>().unwrap();
+        assert!(overlap(net("1.2.3.0/24"), net("1.2.0.0/16")));
+        assert!(overlap(net("1.2.0.0/16"), net("1.2.3.0/24")));
+        assert!(!overlap(net("1.2.3.0/24"), net("1.2.4.0/24")));
+        assert!(!overlap(net("1.2.3.0/24"), net("7.2.4.0/22")));
+        assert!(!overlap(net("0.0.0.0/0"), net("::/0")));
+    }
+
+    #[test]
+    fn the_registry_is_not_trusted() {
+        let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
+        let own = lease("10.3.4.0-24", "192.0.2.9");
+        let refused = |key: &str, public_ip: &str| {
+            let found = peers(&config, &own, &[own.clone(), lease(key, public_ip)]);
+            assert_eq!(found.accepted.len() + found.refused.len(), 1);
+            found.refused.into_iter().next().map(|(_, why)| why)
+        };
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        assert_eq!(refused("10.3.5.0-24", "192.0.2.1"), None);
+        assert!(matches!(refused("10.4.5.0-24", "192.0.2.1"), Some(Refusal::OutsideNetwork(_))));
+        assert!(matches!(refused("0.0.0.0-1", "192.0.2.1"), Some(Refusal::OutsideNetwork(_))));
+        assert_eq!(refused("10.3.4.128-25", "192.0.2.1"), Some(Refusal::OverlapsOurs));
+        assert_eq!(refused("10.3.0.0-16", "192.0.2.1"), Some(Refusal::OverlapsOurs));
+        assert_eq!(refused("10.3.5.0-24&fd00::-64", "192.0.2.1"), Some(Refusal::FamilyOff));
+        assert_eq!(refused("10.3.5.0-24", ""), Some(Refusal::NoAddress));
+        assert_eq!(
+            refused("10.3.5.0-24", "127.0.0.1"),
+            Some(Refusal::UnusableAddress(ip("127.0.0.1")))
+        );
+        assert_eq!(
+            refused("10.3.5.0-24", "10.3.9.9"),
+            Some(Refusal::AddressInsideOverlay(ip("10.3.9.9")))
+        );
+        assert_eq!(refused("10.3.5.0-24", "192.0.2.9"), Some(Refusal::OurAddress(ip("192.0.2.9"))));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_text_never_panics(text in ".{0,60}") {
+            let _ = text.parse::<LeaseKey>();
+            let _ = serde_json::from_str::<LeaseAttrs>(&text);
+        }
+
+        #[test]
+        fn keys_round_trip(low in any::<u32>(), len in 1u8..=31, v6 in any::<u128>(), len6 in 0u8..=127) {
+            let net = Ipv4Network::new(Ipv4Addr::from_bits(low), len).unwrap();
+            let ipv4 = Ipv4Network::new(net.network(), len).unwrap();
+            let net = Ipv6Network::new(Ipv6Addr::from_bits(v6), len6).unwrap();
+            let ipv6 = Ipv6Network::new(net.network(), len6).unwrap();
+            for key in [LeaseKey::new(Some(ipv4), None), LeaseKey::new(Some(ipv4), Some(ipv6))] {
+                prop_assert_eq!(key.to_string().parse::<LeaseKey>(), Ok(key));
+            }
+        }
+    }
+}

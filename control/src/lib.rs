@@ -1,0 +1,16 @@
+//! weft's control plane: the network config, leases, the registries that hold them, and subnet.env.
+//!
+//! It knows no packets and no kernel devices. The registry's content is never trusted: what cannot
+//! be read is skipped and named, what could take over traffic is refused.
+
+pub mod allocate;
+pub mod config;
+pub mod keeper;
+pub mod lease;
+pub mod registry;
+pub mod subnet_env;
+
+pub use config::{ConfigError, NetworkConfig};
+pub use lease::{Lease, LeaseAttrs, LeaseKey};
+pub use registry::directory::DirectoryRegistry;
+pub use registry::{Registry, RegistryError};

@@ -1,0 +1,489 @@
+//! The directory registry: one file a lease, for the daemons of one host.
+//!
+//! `config` is the network config; `subnets/<key>` holds a lease's value as etcd would, with one
+//! more key, `Expires`; `weft/nodes/<id>` holds the nodes' own records. Files that an operator puts
+//! or removes by hand count.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnetwork::IpNetwork;
+use jiff::{SignedDuration, Timestamp};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+use super::store::{Scan, Store};
+use super::{Registry, RegistryError};
+use crate::lease::{Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
+
+/// Notices can get lost (inotify(7), queue overflow), so everything is read again this often.
+const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
+/// Between looks at a directory that is away.
+const AWAY_INTERVAL: Duration = Duration::from_millis(500);
+/// Notices come in bursts; one look answers all of them.
+const SETTLE: Duration = Duration::from_millis(5);
+
+/// The registry in a directory.
+#[derive(Debug, Clone)]
+pub struct DirectoryRegistry {
+    store: Arc<Store>,
+}
+
+impl DirectoryRegistry {
+    /// Opens it, and makes the directory if it is missing.
+    ///
+    /// # Errors
+    /// The directory cannot be made, or lies on a network file system.
+    pub fn open(path: &Path) -> Result<Self, RegistryError> {
+        Ok(Self { store: Arc::new(Store::open(path)?) })
+    }
+
+    /// Writes a config for this network, all else by default, unless there is a config already.
+    /// Says whether it wrote one.
+    ///
+    /// # Errors
+    /// The directory cannot be written to.
+    pub fn init_config(&self, network: IpNetwork) -> Result<bool, RegistryError> {
+        let locked = self.store.lock()?;
+        if Store::read(&self.store.config_path())?.is_some() {
+            return Ok(false);
+        }
+        let config = match network {
+            IpNetwork::V4(net) => serde_json::json!({ "Network": net }),
+            IpNetwork::V6(net) => serde_json::json!({
+                "EnableIPv4": false, "EnableIPv6": true, "IPv6Network": net
+            }),
+        };
+        locked.write_config(&config.to_string())?;
+        Ok(true)
+    }
+
+    /// Runs file work on a thread that may block.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, RegistryError> + Send + 'static,
+    ) -> Result<T, RegistryError> {
+        let store = Arc::clone(&self.store);
+        tokio::task::spawn_blocking(move || work(&store))
+            .await
+            .map_err(|error| RegistryError::Task(error.to_string()))?
+    }
+}
+
+impl Registry for DirectoryRegistry {
+    fn describe(&self) -> String {
+        format!("dir:{}", self.store.path().display())
+    }
+
+    async fn config(&self) -> Result<Option<String>, RegistryError> {
+        self.blocking(|store| Store::read(&store.config_path())).await
+    }
+
+    async fn leases(&self) -> Result<Snapshot, RegistryError> {
+        self.blocking(|store| Ok(store.scan()?.snapshot)).await
+    }
+
+    async fn create(
+        &self,
+        key: &LeaseKey,
+        attrs: &LeaseAttrs,
+        ttl: Duration,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let lease = Lease { key: *key, attrs: attrs.clone(), expires: Some(end(ttl)) };
+        self.blocking(move |store| {
+            let locked = store.lock()?;
+            locked.sweep()?;
+            if locked.holds(&lease.key) {
+                return Ok(None);
+            }
+            locked.write_lease(&lease)?;
+            Ok(Some(lease))
+        })
+        .await
+    }
+
+    async fn renew(
+        &self,
+        seen: &Lease,
+        attrs: &LeaseAttrs,
+        ttl: Duration,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let (seen, attrs) = (seen.clone(), attrs.clone());
+        self.blocking(move |store| {
+            let locked = store.lock()?;
+            let current = locked.lease(&seen.key);
+            let Some(current) = current.filter(|it| it.attrs.same_node(&seen.attrs)) else {
+                return Ok(None);
+            };
+            let expires = current.expires.map(|_| end(ttl));
+            let lease = Lease { key: seen.key, attrs, expires };
+            locked.write_lease(&lease)?;
+            Ok(Some(lease))
+        })
+        .await
+    }
+
+    async fn remove(&self, seen: &Lease) -> Result<bool, RegistryError> {
+        let seen = seen.clone();
+        self.blocking(move |store| {
+            let locked = store.lock()?;
+            let is_it =
+                locked.lease(&seen.key).is_some_and(|current| current.attrs.same_node(&seen.attrs));
+            if is_it {
+                locked.remove_lease(&seen.key)?;
+            }
+            Ok(is_it)
+        })
+        .await
+    }
+
+    async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError> {
+        let node = node.clone();
+        self.blocking(move |store| {
+            let locked = store.lock()?;
+            locked.sweep()?;
+            locked.write_node(&node, end(ttl))
+        })
+        .await
+    }
+
+    async fn watch(&self) -> Result<watch::Receiver<Arc<Snapshot>>, RegistryError> {
+        let (ring, bell) = mpsc::channel(1);
+        let mut notices = Notices::new(ring, self.store.path())?;
+        // Before the first look, so that nothing happens unnoticed between the two.
+        notices.follow(&self.store);
+        let scan = self.blocking(Store::scan).await?;
+        let (sender, receiver) = watch::channel(Arc::new(scan.snapshot));
+        let watching = Watching { registry: self.clone(), notices, bell, sender };
+        tokio::spawn(watching.run(scan.next_expiry));
+        Ok(receiver)
+    }
+}
+
+/// The background of one [`Registry::watch`].
+struct Watching {
+    registry: DirectoryRegistry,
+    notices: Notices,
+    bell: mpsc::Receiver<()>,
+    sender: watch::Sender<Arc<Snapshot>>,
+}
+
+impl Watching {
+    async fn run(mut self, mut next_expiry: Option<Timestamp>) {
+        let mut away = false;
+        loop {
+            tokio::select! {
+                () = self.sender.closed() => return,
+                _ = self.bell.recv() => tokio::time::sleep(SETTLE).await,
+                () = tokio::time::sleep_until(next_look(next_expiry, away)) => {}
+            }
+            // A notice that came meanwhile is answered by the look below.
+            while self.bell.try_recv().is_ok() {}
+            self.notices.follow(&self.registry.store);
+            match self.registry.blocking(Store::scan).await {
+                Ok(scan) => {
+                    if std::mem::take(&mut away) {
+                        tracing::warn!("{} is back", self.registry.describe());
+                    }
+                    next_expiry = scan.next_expiry;
+                    self.publish(scan);
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut away, true) {
+                        tracing::error!(
+                            "{} is away, going on with what was last read: {error}",
+                            self.registry.describe()
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn publish(&self, scan: Scan) {
+        self.sender.send_if_modified(|last| {
+            let changed = **last != scan.snapshot;
+            if changed {
+                *last = Arc::new(scan.snapshot);
+            }
+            changed
+        });
+    }
+}
+
+fn next_look(next_expiry: Option<Timestamp>, away: bool) -> Instant {
+    let interval = if away { AWAY_INTERVAL } else { RESCAN_INTERVAL };
+    let until_expiry = next_expiry
+        .map(|end| Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default());
+    Instant::now() + until_expiry.map_or(interval, |left| left.min(interval) + SETTLE)
+}
+
+/// The kernel's notices about the registry's two directories.
+struct Notices {
+    watcher: RecommendedWatcher,
+    /// The directories that notices come from, by inode: one that was removed and made again is
+    /// another one.
+    followed: [Option<u64>; 2],
+}
+
+impl Notices {
+    fn new(ring: mpsc::Sender<()>, path: &Path) -> Result<Self, RegistryError> {
+        let on_event = move |event: notify::Result<notify::Event>| {
+            let is_reading = event.is_ok_and(|event| event.kind.is_access());
+            if !is_reading {
+                // Full: the bell rings already.
+                let _ = ring.try_send(());
+            }
+        };
+        let watcher = notify::recommended_watcher(on_event).map_err(|error| {
+            RegistryError::Notices { path: path.to_owned(), reason: error.to_string() }
+        })?;
+        Ok(Self { watcher, followed: [None; 2] })
+    }
+
+    /// Makes sure that notices come from the directories that are there now. Where that fails, the
+    /// regular look stands in.
+    fn follow(&mut self, store: &Store) {
+        for (slot, dir) in self.followed.iter_mut().zip([store.subnets(), store.nodes()]) {
+            let inode = inode(&dir).ok();
+            if inode == *slot {
+                continue;
+            }
+            // Fails where the directory is gone, and its watch with it.
+            let _ = self.watcher.unwatch(&dir);
+            let watched =
+                inode.is_some() && self.watcher.watch(&dir, RecursiveMode::NonRecursive).is_ok();
+            *slot = inode.filter(|_| watched);
+        }
+    }
+}
+
+fn inode(path: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::metadata(path)?.ino())
+}
+
+fn end(ttl: Duration) -> Timestamp {
+    let ttl = SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
+    Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::fs;
+
+    use crate::config::NetworkConfig;
+    use crate::keeper::{Identity, Plan, plan};
+    use crate::subnet_env::Previous;
+
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(86_400);
+    const DEADLINE: Duration = Duration::from_secs(15);
+
+    struct Fixture {
+        dir: tempfile::TempDir,
+        registry: DirectoryRegistry,
+    }
+
+    fn fixture() -> Fixture {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = DirectoryRegistry::open(&dir.path().join("registry")).unwrap();
+        Fixture { dir, registry }
+    }
+
+    fn attrs(last: u8) -> LeaseAttrs {
+        LeaseAttrs { public_ip: Some([192, 0, 2, last].into()), ..LeaseAttrs::default() }
+    }
+
+    fn key(text: &str) -> LeaseKey {
+        text.parse().unwrap()
+    }
+
+    /// Waits for a snapshot of which `ask` holds.
+    async fn until(
+        watch: &mut watch::Receiver<Arc<Snapshot>>,
+        ask: impl FnMut(&Arc<Snapshot>) -> bool,
+    ) -> Arc<Snapshot> {
+        tokio::time::timeout(DEADLINE, watch.wait_for(ask)).await.unwrap().unwrap().clone()
+    }
+
+    #[tokio::test]
+    async fn a_lease_is_etcds_value_and_an_end() {
+        let Fixture { dir, registry } = fixture();
+        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap().unwrap();
+        let path = dir.path().join("registry/subnets/10.3.1.0-24");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(
+            text.starts_with(r#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"Expires":"2"#),
+            "{text}"
+        );
+        let listed: Vec<_> = fs::read_dir(path.parent().unwrap()).unwrap().collect();
+        assert_eq!(listed.len(), 1, "nothing but leases");
+    }
+
+    #[tokio::test]
+    async fn writes_are_conditional() {
+        let Fixture { dir: _dir, registry } = fixture();
+        let first = registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap().unwrap();
+        assert_eq!(registry.create(&key("10.3.1.0-24"), &attrs(2), DAY).await.unwrap(), None);
+        let renewed = registry.renew(&first, &attrs(1), DAY * 2).await.unwrap().unwrap();
+        assert!(renewed.expires > first.expires);
+        let others = Lease { attrs: attrs(2), ..first.clone() };
+        assert_eq!(registry.renew(&others, &attrs(2), DAY).await.unwrap(), None);
+        assert!(!registry.remove(&others).await.unwrap());
+        assert!(registry.remove(&first).await.unwrap());
+        assert!(!registry.remove(&first).await.unwrap());
+        assert_eq!(registry.renew(&first, &attrs(1), DAY).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_reservation_stays_one() {
+        let Fixture { dir, registry } = fixture();
+        let path = dir.path().join("registry/subnets/10.3.1.0-24");
+        fs::write(path, r#"{"PublicIP":"192.0.2.1"}"#).unwrap();
+        let seen = registry.leases().await.unwrap().leases.remove(0);
+        assert_eq!(seen.expires, None);
+        let renewed = registry.renew(&seen, &attrs(1), DAY).await.unwrap().unwrap();
+        assert_eq!(renewed.expires, None);
+    }
+
+    #[tokio::test]
+    async fn an_expired_lease_may_be_had() {
+        let Fixture { dir, registry } = fixture();
+        let path = dir.path().join("registry/subnets/10.3.1.0-24");
+        fs::write(path, r#"{"PublicIP":"192.0.2.1","Expires":"2020-01-01T00:00:00Z"}"#).unwrap();
+        assert_eq!(registry.leases().await.unwrap().leases, []);
+        let seen = Lease { key: key("10.3.1.0-24"), attrs: attrs(1), expires: None };
+        assert_eq!(registry.renew(&seen, &attrs(1), DAY).await.unwrap(), None);
+        assert!(registry.create(&seen.key, &attrs(2), DAY).await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_is_named_and_harms_nobody() {
+        let Fixture { dir, registry } = fixture();
+        let subnets = dir.path().join("registry/subnets");
+        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap();
+        for (name, text) in [
+            ("10.3.2.0-24", "{"),
+            ("10.3.3.0-24", r#"{"PublicIP":"2001:db8::1"}"#),
+            ("10.3.4.0-24", r#"{"PublicIP":"192.0.2.1","Expires":7}"#),
+            ("notes.txt", "hello"),
+            (".hidden", "hello"),
+        ] {
+            fs::write(subnets.join(name), text).unwrap();
+        }
+        fs::write(subnets.join("10.3.5.0-24"), vec![b' '; 1 << 20]).unwrap();
+        fs::create_dir(subnets.join("10.3.6.0-24")).unwrap();
+        let snapshot = registry.leases().await.unwrap();
+        assert_eq!(snapshot.leases.len(), 1);
+        let names: Vec<_> = snapshot.skipped.iter().map(|it| it.name.as_str()).collect();
+        assert_eq!(
+            names,
+            [
+                "10.3.2.0-24",
+                "10.3.3.0-24",
+                "10.3.4.0-24",
+                "10.3.5.0-24",
+                "10.3.6.0-24",
+                "notes.txt"
+            ]
+        );
+        assert_eq!(registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await.unwrap(), None);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn fifty_nodes_get_fifty_subnets() {
+        let Fixture { dir: _dir, registry } = fixture();
+        let config: Arc<NetworkConfig> =
+            Arc::new(
+                r#"{"Network":"10.3.0.0/16","SubnetMin":"10.3.1.0","SubnetMax":"10.3.50.0"}"#
+                    .parse()
+                    .unwrap(),
+            );
+        let mut nodes = tokio::task::JoinSet::new();
+        for last in 0..50 {
+            let (registry, config) = (registry.clone(), Arc::clone(&config));
+            nodes.spawn(async move {
+                let identity = Identity { attrs: attrs(last) };
+                let mut rng = fastrand::Rng::new();
+                loop {
+                    let leases = registry.leases().await.unwrap().leases;
+                    let plan = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
+                    let Plan::Create(key) = plan else { panic!("{plan:?}") };
+                    if let Some(lease) = registry.create(&key, &identity.attrs, DAY).await.unwrap()
+                    {
+                        return lease.key;
+                    }
+                }
+            });
+        }
+        let found: HashSet<LeaseKey> = nodes.join_all().await.into_iter().collect();
+        assert_eq!(found.len(), 50);
+    }
+
+    #[tokio::test]
+    async fn a_watch_sees_what_hands_and_time_do() {
+        let Fixture { dir, registry } = fixture();
+        let mut watch = registry.watch().await.unwrap();
+        let path = dir.path().join("registry/subnets/10.3.1.0-24");
+        fs::write(&path, r#"{"PublicIP":"192.0.2.1"}"#).unwrap();
+        until(&mut watch, |it| it.leases.len() == 1).await;
+        fs::remove_file(&path).unwrap();
+        until(&mut watch, |it| it.leases.is_empty()).await;
+
+        let short = Duration::from_millis(300);
+        registry.create(&key("10.3.2.0-24"), &attrs(2), short).await.unwrap();
+        until(&mut watch, |it| it.leases.len() == 1).await;
+        until(&mut watch, |it| it.leases.is_empty()).await;
+
+        let node = NodeRecord {
+            id: "ab".repeat(16),
+            public_ip: Some([192, 0, 2, 2].into()),
+            public_ipv6: None,
+            addresses: vec!["198.51.100.2".parse().unwrap()],
+            version: "0".into(),
+            mtu: 1472,
+        };
+        registry.publish_node(&node, DAY).await.unwrap();
+        until(&mut watch, |it| it.nodes == [node.clone()]).await;
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_is_away_is_not_an_empty_one() {
+        let Fixture { dir, registry } = fixture();
+        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap();
+        let mut watch = registry.watch().await.unwrap();
+        let (there, away) = (dir.path().join("registry"), dir.path().join("away"));
+        fs::rename(&there, &away).unwrap();
+        tokio::time::timeout(Duration::from_secs(1), watch.changed()).await.unwrap_err();
+        assert!(registry.leases().await.is_err());
+        assert_eq!(watch.borrow().leases.len(), 1);
+        fs::rename(&away, &there).unwrap();
+        registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await.unwrap();
+        until(&mut watch, |it| it.leases.len() == 2).await;
+    }
+
+    #[tokio::test]
+    async fn the_config_is_written_once() {
+        let Fixture { dir: _dir, registry } = fixture();
+        assert_eq!(registry.config().await.unwrap(), None);
+        assert!(registry.init_config("10.3.0.0/16".parse().unwrap()).unwrap());
+        assert!(!registry.init_config("10.4.0.0/16".parse().unwrap()).unwrap());
+        let text = registry.config().await.unwrap().unwrap();
+        assert_eq!(text, r#"{"Network":"10.3.0.0/16"}"#);
+        text.parse::<NetworkConfig>().unwrap();
+    }
+
+    #[test]
+    fn a_file_in_the_way_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        let error = DirectoryRegistry::open(&dir.path().join("file")).unwrap_err().to_string();
+        assert!(error.contains("file/subnets"), "{error}");
+    }
+}

@@ -1,0 +1,148 @@
+//! weft, the operator's command.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::thread;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, MAX_TRANSFER, RunOptions};
+
+/// The operator's command of weft, an overlay network for containers.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Lab(LabArgs),
+}
+
+/// Bring up hosts in network namespaces, a weftd on each, and move traffic between all of them.
+///
+/// Needs root. Exit status: 0 if all pairs passed, 1 if any failed, 130 after Ctrl-C, 143 after
+/// SIGTERM. Everything is removed at the end in each of these cases.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+struct LabArgs {
+    /// The backend that carries the traffic.
+    #[arg(long, default_value = "udp-tun", value_parser = ["udp-tun", "udp", "vxlan", "host-gw"])]
+    backend: String,
+    /// How many hosts.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=32))]
+    hosts: u8,
+    /// How much each transfer moves, such as 64MiB; at most 1GiB.
+    #[arg(long, default_value = "64MiB", value_parser = parse_bytes)]
+    bytes: Bytes,
+    /// Leave the lab up, and say how to enter it and how to remove it.
+    #[arg(long)]
+    keep: bool,
+    #[command(subcommand)]
+    command: Option<LabCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+enum LabCommand {
+    /// Remove labs that were kept, and nothing else.
+    Down {
+        /// The one lab to remove; all that were kept, if absent.
+        id: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let Command::Lab(arguments) = Cli::parse().command;
+    let outcome = match arguments.command {
+        Some(LabCommand::Down { id }) => down(id),
+        None => run_lab(&arguments),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("weft: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run_lab(arguments: &LabArgs) -> anyhow::Result<ExitCode> {
+    let cancel = Cancel::default();
+    raise_on_signals(&cancel).context("cannot listen to signals")?;
+    let options = RunOptions {
+        backend: arguments.backend.clone(),
+        hosts: arguments.hosts.into(),
+        bytes: arguments.bytes,
+        keep: arguments.keep,
+    };
+    let outcome = lab::run(&options, &cancel, &mut io::stdout().lock());
+    if let Err(Cancelled { signal }) = cancel.check() {
+        // What a shell reports of a program that a signal ended.
+        let code = u8::try_from(128 + signal).unwrap_or(u8::MAX);
+        eprintln!("weft: interrupted");
+        return Ok(ExitCode::from(code));
+    }
+    let failed = outcome?.failed;
+    if failed.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("failed pairs: {}", failed.join(", "));
+    Ok(ExitCode::FAILURE)
+}
+
+fn down(id: Option<String>) -> anyhow::Result<ExitCode> {
+    let ids = match id {
+        Some(id) => vec![id],
+        None => lab::abandoned()?,
+    };
+    let mut out = io::stdout().lock();
+    if ids.is_empty() {
+        writeln!(out, "there is no kept lab")?;
+    }
+    let mut status = ExitCode::SUCCESS;
+    for id in ids {
+        match lab::down(&id) {
+            Ok(removed) => writeln!(out, "{removed}")?,
+            Err(error) => {
+                eprintln!("weft: {error:#}");
+                status = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(status)
+}
+
+/// From here on SIGINT, SIGTERM and SIGHUP end nothing by themselves: they raise the flag.
+fn raise_on_signals(cancel: &Cancel) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let (mut interrupt, mut terminate, mut hangup) = {
+        let _entered = runtime.enter();
+        (
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+        )
+    };
+    let cancel = cancel.clone();
+    // Lives as long as the program: the first signal counts, later ones change nothing.
+    let listen = async move {
+        loop {
+            let kind = tokio::select! {
+                _ = interrupt.recv() => SignalKind::interrupt(),
+                _ = terminate.recv() => SignalKind::terminate(),
+                _ = hangup.recv() => SignalKind::hangup(),
+            };
+            cancel.raise(kind.as_raw_value());
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(move || runtime.block_on(listen))?;
+    Ok(())
+}
+
+fn parse_bytes(text: &str) -> Result<Bytes, String> {
+    let bytes: Bytes = text.parse().map_err(|error| format!("{error}"))?;
+    if bytes > MAX_TRANSFER {
+        return Err(format!("at most {MAX_TRANSFER}"));
+    }
+    Ok(bytes)
+}

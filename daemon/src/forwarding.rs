@@ -1,0 +1,258 @@
+//! The daemon while it forwards: one loop that waits for whatever changes, and makes everything
+//! follow.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+use weft_backends::{
+    BackendEvent, BackendKind, Desired, DesiredPeer, ExternalInterface, Started,
+};
+use weft_control::keeper::{self, Identity, Own};
+use weft_control::lease::{NodeRecord, Snapshot, peers};
+use weft_control::subnet_env::SubnetEnv;
+use weft_control::{DirectoryRegistry, Lease, NetworkConfig, Registry};
+
+use crate::flags::Settings;
+use crate::leasing::{self, LEASE_TTL};
+use crate::node::Node;
+use crate::overlay::Overlay;
+use crate::status::{self, PeerStatus, Status, StatusSocket};
+
+/// The slow timer: everything is reconciled even if nothing was heard.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
+/// Node records live three times as long, so two may get lost.
+const NODE_INTERVAL: Duration = Duration::from_secs(20);
+const NODE_TTL: Duration = Duration::from_secs(60);
+/// Between tries to renew a lease, as flannel's.
+const RENEW_RETRY: Duration = Duration::from_secs(60);
+
+/// What stays the same while one lease is forwarded under.
+#[derive(Debug)]
+pub(crate) struct Forwarding<'a> {
+    pub(crate) settings: &'a Settings,
+    pub(crate) registry: &'a DirectoryRegistry,
+    pub(crate) config: &'a NetworkConfig,
+    pub(crate) kind: BackendKind,
+    pub(crate) interface: &'a ExternalInterface,
+    pub(crate) identity: &'a Identity,
+    pub(crate) node: &'a Node,
+    pub(crate) public_ip: IpAddr,
+    pub(crate) started: Started,
+    pub(crate) socket: &'a StatusSocket,
+}
+
+/// Why the loop ended.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// Packets no longer move.
+    Lost(String),
+    /// Our subnets are others now.
+    OtherLease(Box<Lease>),
+}
+
+/// What changes from turn to turn.
+#[derive(Debug)]
+struct Turn {
+    lease: Lease,
+    /// What could not be done, at the last reconciliation.
+    problems: BTreeSet<String>,
+    subnet_file_written: bool,
+}
+
+impl Forwarding<'_> {
+    /// # Errors
+    /// The backend panicked, or the registry cannot be watched at all.
+    pub(crate) async fn run(self, overlay: &mut Overlay, lease: Lease) -> anyhow::Result<Ended> {
+        let mut watch = self.registry.watch().await?;
+        let mut turn = Turn { lease, problems: BTreeSet::new(), subnet_file_written: false };
+        let mut slow = tokio::time::interval(RECONCILE_INTERVAL);
+        let mut publish = tokio::time::interval(NODE_INTERVAL);
+        let mut renew_not_before = Instant::now();
+        watch.mark_changed();
+        loop {
+            let renewal =
+                until_renewal(&turn.lease, self.settings.renew_margin, renew_not_before);
+            tokio::select! {
+                _ = watch.changed() => {
+                    let snapshot = Arc::clone(&watch.borrow_and_update());
+                    if let Some(ended) = self.follow(&snapshot, overlay, &mut turn).await? {
+                        return Ok(ended);
+                    }
+                }
+                _ = slow.tick() => {
+                    let snapshot = Arc::clone(&watch.borrow());
+                    self.reconcile(&snapshot, overlay, &mut turn).await?;
+                }
+                _ = publish.tick() => self.publish_node().await,
+                () = renewal => {
+                    self.renew(&mut turn).await;
+                    renew_not_before = Instant::now() + RENEW_RETRY;
+                }
+                BackendEvent::Lost(reason) = overlay.event() => return Ok(Ended::Lost(reason)),
+                Ok(asker) = self.socket.accept() => {
+                    status::answer(asker, &self.status(overlay, &turn));
+                }
+            }
+        }
+    }
+
+    /// Follows the registry: first our own lease, then the peers'.
+    async fn follow(
+        &self,
+        snapshot: &Snapshot,
+        overlay: &mut Overlay,
+        turn: &mut Turn,
+    ) -> anyhow::Result<Option<Ended>> {
+        match keeper::check_own(&turn.lease, &snapshot.leases) {
+            Own::Held(lease) => turn.lease = lease,
+            Own::Missing => {
+                tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
+                let previous = leasing::previous(&turn.lease.key);
+                let lease =
+                    leasing::acquire(self.registry, self.config, self.identity, &previous).await;
+                if lease.key != turn.lease.key {
+                    return Ok(Some(Ended::OtherLease(lease.into())));
+                }
+                turn.lease = lease;
+            }
+            Own::TakenBy(other) => {
+                tracing::error!(
+                    subnet = %turn.lease.key,
+                    owner = ?other.attrs.public_addresses().collect::<Vec<_>>(),
+                    "our subnet has another owner; its containers must move to a new subnet"
+                );
+                let previous = leasing::previous(&turn.lease.key);
+                let lease =
+                    leasing::acquire(self.registry, self.config, self.identity, &previous).await;
+                return Ok(Some(Ended::OtherLease(lease.into())));
+            }
+        }
+        self.reconcile(snapshot, overlay, turn).await?;
+        Ok(None)
+    }
+
+    async fn reconcile(
+        &self,
+        snapshot: &Snapshot,
+        overlay: &mut Overlay,
+        turn: &mut Turn,
+    ) -> anyhow::Result<()> {
+        let (desired, mut problems) = self.desired(snapshot, &turn.lease);
+        let report = overlay.call(move |backend| backend.reconcile(&desired)).await?;
+        problems.extend(report.problems);
+        for problem in problems.difference(&turn.problems) {
+            tracing::warn!("{problem}");
+        }
+        turn.problems = problems;
+        if !turn.subnet_file_written {
+            turn.subnet_file_written = self.write_subnet_file(&turn.lease);
+        }
+        Ok(())
+    }
+
+    /// Everybody whose lease can be trusted, with the addresses they may send from.
+    fn desired(&self, snapshot: &Snapshot, own: &Lease) -> (Desired, BTreeSet<String>) {
+        let peers = peers(self.config, own, &snapshot.leases);
+        let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
+        for record in &snapshot.nodes {
+            for public in record.public_addresses() {
+                others.entry(public).or_default().extend(&record.addresses);
+            }
+        }
+        for (public, address) in &self.settings.peer_sources {
+            others.entry(*public).or_default().push(*address);
+        }
+        let desired = peers.accepted.into_iter().map(|lease| {
+            let publics = lease.attrs.public_addresses();
+            let other_addresses =
+                publics.filter_map(|ip| others.get(&ip)).flatten().copied().collect();
+            DesiredPeer { lease, other_addresses }
+        });
+        let desired = Desired { lease: own.clone(), peers: desired.collect() };
+        let refused = peers.refused.iter().map(|(key, why)| format!("lease {key} refused: {why}"));
+        let skipped =
+            snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
+        (desired, refused.chain(skipped).collect())
+    }
+
+    fn write_subnet_file(&self, lease: &Lease) -> bool {
+        let path = &self.settings.subnet_file;
+        let env = SubnetEnv::new(self.config, lease, self.started.mtu, self.settings.ip_masq);
+        match env.write(path) {
+            Ok(()) => {
+                tracing::info!(path = %path.display(), "wrote subnet.env");
+                true
+            }
+            Err(error) => {
+                tracing::error!("cannot write {}: {error}; trying again", path.display());
+                false
+            }
+        }
+    }
+
+    async fn publish_node(&self) {
+        let interface = self.interface;
+        let bound = [interface.ipv4.map(IpAddr::V4), interface.ipv6.map(IpAddr::V6)];
+        let publics: Vec<IpAddr> = self.identity.attrs.public_addresses().collect();
+        let addresses = bound.into_iter().flatten().chain(interface.other_addresses.clone());
+        let record = NodeRecord {
+            id: self.node.id.clone(),
+            public_ip: self.identity.attrs.public_ip,
+            public_ipv6: self.identity.attrs.public_ipv6,
+            addresses: addresses.filter(|ip| !publics.contains(ip)).collect(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            mtu: self.started.mtu,
+        };
+        if let Err(error) = self.registry.publish_node(&record, NODE_TTL).await {
+            tracing::warn!("cannot publish this node's record: {error}");
+        }
+    }
+
+    async fn renew(&self, turn: &mut Turn) {
+        match self.registry.renew(&turn.lease, &self.identity.attrs, LEASE_TTL).await {
+            Ok(Some(lease)) => {
+                tracing::info!(subnet = %lease.key, expires = ?lease.expires, "renewed the lease");
+                turn.lease = lease;
+            }
+            Ok(None) => {
+                tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
+            }
+            Err(error) => tracing::warn!("cannot renew the lease, trying again in 1 min: {error}"),
+        }
+    }
+
+    fn status(&self, overlay: &Overlay, turn: &Turn) -> Status {
+        let backend = overlay.status();
+        let peers = backend.peers.into_iter();
+        Status {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            node_id: self.node.id.clone(),
+            state: "forwarding".into(),
+            registry: self.registry.describe(),
+            backend: Some(self.kind.to_string()),
+            interface: Some(self.interface.name.clone()),
+            public_ip: Some(self.public_ip),
+            device: Some(self.started.device.clone()),
+            mtu: Some(self.started.mtu),
+            subnets: turn.lease.key.networks().collect(),
+            lease_expires: turn.lease.expires.map(|at| at.to_string()),
+            peers: peers.map(|(public_ip, subnets)| PeerStatus { subnets, public_ip }).collect(),
+            problems: turn.problems.iter().cloned().collect(),
+            counters: backend.counters,
+        }
+    }
+}
+
+/// Sleeps until the lease is due for renewal, and no less than until `not_before`.
+async fn until_renewal(lease: &Lease, margin: Duration, not_before: Instant) {
+    let Some(due) = keeper::renew_at(lease, margin) else {
+        return std::future::pending().await;
+    };
+    let left = Duration::try_from(due.duration_since(Timestamp::now())).unwrap_or_default();
+    tokio::time::sleep_until(not_before.max(Instant::now() + left)).await;
+}

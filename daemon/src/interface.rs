@@ -1,0 +1,711 @@
+//! The choice of the interface that overlay traffic leaves by (flannel section 9). Pure: links and
+//! routes come in as data.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use weft_backends::ExternalInterface;
+use weft_backends::netlink::{DefaultRoute, Link, LinkAddress};
+
+/// What the operator asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Names or addresses of interfaces; the first that matches is taken.
+    pub iface: Vec<String>,
+    /// The address that other nodes send to. Where no interface is named, its owner is taken.
+    pub public_ip: Option<Ipv4Addr>,
+    /// As `public_ip`, which comes first.
+    pub public_ipv6: Option<Ipv6Addr>,
+}
+
+/// The address families of the overlay; the interface must have an address of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Families {
+    pub ipv4: bool,
+    pub ipv6: bool,
+}
+
+/// The choice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chosen {
+    pub interface: ExternalInterface,
+    /// Why this one, and why not those that were asked for before it.
+    pub why: String,
+}
+
+/// Why there is no interface to use.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InterfaceError {
+    #[error("none defined stack: enable IPv4 or IPv6 in the network config")]
+    NoFamily,
+    #[error(
+        "Failed to find interface to use that matches the interfaces and/or regexes provided: \
+         {misses}there are {existing}; correct --iface, or leave it out to use the default route's"
+    )]
+    NoMatch { misses: String, existing: String },
+    #[error(
+        "Failed to find any valid interface to use: error looking up interface {public_ip}: \
+         {miss}; there are {existing}; where addresses are translated on the way here, give \
+         --iface beside --public-ip"
+    )]
+    PublicIp {
+        public_ip: IpAddr,
+        miss: Miss,
+        existing: String,
+    },
+    #[error("unable to find default route for {0}; add one, or name the interface with --iface")]
+    NoDefaultRoute(Family),
+    #[error(
+        "found default route for {0} but could not determine interface, as it has several next \
+         hops; name the interface with --iface"
+    )]
+    MultipathDefaultRoute(Family),
+    #[error(
+        "v6 default route interface {ipv6} must be the same with v4 default route interface \
+         {ipv4}; change a route, or name the interface with --iface"
+    )]
+    DifferentDefaultRoutes { ipv4: String, ipv6: String },
+    #[error("the interface of the default route does not serve: {0}; name another with --iface")]
+    DefaultRoute(Miss),
+}
+
+/// Why one interface is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Miss {
+    #[error("no such network interface")]
+    NoSuchName,
+    #[error("no interface with given IP found")]
+    NoSuchAddress,
+    #[error("no interface has the index {0} any more")]
+    Gone(u32),
+    #[error("failed to find {family} address for interface {interface}")]
+    NoAddress { family: Family, interface: String },
+    #[error("failed to determine MTU for {interface} interface")]
+    NoMtu { interface: String },
+}
+
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    Ipv4,
+    Ipv6,
+}
+
+impl Family {
+    fn holds(self, ip: IpAddr) -> bool {
+        match self {
+            Self::Ipv4 => ip.is_ipv4(),
+            Self::Ipv6 => ip.is_ipv6(),
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        })
+    }
+}
+
+impl Families {
+    fn has(self, family: Family) -> bool {
+        match family {
+            Family::Ipv4 => self.ipv4,
+            Family::Ipv6 => self.ipv6,
+        }
+    }
+}
+
+/// Chooses the interface: the first match of `--iface`; without any, the owner of the public
+/// address; without that too, the interface of the first default route.
+///
+/// # Errors
+/// No interface can be used, and why.
+pub fn choose(
+    wish: &Wish,
+    families: Families,
+    links: &[Link],
+    routes: &[DefaultRoute],
+) -> Result<Chosen, InterfaceError> {
+    if !families.ipv4 && !families.ipv6 {
+        return Err(InterfaceError::NoFamily);
+    }
+    let chooser = Chooser {
+        wish,
+        families,
+        links,
+        routes,
+    };
+    if !wish.iface.is_empty() {
+        return chooser.by_iface();
+    }
+    match chooser.public_ip() {
+        Some(public_ip) => chooser.by_public_ip(public_ip),
+        None => chooser.by_default_route(),
+    }
+}
+
+struct Chooser<'a> {
+    wish: &'a Wish,
+    families: Families,
+    links: &'a [Link],
+    routes: &'a [DefaultRoute],
+}
+
+impl<'a> Chooser<'a> {
+    fn by_iface(&self) -> Result<Chosen, InterfaceError> {
+        let mut misses = String::new();
+        for wanted in &self.wish.iface {
+            let ip = wanted.parse().ok();
+            let link = ip.map_or_else(|| self.named(wanted), |ip| self.owner(ip));
+            let why = format!("{misses}it matches --iface {wanted}");
+            match link.and_then(|link| self.take(link, ip, why)) {
+                Ok(chosen) => return Ok(chosen),
+                Err(miss) => {
+                    misses += &format!("Could not find valid interface matching {wanted}: {miss}; ")
+                }
+            }
+        }
+        Err(InterfaceError::NoMatch {
+            misses,
+            existing: self.existing(),
+        })
+    }
+
+    fn by_public_ip(&self, public_ip: IpAddr) -> Result<Chosen, InterfaceError> {
+        let why = format!("it has the public address {public_ip}");
+        self.owner(public_ip)
+            .and_then(|link| self.take(link, Some(public_ip), why))
+            .map_err(|miss| {
+                let existing = self.existing();
+                InterfaceError::PublicIp {
+                    public_ip,
+                    miss,
+                    existing,
+                }
+            })
+    }
+
+    fn by_default_route(&self) -> Result<Chosen, InterfaceError> {
+        let ipv4 = self.default_link(Family::Ipv4)?;
+        let ipv6 = self.default_link(Family::Ipv6)?;
+        if let (Some(ipv4), Some(ipv6)) = (ipv4, ipv6)
+            && ipv4.index != ipv6.index
+        {
+            let (ipv4, ipv6) = (ipv4.name.clone(), ipv6.name.clone());
+            return Err(InterfaceError::DifferentDefaultRoutes { ipv4, ipv6 });
+        }
+        let link = ipv4.or(ipv6).ok_or(InterfaceError::NoFamily)?;
+        let why = "it has the default route".into();
+        self.take(link, None, why)
+            .map_err(InterfaceError::DefaultRoute)
+    }
+
+    /// The public address that stands for an interface, of a family that is in use.
+    fn public_ip(&self) -> Option<IpAddr> {
+        let ipv4 = self
+            .wish
+            .public_ip
+            .filter(|_| self.families.ipv4)
+            .map(IpAddr::V4);
+        ipv4.or(self
+            .wish
+            .public_ipv6
+            .filter(|_| self.families.ipv6)
+            .map(IpAddr::V6))
+    }
+
+    /// The interface of the family's first default route; `None` if the family is not in use.
+    fn default_link(&self, family: Family) -> Result<Option<&'a Link>, InterfaceError> {
+        if !self.families.has(family) {
+            return Ok(None);
+        }
+        let route = self
+            .routes
+            .iter()
+            .find(|route| route.ipv6 == (family == Family::Ipv6));
+        let route = route.ok_or(InterfaceError::NoDefaultRoute(family))?;
+        let index = route
+            .link
+            .ok_or(InterfaceError::MultipathDefaultRoute(family))?;
+        let link = self.links.iter().find(|link| link.index == index);
+        link.map(Some)
+            .ok_or(InterfaceError::DefaultRoute(Miss::Gone(index)))
+    }
+
+    fn named(&self, name: &str) -> Result<&'a Link, Miss> {
+        let link = self.links.iter().find(|link| link.name == name);
+        link.ok_or(Miss::NoSuchName)
+    }
+
+    fn owner(&self, ip: IpAddr) -> Result<&'a Link, Miss> {
+        let is_it = |address: &LinkAddress| address.network.ip() == ip && can_send(address);
+        let link = self
+            .links
+            .iter()
+            .find(|link| link.addresses.iter().any(is_it));
+        link.ok_or(Miss::NoSuchAddress)
+    }
+
+    /// What there is to choose from, for whoever chose something else.
+    fn existing(&self) -> String {
+        let links = self.links.iter().map(|link| {
+            let ips: Vec<String> = link
+                .addresses
+                .iter()
+                .map(|address| address.network.ip().to_string())
+                .collect();
+            format!("{}:[{}]", link.name, ips.join(" "))
+        });
+        links.collect::<Vec<_>>().join(", ")
+    }
+
+    /// Chooses the addresses of the link; `own`, which it has, comes before the best one of its
+    /// family.
+    fn take(&self, link: &Link, own: Option<IpAddr>, mut why: String) -> Result<Chosen, Miss> {
+        let ipv4 = match self.address(link, own, Family::Ipv4)? {
+            Some(IpAddr::V4(ip)) => Some(ip),
+            Some(IpAddr::V6(_)) | None => None,
+        };
+        let ipv6 = match self.address(link, own, Family::Ipv6)? {
+            Some(IpAddr::V6(ip)) => Some(ip),
+            Some(IpAddr::V4(_)) | None => None,
+        };
+        if link.mtu == 0 {
+            return Err(Miss::NoMtu {
+                interface: link.name.clone(),
+            });
+        }
+        if !link.up {
+            why += "; it is down now";
+        }
+        let taken = [ipv4.map(IpAddr::V4), ipv6.map(IpAddr::V6)];
+        let others = link
+            .addresses
+            .iter()
+            .filter(|it| can_send(it) && !is_link_local(it));
+        let others = others
+            .map(|it| it.network.ip())
+            .filter(|ip| !taken.contains(&Some(*ip)));
+        let interface = ExternalInterface {
+            name: link.name.clone(),
+            index: link.index,
+            mtu: link.mtu,
+            ipv4,
+            ipv6,
+            public_ipv4: ipv4.map(|ip| self.wish.public_ip.unwrap_or(ip)),
+            public_ipv6: ipv6.map(|ip| self.wish.public_ipv6.unwrap_or(ip)),
+            other_addresses: others.collect(),
+        };
+        Ok(Chosen { interface, why })
+    }
+
+    /// The address to use of a family; `None` if the family is not in use.
+    fn address(
+        &self,
+        link: &Link,
+        own: Option<IpAddr>,
+        family: Family,
+    ) -> Result<Option<IpAddr>, Miss> {
+        if !self.families.has(family) {
+            return Ok(None);
+        }
+        let own = own.filter(|ip| family.holds(*ip));
+        let address = own.or_else(|| best_address(link, family));
+        let miss = || Miss::NoAddress {
+            family,
+            interface: link.name.clone(),
+        };
+        address.map(Some).ok_or_else(miss)
+    }
+}
+
+/// Global before link-local, permanent before dynamic, lasting before temporary, else the kernel's
+/// order; deprecated ones not at all.
+fn best_address(link: &Link, family: Family) -> Option<IpAddr> {
+    let usable = link.addresses.iter().filter(|address| {
+        family.holds(address.network.ip()) && can_send(address) && !address.deprecated
+    });
+    let best = usable.min_by_key(|it| (is_link_local(it), !it.permanent, it.temporary));
+    best.map(|address| address.network.ip())
+}
+
+/// Whether packets to other hosts may bear the address.
+fn can_send(address: &LinkAddress) -> bool {
+    let ip = address.network.ip();
+    !(ip.is_loopback() || ip.is_multicast() || ip.is_unspecified())
+}
+
+fn is_link_local(address: &LinkAddress) -> bool {
+    let by_number = match address.network.ip() {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    by_number || address.link_local
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V4: Families = Families {
+        ipv4: true,
+        ipv6: false,
+    };
+    const V6: Families = Families {
+        ipv4: false,
+        ipv6: true,
+    };
+    const BOTH: Families = Families {
+        ipv4: true,
+        ipv6: true,
+    };
+
+    /// Addresses are global and permanent unless words behind them say otherwise.
+    fn link(index: u32, name: &str, addresses: &[&str]) -> Link {
+        let addresses = addresses.iter().map(|text| {
+            let mut words = text.split(' ');
+            let network = words.next().unwrap().parse().unwrap();
+            let words: Vec<&str> = words.collect();
+            LinkAddress {
+                network,
+                link_local: words.contains(&"link"),
+                permanent: !words.contains(&"dynamic"),
+                temporary: words.contains(&"temporary"),
+                deprecated: words.contains(&"deprecated"),
+            }
+        });
+        let addresses = addresses.collect();
+        Link {
+            index,
+            name: name.into(),
+            mtu: 1500,
+            up: true,
+            addresses,
+        }
+    }
+
+    fn host() -> Vec<Link> {
+        vec![
+            link(1, "lo", &["127.0.0.1/8 link", "::1/128 link"]),
+            link(
+                2,
+                "eth0",
+                &["192.0.2.10/24", "2001:db8::10/64", "fe80::10/64 link"],
+            ),
+            link(
+                3,
+                "dummy0",
+                &[
+                    "1.10.100.1/24",
+                    "192.168.200.128/24",
+                    "172.16.30.18/24",
+                    "172.16.31.200/24",
+                    "172.16.32.100/24",
+                ],
+            ),
+        ]
+    }
+
+    fn route(ipv6: bool, link: u32) -> DefaultRoute {
+        DefaultRoute {
+            ipv6,
+            link: Some(link),
+        }
+    }
+
+    fn iface(names: &[&str]) -> Wish {
+        Wish {
+            iface: names.iter().map(ToString::to_string).collect(),
+            ..Wish::default()
+        }
+    }
+
+    fn public_ip(text: &str) -> Wish {
+        Wish {
+            public_ip: Some(text.parse().unwrap()),
+            ..Wish::default()
+        }
+    }
+
+    fn chosen(wish: &Wish, families: Families) -> Chosen {
+        choose(wish, families, &host(), &[route(false, 2), route(true, 2)]).unwrap()
+    }
+
+    fn refused(wish: &Wish, families: Families) -> String {
+        choose(wish, families, &host(), &[])
+            .unwrap_err()
+            .to_string()
+    }
+
+    fn ip<T: std::str::FromStr<Err: fmt::Debug>>(text: &str) -> Option<T> {
+        Some(text.parse().unwrap())
+    }
+
+    #[test]
+    fn a_name_yields_the_first_address_and_an_address_itself() {
+        let cases = [
+            ("dummy0", "1.10.100.1"),
+            ("192.168.200.128", "192.168.200.128"),
+            ("172.16.30.18", "172.16.30.18"),
+            ("172.16.32.100", "172.16.32.100"),
+        ];
+        for (wanted, expected) in cases {
+            let interface = chosen(&iface(&[wanted]), V4).interface;
+            assert_eq!(
+                (interface.name.as_str(), interface.index),
+                ("dummy0", 3),
+                "{wanted}"
+            );
+            assert_eq!(interface.ipv4, ip(expected), "{wanted}");
+            assert_eq!(interface.public_ipv4, ip(expected), "{wanted}");
+            assert_eq!(interface.ipv6, None, "{wanted}");
+        }
+    }
+
+    #[test]
+    fn a_public_address_replaces_the_interfaces_own() {
+        let wish = Wish {
+            public_ip: ip("172.16.31.200"),
+            ..iface(&["172.16.30.18"])
+        };
+        let interface = chosen(&wish, V4).interface;
+        assert_eq!(interface.ipv4, ip("172.16.30.18"));
+        assert_eq!(interface.public_ipv4, ip("172.16.31.200"));
+        // Behind address translation no interface has it.
+        let wish = Wish {
+            public_ip: ip("198.51.100.1"),
+            ..iface(&["eth0"])
+        };
+        let interface = chosen(&wish, V4).interface;
+        assert_eq!(interface.ipv4, ip("192.0.2.10"));
+        assert_eq!(interface.public_ipv4, ip("198.51.100.1"));
+    }
+
+    #[test]
+    fn the_first_match_is_taken_and_misses_are_told() {
+        let Chosen { interface, why } =
+            chosen(&iface(&["eth9", "10.9.9.9", "lo", "dummy0", "eth0"]), V4);
+        assert_eq!(interface.name, "dummy0");
+        for told in [
+            "matching eth9: no such network interface",
+            "matching 10.9.9.9: no interface with given IP found",
+            "matching lo: failed to find IPv4 address for interface lo",
+            "it matches --iface dummy0",
+        ] {
+            assert!(why.contains(told), "{told}: {why}");
+        }
+    }
+
+    #[test]
+    fn no_match_does_not_fall_back_to_the_default_route() {
+        let routes = [route(false, 2)];
+        let error = choose(&iface(&["eth9"]), V4, &host(), &routes)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with(
+                "Failed to find interface to use that matches the interfaces and/or regexes \
+                 provided: Could not find valid interface matching eth9: no such network interface"
+            ),
+            "{error}"
+        );
+        assert!(
+            error.contains("eth0:[192.0.2.10 2001:db8::10 fe80::10]"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn loopback_addresses_reach_nobody() {
+        let error = refused(&iface(&["127.0.0.1"]), V4);
+        assert!(
+            error.contains("matching 127.0.0.1: no interface with given IP"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_owner_of_the_public_address_comes_before_the_default_route() {
+        let Chosen { interface, why } = chosen(&public_ip("172.16.31.200"), V4);
+        assert_eq!(
+            (interface.name.as_str(), interface.ipv4),
+            ("dummy0", ip("172.16.31.200"))
+        );
+        assert_eq!(why, "it has the public address 172.16.31.200");
+        let error = refused(&public_ip("198.51.100.1"), V4);
+        assert!(
+            error.starts_with(
+                "Failed to find any valid interface to use: error looking up interface \
+                 198.51.100.1: no interface with given IP found"
+            ),
+            "{error}"
+        );
+        assert!(error.contains("--iface"), "{error}");
+    }
+
+    #[test]
+    fn a_public_ipv6_address_serves_too_if_ipv6_is_in_use() {
+        let wish = Wish {
+            public_ipv6: ip("2001:db8::10"),
+            ..Wish::default()
+        };
+        let interface = choose(&wish, V6, &host(), &[]).unwrap().interface;
+        assert_eq!((interface.ipv4, interface.ipv6), (None, ip("2001:db8::10")));
+        assert!(refused(&wish, V4).starts_with("unable to find default route"));
+    }
+
+    #[test]
+    fn the_first_default_route_of_the_family_decides() {
+        let routes = [route(true, 3), route(false, 2), route(false, 3)];
+        let found = choose(&Wish::default(), V4, &host(), &routes).unwrap();
+        assert_eq!(found.interface.name, "eth0");
+        assert_eq!(found.why, "it has the default route");
+    }
+
+    #[test]
+    fn default_routes_that_do_not_serve() {
+        let multipath = DefaultRoute {
+            ipv6: false,
+            link: None,
+        };
+        let cases = [
+            (V4, vec![], "unable to find default route for IPv4"),
+            (
+                V4,
+                vec![route(true, 2)],
+                "unable to find default route for IPv4",
+            ),
+            (
+                BOTH,
+                vec![route(false, 2)],
+                "unable to find default route for IPv6",
+            ),
+            (
+                V4,
+                vec![multipath, route(false, 2)],
+                "found default route for IPv4 but could not determine interface",
+            ),
+            (
+                BOTH,
+                vec![route(false, 2), route(true, 3)],
+                "v6 default route interface dummy0 must be the same with v4 default route \
+                 interface eth0",
+            ),
+            (
+                V4,
+                vec![route(false, 9)],
+                "the interface of the default route does not serve",
+            ),
+            (
+                V6,
+                vec![route(true, 3)],
+                "the interface of the default route does not serve",
+            ),
+        ];
+        for (families, routes, expected) in cases {
+            let error = choose(&Wish::default(), families, &host(), &routes).unwrap_err();
+            let error = error.to_string();
+            assert!(
+                error.starts_with(expected) && error.contains("--iface"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn both_families_come_from_one_interface() {
+        let interface = chosen(&Wish::default(), BOTH).interface;
+        assert_eq!(interface.ipv4, ip("192.0.2.10"));
+        assert_eq!(interface.ipv6, ip("2001:db8::10"));
+        // An address names the interface; that of the other family is the best one there.
+        let wish = Wish {
+            public_ipv6: ip("2001:db8::ff"),
+            ..iface(&["192.0.2.10"])
+        };
+        let interface = chosen(&wish, BOTH).interface;
+        assert_eq!(interface.ipv6, ip("2001:db8::10"));
+        assert_eq!(interface.public_ipv6, ip("2001:db8::ff"));
+        let error = refused(&iface(&["dummy0"]), BOTH);
+        assert!(
+            error.contains("failed to find IPv6 address for interface dummy0"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_best_address_of_a_family_is_taken() {
+        let cases: &[(&[&str], &str)] = &[
+            (
+                &["fe80::1/64 link", "2001:db8::1/64 dynamic temporary"],
+                "2001:db8::1",
+            ),
+            (&["2001:db8::1/64 dynamic", "2001:db8::2/64"], "2001:db8::2"),
+            (
+                &["2001:db8::1/64 dynamic temporary", "2001:db8::2/64 dynamic"],
+                "2001:db8::2",
+            ),
+            (&["2001:db8::1/64 deprecated", "fe80::1/64 link"], "fe80::1"),
+            (&["2001:db8::1/64", "2001:db8::2/64"], "2001:db8::1"),
+            (
+                &["ff02::1/64", "::1/128", "2001:db8::2/64 dynamic"],
+                "2001:db8::2",
+            ),
+        ];
+        for (addresses, expected) in cases {
+            let links = [link(2, "eth0", addresses)];
+            let interface = choose(&iface(&["eth0"]), V6, &links, &[])
+                .unwrap()
+                .interface;
+            assert_eq!(interface.ipv6, ip(expected), "{addresses:?}");
+        }
+    }
+
+    #[test]
+    fn other_global_addresses_are_told() {
+        let addresses = [
+            "192.0.2.10/24",
+            "169.254.1.1/16 link",
+            "192.0.2.11/24 dynamic",
+            "2001:db8::1/64 dynamic",
+            "2001:db8::2/64 dynamic temporary deprecated",
+            "fe80::1/64 link",
+        ];
+        let links = [link(2, "eth0", &addresses)];
+        let interface = choose(&iface(&["192.0.2.11"]), BOTH, &links, &[])
+            .unwrap()
+            .interface;
+        let expected: Vec<IpAddr> = ["192.0.2.10", "2001:db8::2"]
+            .map(|text| text.parse().unwrap())
+            .into();
+        assert_eq!(interface.other_addresses, expected);
+    }
+
+    #[test]
+    fn without_an_mtu_or_a_family_there_is_no_interface() {
+        let mut links = host();
+        links[1].mtu = 0;
+        let error = choose(&iface(&["eth0"]), V4, &links, &[])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("failed to determine MTU for eth0 interface"),
+            "{error}"
+        );
+        let none = Families {
+            ipv4: false,
+            ipv6: false,
+        };
+        assert!(refused(&iface(&["eth0"]), none).starts_with("none defined stack"));
+    }
+
+    #[test]
+    fn an_interface_that_is_down_is_taken_and_told() {
+        let mut links = host();
+        links[1].up = false;
+        let found = choose(&iface(&["eth0"]), V4, &links, &[]).unwrap();
+        assert!(found.why.ends_with("it is down now"), "{}", found.why);
+    }
+}

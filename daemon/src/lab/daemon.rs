@@ -1,0 +1,137 @@
+//! A weftd that the lab started.
+
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::GRACE;
+use super::process::ProcessId;
+use crate::netns::{NetNs, apart};
+
+/// How often a process is asked whether it has ended.
+const POLL: Duration = Duration::from_millis(5);
+
+/// A running daemon; whoever drops it without stopping it leaves it running.
+#[derive(Debug)]
+pub(super) struct Daemon {
+    child: Child,
+    id: ProcessId,
+}
+
+impl Daemon {
+    /// Starts weftd in `netns`, its output going to the end of the file `log`.
+    pub(super) fn start(netns: &NetNs, log: &Path, arguments: &[String]) -> anyhow::Result<Self> {
+        let open = || File::options().create(true).append(true).open(log);
+        let context = || format!("cannot write {}", log.display());
+        let (out, err) = (open().with_context(context)?, open().with_context(context)?);
+        let mut command = Command::new(program()?);
+        apart(&mut command).args(arguments).stdout(out).stderr(err);
+        // The lab says what a daemon does; the caller's own settings are for the caller's daemon.
+        for (name, _) in env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("FLANNELD_") || text.starts_with("WEFT_") || text == "NOTIFY_SOCKET"
+            {
+                command.env_remove(name);
+            }
+        }
+        let child = netns.spawn(&mut command)?;
+        let id = ProcessId::of(child.id())?;
+        Ok(Self { child, id })
+    }
+
+    /// Which process it is.
+    pub(super) fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    /// How it ended, if it has.
+    pub(super) fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+        self.child.try_wait().with_context(|| format!("cannot wait for {}", self.id.pid()))
+    }
+
+    /// Asks it to stop.
+    pub(super) fn terminate(&mut self) -> anyhow::Result<()> {
+        self.signal(Signal::TERM)
+    }
+
+    /// Waits until `deadline` for it to stop, and kills it then.
+    ///
+    /// # Errors
+    /// It had to be killed.
+    pub(super) fn wait(mut self, deadline: Instant) -> anyhow::Result<ExitStatus> {
+        while Instant::now() < deadline {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            thread::sleep(POLL);
+        }
+        let pid = self.id.pid();
+        self.kill()?;
+        bail!("weftd (pid {pid}) did not stop within {} s and was killed", GRACE.as_secs())
+    }
+
+    /// Kills it and waits for its end.
+    pub(super) fn kill(mut self) -> anyhow::Result<()> {
+        self.signal(Signal::KILL)?;
+        self.child.wait().with_context(|| format!("cannot wait for {}", self.id.pid()))?;
+        Ok(())
+    }
+
+    fn signal(&mut self, signal: Signal) -> anyhow::Result<()> {
+        if self.ended()?.is_some() {
+            return Ok(());
+        }
+        // Not waited for yet, so the number is still its own.
+        kill_process(Pid::from_child(&self.child), signal)
+            .with_context(|| format!("cannot signal weftd (pid {})", self.id.pid()))
+    }
+}
+
+/// The last `count` lines of a log; what cannot be read says so.
+pub(super) fn last_lines(log: &Path, count: usize) -> String {
+    match fs::read(log) {
+        Ok(text) => {
+            let text = String::from_utf8_lossy(&text);
+            let lines: Vec<_> = text.lines().collect();
+            lines[lines.len().saturating_sub(count)..].join("\n")
+        }
+        Err(error) => format!("(cannot read {}: {error})", log.display()),
+    }
+}
+
+/// The weftd to run: `$WEFTD`, or the one that was built beside this program. Test programs are
+/// one directory further down.
+fn program() -> anyhow::Result<PathBuf> {
+    if let Some(path) = env::var_os("WEFTD") {
+        return Ok(path.into());
+    }
+    let this = env::current_exe().context("cannot find this program's own path")?;
+    let beside = this.parent().map(|directory| directory.join("weftd"));
+    let above = this.parent().and_then(Path::parent).map(|directory| directory.join("weftd"));
+    let candidates = [beside, above];
+    let found = candidates.into_iter().flatten().find(|path| path.is_file());
+    found.with_context(|| {
+        format!("no weftd beside {}; build it, or name one in $WEFTD", this.display())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_lines_of_a_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        assert!(last_lines(&log, 2).contains("cannot read"));
+        fs::write(&log, "one\ntwo\nthree\n").unwrap();
+        assert_eq!(last_lines(&log, 2), "two\nthree");
+        assert_eq!(last_lines(&log, 9), "one\ntwo\nthree");
+    }
+}

@@ -1,0 +1,173 @@
+//! The lab's namespaces and what is in them, made with iproute2.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use ipnetwork::IpNetwork;
+
+use super::subnet_env::{SubnetEnv, first_container};
+use crate::netns::NetNs;
+
+/// Hosts are numbered through the underlay's /24, from .94 on.
+pub(super) const MAX_HOSTS: usize = 160;
+
+/// Router switches of the host namespaces; a kernel without IPv6 lacks the second.
+const FORWARDING: [&str; 2] =
+    ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"];
+
+/// The bridge that a container runtime makes on a host.
+const DOCKER0: &str = "docker0";
+
+/// A host on the switch.
+#[derive(Debug)]
+pub struct Host {
+    /// Where it lives; `eth0` leads to the switch.
+    pub netns: NetNs,
+    /// The address of `eth0`.
+    pub address: IpAddr,
+    /// The daemon's `--run-dir`.
+    pub run_dir: PathBuf,
+    /// The daemon's `--state-dir`.
+    pub state_dir: PathBuf,
+    /// The daemon's `--subnet-file`.
+    pub subnet_file: PathBuf,
+    /// Where the daemon's output goes, over restarts too.
+    pub log: PathBuf,
+}
+
+/// A container behind a host.
+#[derive(Debug)]
+pub struct Container {
+    /// Where it lives; `eth0` leads to the host's `docker0`.
+    pub netns: NetNs,
+    /// The addresses of `eth0`, IPv4 first.
+    pub addresses: Vec<IpNetwork>,
+    /// The MTU of `eth0`.
+    pub mtu: u32,
+}
+
+impl Container {
+    /// The address by which other containers reach it.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn address(&self) -> anyhow::Result<IpAddr> {
+        let first = self.addresses.first().context("the container has no address")?;
+        Ok(first.ip())
+    }
+}
+
+/// Makes the switch: nothing but a bridge.
+pub(super) fn make_switch(name: String) -> anyhow::Result<NetNs> {
+    let switch = NetNs::create(name)?;
+    switch.ip(&["link", "set", "lo", "up"])?;
+    switch.ip(&["link", "add", "br0", "type", "bridge"])?;
+    switch.ip(&["link", "set", "br0", "up"])?;
+    Ok(switch)
+}
+
+/// Makes host `number` (from 1) and plugs it into the switch; its files go to `directory`.
+pub(super) fn make_host(
+    switch: &NetNs,
+    name: String,
+    number: usize,
+    directory: &Path,
+) -> anyhow::Result<Host> {
+    let directory = directory.join(format!("h{number}"));
+    let run_dir = directory.join("run");
+    let host = Host {
+        netns: NetNs::create(name)?,
+        address: host_address(number)?,
+        state_dir: directory.join("state"),
+        subnet_file: run_dir.join("subnet.env"),
+        log: directory.join("weftd.log"),
+        run_dir,
+    };
+    for path in [&host.run_dir, &host.state_dir] {
+        fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+    }
+    let netns = &host.netns;
+    host.netns.run(|| set_forwarding(netns.name()))??;
+    plug(switch, "br0", &format!("h{number}"), netns, None)?;
+    let address = format!("{}/24", host.address);
+    netns.ip(&["address", "add", &address, "dev", "eth0"])?;
+    netns.ip(&["link", "set", "eth0", "up"])?;
+    // On-link, so that there is a default route to choose the interface by, and no router.
+    netns.ip(&["route", "add", "default", "dev", "eth0"])?;
+    Ok(host)
+}
+
+/// Makes a container behind host `number` as docker does with `--bip` and `--mtu`.
+pub(super) fn make_container(
+    host: &Host,
+    name: String,
+    number: usize,
+) -> anyhow::Result<Container> {
+    let env = SubnetEnv::read(&host.subnet_file)?;
+    let addresses = env.gateways.iter().map(|gateway| first_container(*gateway));
+    let container = Container {
+        addresses: addresses.collect::<anyhow::Result<_>>()?,
+        netns: NetNs::create(name)?,
+        mtu: env.mtu,
+    };
+    let mtu = env.mtu.to_string();
+    host.netns.ip(&["link", "add", DOCKER0, "mtu", &mtu, "type", "bridge"])?;
+    for gateway in &env.gateways {
+        add_address(&host.netns, gateway, DOCKER0)?;
+    }
+    host.netns.ip(&["link", "set", DOCKER0, "up"])?;
+
+    let netns = &container.netns;
+    plug(&host.netns, DOCKER0, &format!("c{number}"), netns, Some(&mtu))?;
+    for address in &container.addresses {
+        add_address(netns, address, "eth0")?;
+    }
+    netns.ip(&["link", "set", "eth0", "up"])?;
+    for gateway in &env.gateways {
+        let gateway = gateway.ip().to_string();
+        netns.ip(&["route", "add", "default", "via", &gateway])?;
+    }
+    Ok(container)
+}
+
+/// Lays a cable from the bridge `bridge` of `from`, where the port is called `port`, to `eth0` of
+/// `to`. Both ends are made inside their namespaces: no device appears anywhere else.
+fn plug(
+    from: &NetNs,
+    bridge: &str,
+    port: &str,
+    to: &NetNs,
+    mtu: Option<&str>,
+) -> anyhow::Result<()> {
+    let mtu: Vec<&str> = mtu.map_or(Vec::new(), |mtu| vec!["mtu", mtu]);
+    let near = [&["link", "add", port], mtu.as_slice(), &["type", "veth"]].concat();
+    let far = [&["peer", "name", "eth0"], mtu.as_slice(), &["netns", to.name()]].concat();
+    from.ip(&[near, far].concat())?;
+    from.ip(&["link", "set", port, "master", bridge])?;
+    from.ip(&["link", "set", port, "up"])?;
+    to.ip(&["link", "set", "lo", "up"])
+}
+
+fn add_address(netns: &NetNs, address: &IpNetwork, device: &str) -> anyhow::Result<()> {
+    let text = address.to_string();
+    let mut arguments = vec!["address", "add", &text, "dev", device];
+    if address.is_ipv6() {
+        // Usable at once: nobody else can have it here.
+        arguments.push("nodad");
+    }
+    netns.ip(&arguments)
+}
+
+fn set_forwarding(name: &str) -> anyhow::Result<()> {
+    for path in FORWARDING.into_iter().filter(|path| Path::new(path).exists()) {
+        fs::write(path, "1").with_context(|| format!("cannot set {path} in {name}"))?;
+    }
+    Ok(())
+}
+
+fn host_address(number: usize) -> anyhow::Result<IpAddr> {
+    let last = u8::try_from(93 + number).context("too many hosts")?;
+    Ok(Ipv4Addr::new(10, 168, 0, last).into())
+}

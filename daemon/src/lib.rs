@@ -1,0 +1,13 @@
+//! weftd, the overlay network daemon, and weft, the operator's command.
+
+pub mod flags;
+mod forwarding;
+pub mod interface;
+pub mod lab;
+mod leasing;
+pub mod netns;
+mod node;
+mod overlay;
+mod retry;
+pub mod run;
+pub mod status;

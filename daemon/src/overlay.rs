@@ -1,0 +1,69 @@
+//! The running backend, for async callers: each of its calls, and its end, blocks a thread of the
+//! pool instead of the daemon's loop.
+
+use std::thread;
+
+use anyhow::Context;
+use tokio::sync::mpsc::UnboundedReceiver;
+use weft_backends::{Backend, BackendEvent, BackendStatus, Opened};
+
+/// A backend and its events.
+#[derive(Debug)]
+pub(crate) struct Overlay {
+    /// Away only while a call runs.
+    backend: Option<Box<dyn Backend>>,
+    events: UnboundedReceiver<BackendEvent>,
+}
+
+impl Overlay {
+    pub(crate) fn new((backend, events): Opened) -> Self {
+        Self { backend: Some(backend), events }
+    }
+
+    /// Runs one call of the backend. When the future is dropped midway the call still runs to its
+    /// end, and the backend goes with it: only a daemon that is stopping does that.
+    pub(crate) async fn call<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut dyn Backend) -> T + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let mut backend = self.backend.take().context("the backend was lost in an earlier call")?;
+        let (backend, answer) = tokio::task::spawn_blocking(move || {
+            let answer = work(backend.as_mut());
+            (backend, answer)
+        })
+        .await
+        .context("the backend panicked")?;
+        self.backend = Some(backend);
+        Ok(answer)
+    }
+
+    /// The next event.
+    pub(crate) async fn event(&mut self) -> BackendEvent {
+        match self.events.recv().await {
+            Some(event) => event,
+            // The backend holds the sender, so it is gone; `call` reports that.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Forgets what a backend that is stopped now reported: each of its threads may have.
+    pub(crate) fn forget_events(&mut self) {
+        while self.events.try_recv().is_ok() {}
+    }
+
+    /// Reads numbers only, so it needs no thread of its own.
+    pub(crate) fn status(&self) -> BackendStatus {
+        self.backend.as_ref().map(|backend| backend.status()).unwrap_or_default()
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let backend = self.backend.take();
+        // Ends what the backend runs inside; see the trait on blocking.
+        let ended = thread::spawn(move || drop(backend)).join();
+        if ended.is_err() {
+            tracing::error!("the backend panicked while it was stopped");
+        }
+    }
+}

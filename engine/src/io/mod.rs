@@ -1,0 +1,42 @@
+//! Packet input and output in batches. One implementation so far: [`uring`].
+
+#[expect(unsafe_code, reason = "the fence: memory shared with the kernel")]
+pub(crate) mod uring;
+
+use std::io;
+use std::net::IpAddr;
+use std::ops::Range;
+
+use crate::buffers::BufferId;
+
+/// Which way a thread carries packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From the containers to a peer.
+    TunToUdp,
+    /// From a peer to the containers.
+    UdpToTun,
+}
+
+/// Something that happened while the thread waited.
+#[derive(Debug)]
+pub(crate) enum Completion {
+    /// A packet came in.
+    Received(Received),
+    /// A packet went out, or could not; the buffer is ours again.
+    Sent { buffer: BufferId, packet: Range<usize>, result: io::Result<usize> },
+    /// Somebody rang the wake-up bell.
+    Woken,
+}
+
+/// A packet that came in.
+#[derive(Debug)]
+pub(crate) struct Received {
+    pub(crate) buffer: BufferId,
+    /// Where in the buffer the packet is.
+    pub(crate) packet: Range<usize>,
+    /// Who sent it; `None` from the TUN.
+    pub(crate) sender: Option<IpAddr>,
+    /// It was larger than the buffer, and its end is lost.
+    pub(crate) cut: bool,
+}

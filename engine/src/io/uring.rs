@@ -1,0 +1,504 @@
+//! A thread's io_uring: one endless read that fills buffers, sends from the same buffers, and a
+//! bell to wake it.
+//!
+//! What the kernel does for us: the source is armed once (multishot) and takes a buffer of the
+//! provided ring for each packet, until none is left (ENOBUFS) or something breaks; then it is
+//! armed again. Sends with MSG_DONTWAIT and writes with RWF_NOWAIT end while they are submitted, so
+//! packets keep their order without links between entries.
+//!
+//! A buffer is in one place at a time: with the kernel in the provided ring, with the caller as a
+//! [`BufferId`], or with the kernel in a send.
+
+use std::alloc::{self, Layout};
+use std::fmt;
+use std::io;
+use std::mem;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::{self, NonNull};
+use std::slice;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use io_uring::types::{BufRingEntry, CancelBuilder, Fixed, RecvMsgOut, Timespec};
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
+use socket2::SockAddr;
+
+use super::{Completion, Direction, Received};
+use crate::buffers::{BufferId, BufferPool};
+
+/// Buffers of a ring. More only spill the cache; fewer end the multishot read more often.
+const BUFFERS: u16 = 256;
+/// Where a kernel lacks READ_MULTISHOT (before 6.7): reads in flight. More would wake in vain.
+const READS_IN_FLIGHT: u32 = 4;
+/// Room in front of a received datagram for `io_uring_recvmsg_out` and the sender's address.
+const DATAGRAM_HEADROOM: usize = RECVMSG_OUT_LEN + SENDER_LEN;
+const RECVMSG_OUT_LEN: usize = 16;
+const SENDER_LEN: usize = size_of::<libc::sockaddr_in6>();
+/// Entries for submission: each buffer may be in a send, besides the reads and the bell.
+const SUBMISSIONS: u32 = 512;
+/// A buffer causes at most two completions between two reaps: received, sent.
+const COMPLETIONS: u32 = 1024;
+
+const _: () = assert!(BUFFERS.is_power_of_two());
+const _: () = assert!(BUFFERS as u32 + READS_IN_FLIGHT < SUBMISSIONS);
+const _: () = assert!(2 * BUFFERS as u32 + READS_IN_FLIGHT < COMPLETIONS);
+
+/// How long a closing ring waits for the kernel to let go of its buffers.
+const CANCEL_TIMEOUT: Timespec = Timespec::new().sec(1);
+
+/// Registered files.
+const SOURCE: Fixed = Fixed(0);
+const SINK: Fixed = Fixed(1);
+const BELL: Fixed = Fixed(2);
+
+/// The group number of the one provided ring.
+const GROUP: u16 = 0;
+
+/// What an entry was for, in its user data above the buffer's index.
+const RECEIVE: u64 = 1 << 16;
+const SEND: u64 = 2 << 16;
+const WAKE: u64 = 3 << 16;
+
+/// What the kernel's io_uring can do, found out once at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RingFeatures {
+    /// One read that fills buffer after buffer (Linux 6.7).
+    pub(crate) read_multishot: bool,
+}
+
+impl RingFeatures {
+    /// # Errors
+    /// io_uring is switched off or too old; the text says which and what mends it.
+    pub(crate) fn probe() -> io::Result<Self> {
+        let ring = build_ring(8).map_err(explain)?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe).map_err(explain)?;
+        Ok(Self { read_multishot: probe.is_supported(opcode::ReadMulti::CODE) })
+    }
+}
+
+/// A thread's ring, with its buffers.
+pub(crate) struct Ring {
+    // Closed before the memory below is freed, which the kernel may write into until then.
+    ring: IoUring,
+    provided: ProvidedRing,
+    pool: BufferPool,
+    sends: Box<[SendSlot]>,
+    /// What multishot receives are shaped by; the kernel reads it when armed.
+    receive_shape: Box<libc::msghdr>,
+    bell_count: Box<u64>,
+    direction: Direction,
+    features: RingFeatures,
+    /// Receives that the kernel has.
+    armed: u32,
+    bell_armed: bool,
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring").field("direction", &self.direction).finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// A ring for the calling thread, and for no other (SINGLE_ISSUER). Packets of `packet_len`
+    /// bytes fit the buffers. `tun`, `udp` and `bell` (an eventfd) must be open until here only:
+    /// the ring holds references of its own.
+    ///
+    /// # Errors
+    /// The kernel refused the ring or one of its parts; the text says what mends it.
+    pub(crate) fn new(
+        direction: Direction,
+        features: RingFeatures,
+        packet_len: usize,
+        [tun, udp, bell]: [BorrowedFd<'_>; 3],
+    ) -> io::Result<Self> {
+        let ring = build_ring(SUBMISSIONS).map_err(explain)?;
+        let (source, sink) = match direction {
+            Direction::TunToUdp => (tun, udp),
+            Direction::UdpToTun => (udp, tun),
+        };
+        ring.submitter()
+            .register_files(&[source.as_raw_fd(), sink.as_raw_fd(), bell.as_raw_fd()])
+            .map_err(explain)?;
+        let pool = BufferPool::new(BUFFERS, DATAGRAM_HEADROOM + packet_len);
+        let mut provided = ProvidedRing::register(&ring).map_err(explain)?;
+        for index in 0..BUFFERS {
+            provided.add(index, &pool);
+        }
+        provided.publish();
+        // SAFETY: msghdr is plain old data, for which all-zero bytes are a value.
+        let mut receive_shape: Box<libc::msghdr> = Box::new(unsafe { mem::zeroed() });
+        receive_shape.msg_namelen = socklen(SENDER_LEN);
+        Ok(Self {
+            ring,
+            provided,
+            pool,
+            sends: (0..BUFFERS).map(|_| SendSlot::empty()).collect(),
+            receive_shape,
+            bell_count: Box::new(0),
+            direction,
+            features,
+            armed: 0,
+            bell_armed: false,
+        })
+    }
+
+    /// The most completions that one [`Self::reap`] yields.
+    pub(crate) const fn completions_max() -> usize {
+        COMPLETIONS as usize
+    }
+
+    /// Hands everything queued to the kernel and sleeps until something has happened.
+    ///
+    /// # Errors
+    /// The ring itself is broken; nothing more will come of it.
+    pub(crate) fn submit_and_wait(&mut self) -> io::Result<()> {
+        self.provided.publish();
+        self.arm();
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => Ok(()),
+            // Interrupted, or completions have piled up: both end with the next reap.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Collects what has happened, in order.
+    ///
+    /// # Errors
+    /// The source is gone (EBADFD: the TUN device was deleted) or refuses to be read.
+    pub(crate) fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
+        let mut completed = self.ring.completion();
+        completed.sync();
+        for entry in completed {
+            let index = index(entry.user_data());
+            match entry.user_data() & !0xffff {
+                SEND => out.push(self.sends[usize::from(index)].done(index, entry.result())),
+                WAKE => {
+                    self.bell_armed = false;
+                    out.push(Completion::Woken);
+                }
+                _ => {
+                    if !cqueue::more(entry.flags()) {
+                        self.armed -= 1;
+                    }
+                    match outcome(entry.result()) {
+                        Ok(len) => {
+                            let buffer = cqueue::buffer_select(entry.flags());
+                            let received = buffer.map(|buffer| match self.direction {
+                                Direction::TunToUdp => from_tun(buffer, len),
+                                Direction::UdpToTun => {
+                                    from_udp(buffer, len, &self.pool, &self.receive_shape)
+                                }
+                            });
+                            out.extend(received.map(Completion::Received));
+                        }
+                        // Out of buffers, or nothing there after all: armed again at the next
+                        // submission, when the caller has recycled what it has.
+                        Err(error) if is_passing(&error) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The packet in a buffer.
+    pub(crate) fn packet(&self, buffer: &BufferId, at: &Range<usize>) -> &[u8] {
+        assert!(at.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
+        let start = self.pool.start(buffer.index());
+        // SAFETY: the bytes are inside the buffer (asserted), initialised since the pool was made,
+        // and the caller's alone: it holds the only BufferId, which `recycle` and `send` take
+        // before the kernel gets the buffer.
+        unsafe { slice::from_raw_parts(start.add(at.start), at.len()) }
+    }
+
+    /// As [`Self::packet`], to be changed.
+    pub(crate) fn packet_mut(&mut self, buffer: &BufferId, at: &Range<usize>) -> &mut [u8] {
+        assert!(at.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
+        let start = self.pool.start(buffer.index());
+        // SAFETY: as in `packet`; and `&mut self` keeps other slices of this ring away.
+        unsafe { slice::from_raw_parts_mut(start.add(at.start), at.len()) }
+    }
+
+    /// Queues a datagram to a peer. The buffer comes back as [`Completion::Sent`].
+    pub(crate) fn send_to(&mut self, buffer: BufferId, packet: Range<usize>, peer: SocketAddr) {
+        assert!(packet.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
+        let index = buffer.index();
+        let start = self.pool.start(index).wrapping_add(packet.start);
+        let message = self.sends[usize::from(index)].fill(start, packet, peer);
+        let flags = libc::MSG_DONTWAIT.cast_unsigned();
+        let entry = opcode::SendMsg::new(SINK, message).flags(flags).build();
+        // SAFETY: the message, its address and its one iovec live in `self.sends`, the packet in
+        // `self.pool`; neither moves or is freed before the ring closes, and neither is touched
+        // before the completion brings the buffer back.
+        unsafe { self.push(&entry.user_data(SEND | u64::from(index))) }
+    }
+
+    /// Queues a packet to the TUN. The buffer comes back as [`Completion::Sent`].
+    pub(crate) fn write(&mut self, buffer: BufferId, packet: Range<usize>) {
+        assert!(packet.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
+        let index = buffer.index();
+        let start = self.pool.start(index).wrapping_add(packet.start);
+        let len = len_u32(packet.len());
+        self.sends[usize::from(index)].packet = packet;
+        let entry = opcode::Write::new(SINK, start, len).rw_flags(libc::RWF_NOWAIT).build();
+        // SAFETY: the packet lives in `self.pool` and is not touched before the completion brings
+        // the buffer back.
+        unsafe { self.push(&entry.user_data(SEND | u64::from(index))) }
+    }
+
+    /// Gives a buffer back to the source.
+    pub(crate) fn recycle(&mut self, buffer: BufferId) {
+        self.provided.add(buffer.index(), &self.pool);
+    }
+
+    fn arm(&mut self) {
+        while self.armed < self.receives_wanted() {
+            let entry = self.receive_entry().user_data(RECEIVE);
+            // SAFETY: receives write into the buffers of the provided ring only, which live until
+            // the ring closes; the shape they read lives as long.
+            unsafe { self.push(&entry) }
+            self.armed += 1;
+        }
+        if !self.bell_armed {
+            let count = ptr::from_mut(self.bell_count.as_mut()).cast();
+            let entry = opcode::Read::new(BELL, count, 8).build().user_data(WAKE);
+            // SAFETY: `bell_count` has the eight bytes and lives until the ring closes.
+            unsafe { self.push(&entry) }
+            self.bell_armed = true;
+        }
+    }
+
+    fn receives_wanted(&self) -> u32 {
+        match self.direction {
+            Direction::TunToUdp if !self.features.read_multishot => READS_IN_FLIGHT,
+            Direction::TunToUdp | Direction::UdpToTun => 1,
+        }
+    }
+
+    fn receive_entry(&self) -> squeue::Entry {
+        match self.direction {
+            Direction::UdpToTun => {
+                opcode::RecvMsgMulti::new(SOURCE, self.receive_shape.as_ref(), GROUP).build()
+            }
+            // io-uring 0.7.15 loses FIXED_FILE in this one opcode and would read descriptor 0.
+            Direction::TunToUdp if self.features.read_multishot => {
+                opcode::ReadMulti::new(SOURCE, 0, GROUP).build().flags(squeue::Flags::FIXED_FILE)
+            }
+            Direction::TunToUdp => {
+                opcode::Read::new(SOURCE, ptr::null_mut(), len_u32(self.pool.buffer_len()))
+                    .buf_group(GROUP)
+                    .build()
+                    .flags(squeue::Flags::BUFFER_SELECT)
+            }
+        }
+    }
+
+    /// # Safety
+    /// What the entry points to must live, unmoved and unused, until its completion.
+    unsafe fn push(&mut self, entry: &squeue::Entry) {
+        // SAFETY: the caller's promise.
+        let pushed = unsafe { self.ring.submission().push(entry) };
+        pushed.expect("the queue has room for every buffer: see SUBMISSIONS");
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let cancel = CancelBuilder::any().all();
+        let cancelled = self.ring.submitter().register_sync_cancel(Some(CANCEL_TIMEOUT), cancel);
+        let nothing_left = match cancelled {
+            Ok(()) => true,
+            Err(error) => error.raw_os_error() == Some(libc::ENOENT),
+        };
+        if !nothing_left {
+            // The kernel may still write there: better lost than written to by surprise.
+            mem::forget(mem::replace(&mut self.pool, BufferPool::new(0, 1)));
+        }
+    }
+}
+
+fn build_ring(entries: u32) -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_cqsize(COMPLETIONS.max(entries))
+        .build(entries)
+}
+
+/// Says which switch refuses io_uring.
+fn explain(error: io::Error) -> io::Error {
+    let cure = match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            "io_uring is forbidden here: by `sysctl kernel.io_uring_disabled` (set it to 0) or by \
+             a container's seccomp profile (allow io_uring_setup, _enter and _register)"
+        }
+        Some(libc::ENOSYS) => "this kernel was built without io_uring, or seccomp hides it",
+        Some(libc::EINVAL) => "this kernel's io_uring is too old: weft needs Linux 6.1",
+        Some(libc::ENOMEM) => "raise the memlock limit (`ulimit -l`, LimitMEMLOCK=)",
+        _ => return error,
+    };
+    io::Error::new(error.kind(), format!("{cure} ({error})"))
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EAGAIN | libc::EINTR))
+}
+
+fn outcome(result: i32) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result))
+}
+
+fn from_tun(buffer: u16, len: usize) -> Received {
+    Received { buffer: BufferId::new(buffer), packet: 0..len, sender: None, cut: false }
+}
+
+fn from_udp(buffer: u16, len: usize, pool: &BufferPool, shape: &libc::msghdr) -> Received {
+    let len = len.min(pool.buffer_len());
+    // SAFETY: the kernel has just handed over this buffer and does not write there any more; the
+    // slice ends inside it and before this function does.
+    let bytes = unsafe { slice::from_raw_parts(pool.start(buffer), len) };
+    let message = RecvMsgOut::parse(bytes, shape).ok();
+    let sender = message.as_ref().and_then(|message| sender(message.name_data()));
+    Received {
+        buffer: BufferId::new(buffer),
+        packet: DATAGRAM_HEADROOM.min(len)..len,
+        sender: Some(sender.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))),
+        cut: message.is_none_or(|message| message.is_payload_truncated()),
+    }
+}
+
+/// Reads a sockaddr_in or sockaddr_in6 (ip(7), ipv6(7)).
+fn sender(name: &[u8]) -> Option<IpAddr> {
+    let family = u16::from_ne_bytes(*name.first_chunk()?);
+    let address = match i32::from(family) {
+        libc::AF_INET => IpAddr::V4(Ipv4Addr::from(*name.get(4..)?.first_chunk::<4>()?)),
+        libc::AF_INET6 => IpAddr::V6(Ipv6Addr::from(*name.get(8..)?.first_chunk::<16>()?)),
+        _ => return None,
+    };
+    Some(address.to_canonical())
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the low 16 bits of user data are the index")]
+fn index(user_data: u64) -> u16 {
+    user_data as u16
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "buffers are far below 4 GiB")]
+fn len_u32(len: usize) -> u32 {
+    len as u32
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "socket addresses have at most 128 bytes")]
+fn socklen(len: usize) -> libc::socklen_t {
+    len as libc::socklen_t
+}
+
+/// What a send of one buffer needs to have in memory while it runs.
+struct SendSlot {
+    message: libc::msghdr,
+    iovec: libc::iovec,
+    peer: SockAddr,
+    packet: Range<usize>,
+}
+
+impl SendSlot {
+    fn empty() -> Self {
+        Self {
+            // SAFETY: msghdr is plain old data, for which all-zero bytes are a value.
+            message: unsafe { mem::zeroed() },
+            iovec: libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 },
+            peer: SockAddr::from(SocketAddr::from(([0; 4], 0))),
+            packet: 0..0,
+        }
+    }
+
+    fn fill(
+        &mut self,
+        start: *mut u8,
+        packet: Range<usize>,
+        to: SocketAddr,
+    ) -> *const libc::msghdr {
+        self.peer = to.into();
+        self.iovec = libc::iovec { iov_base: start.cast(), iov_len: packet.len() };
+        self.packet = packet;
+        self.message.msg_name = self.peer.as_ptr().cast_mut().cast();
+        self.message.msg_namelen = self.peer.len();
+        self.message.msg_iov = &raw mut self.iovec;
+        self.message.msg_iovlen = 1;
+        &raw const self.message
+    }
+
+    fn done(&mut self, index: u16, result: i32) -> Completion {
+        let packet = mem::take(&mut self.packet);
+        Completion::Sent { buffer: BufferId::new(index), packet, result: outcome(result) }
+    }
+}
+
+/// The ring of buffers that the kernel takes from (io_uring_register_buf_ring(3)).
+struct ProvidedRing {
+    entries: NonNull<BufRingEntry>,
+    tail: u16,
+}
+
+impl ProvidedRing {
+    const PAGE: usize = 4096;
+
+    fn layout() -> Layout {
+        let len = usize::from(BUFFERS) * size_of::<BufRingEntry>();
+        Layout::from_size_align(len.next_multiple_of(Self::PAGE), Self::PAGE)
+            .expect("a page is a valid alignment")
+    }
+
+    fn register(ring: &IoUring) -> io::Result<Self> {
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc::alloc_zeroed(Self::layout()) };
+        let Some(entries) = NonNull::new(memory.cast::<BufRingEntry>()) else {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        };
+        let provided = Self { entries, tail: 0 };
+        // SAFETY: the memory is page-aligned, has room for the entries, and lives until after the
+        // ring is closed: it is freed by our Drop, and `Ring` drops its IoUring first.
+        unsafe {
+            ring.submitter().register_buf_ring_with_flags(
+                entries.as_ptr().addr() as u64,
+                BUFFERS,
+                GROUP,
+                0,
+            )?;
+        }
+        Ok(provided)
+    }
+
+    /// Puts a buffer at the end of the ring. The kernel sees it after [`Self::publish`].
+    fn add(&mut self, index: u16, pool: &BufferPool) {
+        let at = usize::from(self.tail & (BUFFERS - 1));
+        // SAFETY: `at` is below BUFFERS, and the kernel does not read entries at or behind the
+        // published tail. There is room: a ring of BUFFERS entries, and each buffer is in it at
+        // most once, since adding takes its BufferId.
+        let entry = unsafe { &mut *self.entries.as_ptr().add(at) };
+        entry.set_addr(pool.start(index).expose_provenance() as u64);
+        entry.set_len(len_u32(pool.buffer_len()));
+        entry.set_bid(index);
+        self.tail = self.tail.wrapping_add(1);
+    }
+
+    fn publish(&self) {
+        // SAFETY: the pointer is to the first entry of a registered ring; its tail is a u16,
+        // aligned, which only this thread writes and the kernel reads atomically.
+        let tail =
+            unsafe { AtomicU16::from_ptr(BufRingEntry::tail(self.entries.as_ptr()).cast_mut()) };
+        tail.store(self.tail, Ordering::Release);
+    }
+}
+
+impl Drop for ProvidedRing {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `register` with this layout, and the kernel has let go of it.
+        unsafe { alloc::dealloc(self.entries.as_ptr().cast(), Self::layout()) }
+    }
+}

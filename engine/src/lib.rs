@@ -1,0 +1,306 @@
+//! weft's data plane: moves packets between a TUN device and UDP sockets.
+//!
+//! Each worker has one queue of the TUN device and one socket, served by two threads, one a
+//! direction. Each thread owns an io_uring, its buffers and its counters; the published
+//! [`RouteTable`] is all that threads share, read once per batch.
+//!
+//! **tun_to_udp.** The kernel routes a container's packet into the TUN device → one endless read
+//! puts it into a buffer → [`packet::IpView`] checks it → time to live left? → one lookup of the
+//! destination → the time to live drops by one → a datagram to the peer, holding nothing but the
+//! packet (flannel's wire format) → the buffer goes back when the send has completed.
+//!
+//! **udp_to_tun.** One endless receive puts a datagram into a buffer → [`guard::Guard`] judges its
+//! sender and its bytes → time to live left? → the time to live drops by one → a write to the TUN
+//! device, which hands the packet to the kernel's routing → the buffer goes back.
+//!
+//! The payload is copied by the kernel only, between its packets and our buffers: once in, once
+//! out. What is dropped on the way has a counter by reason; senders get the ICMP errors that a
+//! router owes them ([`icmp`]).
+
+mod buffers;
+pub mod guard;
+pub mod icmp;
+mod io;
+pub mod packet;
+pub mod routes;
+pub mod stats;
+#[expect(unsafe_code, reason = "the fence: system calls that no crate wraps safely")]
+mod sys;
+mod tun;
+mod udp;
+mod worker;
+
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use arc_swap::ArcSwap;
+use crossbeam::channel::{self, Sender};
+
+pub use guard::GuardMode;
+pub use routes::{Peer, RouteTable};
+pub use stats::Counter;
+
+use guard::Guard;
+use io::Direction;
+use io::uring::{Ring, RingFeatures};
+use stats::ThreadStats;
+use tun::TunDevice;
+use udp::UdpSocket;
+use worker::{Context, TunToUdp, UdpToTun};
+
+/// What an engine is made of.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Name of the TUN device; one `%d` stands for the next free number.
+    pub device: String,
+    /// The largest inner packet, in bytes; the MTU of the device.
+    pub mtu: u16,
+    /// Queues of the device and sockets; 2 threads each. At least 1.
+    pub workers: usize,
+    /// Address and port of the sockets.
+    pub listen: SocketAddr,
+    pub guard: GuardMode,
+    /// Our addresses on the device, at most one of each family: ICMP errors come from there.
+    pub tunnel_addresses: Vec<IpAddr>,
+}
+
+/// Why an engine did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("cannot use io_uring: {0}")]
+    Ring(#[source] std::io::Error),
+    #[error("cannot make the TUN device {name}: {source}{}", device_hint(source))]
+    Device { name: String, source: std::io::Error },
+    #[error("cannot listen on UDP {address}: {source}{}", listen_hint(source))]
+    Listen { address: SocketAddr, source: std::io::Error },
+    #[error("cannot start a worker thread: {0}")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Told, from the thread that died, why packets no longer move. The device being deleted is the
+/// usual reason.
+pub type OnFailure = Arc<dyn Fn(String) + Send + Sync>;
+
+/// A device and sockets that are open, with nothing moving yet.
+#[derive(Debug)]
+pub struct Engine {
+    config: EngineConfig,
+    features: RingFeatures,
+    device: TunDevice,
+    sockets: Vec<UdpSocket>,
+}
+
+impl Engine {
+    /// Opens the sockets and makes the device, up and with its MTU.
+    ///
+    /// # Errors
+    /// The port is taken, the privilege is missing, or io_uring is not to be had. Nothing is left
+    /// behind.
+    pub fn open(config: EngineConfig) -> Result<Self, EngineError> {
+        let features = RingFeatures::probe().map_err(EngineError::Ring)?;
+        let address = config.listen;
+        let sockets = UdpSocket::bind_group(address, config.workers)
+            .map_err(|source| EngineError::Listen { address, source })?;
+        let device_error = |source| EngineError::Device { name: config.device.clone(), source };
+        let device = TunDevice::open(&config.device, config.workers).map_err(device_error)?;
+        device.bring_up(config.mtu).map_err(device_error)?;
+        Ok(Self { config, features, device, sockets })
+    }
+
+    /// The name that the device got.
+    pub fn device(&self) -> &str {
+        self.device.name()
+    }
+
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// A thread or its ring could not be made. Everything is stopped and closed again.
+    pub fn start(
+        self,
+        routes: RouteTable,
+        on_failure: OnFailure,
+    ) -> Result<EngineHandle, EngineError> {
+        tracing::debug!(features = ?self.features, config = ?self.config, "engine starts");
+        let mut handle = EngineHandle {
+            routes: Arc::new(ArcSwap::from_pointee(routes)),
+            stop: Arc::new(AtomicBool::new(false)),
+            threads: Vec::new(),
+        };
+        let (started, outcomes) = channel::bounded(2 * self.config.workers);
+        for (number, (tun, udp)) in
+            self.device.into_queues().into_iter().zip(self.sockets).enumerate()
+        {
+            let (tun, udp) = (Arc::new(tun), Arc::new(udp));
+            for direction in [Direction::TunToUdp, Direction::UdpToTun] {
+                let context = Context {
+                    tun: Arc::clone(&tun),
+                    udp: Arc::clone(&udp),
+                    routes: Arc::clone(&handle.routes),
+                    stats: Arc::new(ThreadStats::default()),
+                    stop: Arc::clone(&handle.stop),
+                    guard: Guard { mode: self.config.guard, mtu: self.config.mtu.into() },
+                    tunnel_addresses: self.config.tunnel_addresses.clone(),
+                    overhead: overhead(self.config.listen.ip()),
+                };
+                let job = Job {
+                    direction,
+                    features: self.features,
+                    context,
+                    started: started.clone(),
+                    on_failure: Arc::clone(&on_failure),
+                };
+                handle.threads.push(job.spawn(number)?);
+            }
+        }
+        for outcome in outcomes.iter().take(handle.threads.len()) {
+            outcome.map_err(EngineError::Ring)?;
+        }
+        Ok(handle)
+    }
+}
+
+/// Bytes of IP and UDP headers around each inner packet on an underlay of this family.
+pub const fn overhead(underlay: IpAddr) -> u32 {
+    match underlay {
+        IpAddr::V4(_) => 20 + 8,
+        IpAddr::V6(_) => 40 + 8,
+    }
+}
+
+/// A running engine. Dropping it stops the workers and closes the device.
+pub struct EngineHandle {
+    routes: Arc<ArcSwap<RouteTable>>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<Running>,
+}
+
+impl fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EngineHandle").field("threads", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+impl EngineHandle {
+    /// Replaces the routes; the next batch of every worker uses the new ones.
+    pub fn publish(&self, routes: RouteTable) {
+        self.routes.store(Arc::new(routes));
+    }
+
+    /// A counter, summed over all threads.
+    pub fn counter(&self, counter: Counter) -> u64 {
+        self.threads.iter().map(|thread| thread.stats.get(counter)).sum()
+    }
+}
+
+impl Drop for EngineHandle {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in &self.threads {
+            // An eventfd refuses only when its count is full, and then the thread is awake.
+            let _ = (&thread.bell).write(&1u64.to_ne_bytes());
+        }
+        for thread in &mut self.threads {
+            if let Some(join) = thread.join.take() {
+                // A panic has been reported by the thread itself: see `Job::run`.
+                let _ = join.join();
+            }
+        }
+    }
+}
+
+/// A thread of a worker.
+struct Running {
+    join: Option<JoinHandle<()>>,
+    bell: File,
+    stats: Arc<ThreadStats>,
+}
+
+/// Everything that a thread needs to begin.
+struct Job {
+    direction: Direction,
+    features: RingFeatures,
+    context: Context,
+    started: Sender<std::io::Result<()>>,
+    on_failure: OnFailure,
+}
+
+impl Job {
+    fn spawn(self, number: usize) -> Result<Running, EngineError> {
+        let bell = sys::eventfd().map_err(EngineError::Thread)?;
+        let thread_bell = bell.try_clone().map_err(EngineError::Thread)?;
+        let stats = Arc::clone(&self.context.stats);
+        let name = match self.direction {
+            Direction::TunToUdp => format!("tun_to_udp-{number}"),
+            Direction::UdpToTun => format!("udp_to_tun-{number}"),
+        };
+        let join = thread::Builder::new()
+            .name(name)
+            .spawn(move || self.run(&thread_bell))
+            .map_err(EngineError::Thread)?;
+        Ok(Running { join: Some(join), bell: bell.into(), stats })
+    }
+
+    fn run(self, bell: &OwnedFd) {
+        let name = thread::current().name().unwrap_or("engine").to_owned();
+        let mut watch = DeathWatch { on_failure: self.on_failure, reason: None };
+        let files = [self.context.tun.as_fd(), self.context.udp.as_fd(), bell.as_fd()];
+        let packet_len = self.context.guard.mtu;
+        // Made here, since only the thread that makes a ring may use it.
+        let mut ring = match Ring::new(self.direction, self.features, packet_len, files) {
+            Ok(ring) => ring,
+            Err(error) => return drop(self.started.send(Err(error))),
+        };
+        drop(self.started.send(Ok(())));
+        watch.reason = Some(format!("{name} panicked"));
+        let ended = match self.direction {
+            Direction::TunToUdp => TunToUdp::new(self.context).run(&mut ring),
+            Direction::UdpToTun => UdpToTun::new(self.context).run(&mut ring),
+        };
+        watch.reason = ended.err().map(|error| format!("{name} stopped: {error}"));
+    }
+}
+
+/// Reports how a thread ended, a panic too, unless it was asked to.
+struct DeathWatch {
+    on_failure: OnFailure,
+    reason: Option<String>,
+}
+
+impl Drop for DeathWatch {
+    fn drop(&mut self) {
+        if let Some(reason) = self.reason.take() {
+            (self.on_failure)(reason);
+        }
+    }
+}
+
+fn device_hint(error: &std::io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "; weftd needs CAP_NET_ADMIN: run it as root, or grant the capability"
+        }
+        Some(libc::ENOENT | libc::ENODEV) => {
+            "; load the module with `modprobe tun` and see that /dev/net/tun exists"
+        }
+        Some(libc::EBUSY) => "; another process uses a device of this name",
+        _ => "",
+    }
+}
+
+fn listen_hint(error: &std::io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => {
+            "; another weftd or flanneld has it: stop that one, or set another Port in the \
+             Backend part of the network config, which every node must share"
+        }
+        Some(libc::EADDRNOTAVAIL) => "; no interface has this address: see --iface",
+        _ => "",
+    }
+}

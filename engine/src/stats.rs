@@ -1,0 +1,114 @@
+//! Counters: plain numbers, one writer each, summed by whoever reads.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam::utils::CachePadded;
+
+/// Declares the counters once: variants, names and count cannot drift apart.
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $variant:ident => $name:literal,)+) => {
+        /// What is counted. Names begin with the direction.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Counter { $($(#[doc = $doc])+ $variant,)+ }
+
+        impl Counter {
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The name in status and metrics.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Packets sent to peers.
+    TunToUdpPackets => "tun_to_udp_packets",
+    /// Their bytes, without the outer headers.
+    TunToUdpBytes => "tun_to_udp_bytes",
+    /// Times that the thread woke up to packets; packets / batches is the batch size.
+    TunToUdpBatches => "tun_to_udp_batches",
+    /// Dropped: not a well-formed IP packet.
+    TunToUdpMalformed => "tun_to_udp_malformed",
+    /// Dropped: no peer has the destination.
+    TunToUdpNoRoute => "tun_to_udp_no_route",
+    /// Dropped: the time to live ran out.
+    TunToUdpTtlExpired => "tun_to_udp_ttl_expired",
+    /// Dropped: larger than the path to the peer allows.
+    TunToUdpTooBig => "tun_to_udp_too_big",
+    /// Sent in outer fragments, the path being smaller and the inner packet's sender not minding.
+    TunToUdpFragmented => "tun_to_udp_fragmented",
+    /// Dropped: the socket's send buffer or the device's queue was full.
+    TunToUdpFull => "tun_to_udp_full",
+    /// Dropped: the kernel refused the send for another reason (no route to the peer, say).
+    TunToUdpSendFailed => "tun_to_udp_send_failed",
+    /// Packets written to the TUN device.
+    UdpToTunPackets => "udp_to_tun_packets",
+    /// Their bytes.
+    UdpToTunBytes => "udp_to_tun_bytes",
+    /// Times that the thread woke up to datagrams.
+    UdpToTunBatches => "udp_to_tun_batches",
+    /// Dropped: not a well-formed IP packet.
+    UdpToTunMalformed => "udp_to_tun_malformed",
+    /// Dropped: larger than the overlay's MTU.
+    UdpToTunOversized => "udp_to_tun_oversized",
+    /// Dropped by the guard: the outer sender is no peer.
+    UdpToTunUnknownSender => "udp_to_tun_unknown_sender",
+    /// Dropped by the guard: the inner source is not the sender's.
+    UdpToTunForeignSource => "udp_to_tun_foreign_source",
+    /// Dropped by the guard: the inner destination is not ours.
+    UdpToTunForeignDestination => "udp_to_tun_foreign_destination",
+    /// Dropped: the time to live ran out.
+    UdpToTunTtlExpired => "udp_to_tun_ttl_expired",
+    /// Dropped: the kernel refused the write (the device is down, say).
+    UdpToTunWriteFailed => "udp_to_tun_write_failed",
+    /// ICMP errors sent.
+    IcmpSent => "icmp_sent",
+    /// ICMP errors owed but held back by the rate limit.
+    IcmpLimited => "icmp_limited",
+}
+
+/// The counters of one thread. Only that thread adds to them.
+#[derive(Debug)]
+pub struct ThreadStats(CachePadded<[AtomicU64; Counter::ALL.len()]>);
+
+impl Default for ThreadStats {
+    fn default() -> Self {
+        Self(CachePadded::new([const { AtomicU64::new(0) }; Counter::ALL.len()]))
+    }
+}
+
+impl ThreadStats {
+    /// A load and a store, not a locked addition: there is one writer.
+    pub fn add(&self, counter: Counter, amount: u64) {
+        let cell = &self.0[counter as usize];
+        cell.store(cell.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.0[counter as usize].load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn counts_each_by_itself() {
+        let stats = ThreadStats::default();
+        stats.add(Counter::IcmpSent, 2);
+        stats.add(Counter::IcmpSent, 3);
+        assert_eq!(stats.get(Counter::IcmpSent), 5);
+        assert_eq!(stats.get(Counter::IcmpLimited), 0);
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let names: HashSet<_> = Counter::ALL.iter().map(|counter| counter.name()).collect();
+        assert_eq!(names.len(), Counter::ALL.len());
+    }
+}

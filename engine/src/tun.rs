@@ -1,0 +1,96 @@
+//! The TUN device: one interface, one queue a worker.
+//!
+//! The kernel steers a flow's packets to one queue and spreads flows over the queues that are
+//! open. So every queue needs a reader: packets in one that nobody reads are lost. The device
+//! lives as long as any process holds one of its queues open.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tun::AbstractDevice;
+
+use crate::sys;
+
+/// How long the queues of a process that has just ended may keep a name busy: io_uring lets go of
+/// its files some 20 to 80 ms after the exit.
+const BUSY_GRACE: Duration = Duration::from_millis(500);
+
+/// A TUN device with its queues.
+#[derive(Debug)]
+pub(crate) struct TunDevice {
+    name: String,
+    queues: Vec<TunQueue>,
+}
+
+/// One queue: a packet a read, a packet a write.
+#[derive(Debug)]
+pub(crate) struct TunQueue(File);
+
+impl TunDevice {
+    /// Makes a device with this many queues. `name` may hold one `%d`, for which the kernel puts
+    /// the next free number. The device is down and has no addresses.
+    ///
+    /// # Errors
+    /// What [`sys::open_tun_queue`] says.
+    pub(crate) fn open(name: &str, queues: usize) -> io::Result<Self> {
+        let (first, name) = open_when_free(name)?;
+        let mut device = Self { name, queues: vec![TunQueue(first)] };
+        for _ in 1..queues {
+            let (queue, _) = sys::open_tun_queue(&device.name)?;
+            device.queues.push(TunQueue(queue.into()));
+        }
+        Ok(device)
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Sets the largest packet that the device carries, and brings the device up.
+    ///
+    /// # Errors
+    /// The kernel refused the MTU (68 to 65535), or somebody deleted the device.
+    pub(crate) fn bring_up(&self, mtu: u16) -> io::Result<()> {
+        let mut config = tun::Configuration::default();
+        config.tun_name(&self.name).raw_fd(self.queues[0].0.as_raw_fd()).close_fd_on_drop(false);
+        let mut device = tun::Device::new(&config).map_err(io::Error::other)?;
+        device.set_mtu(mtu).map_err(io::Error::other)?;
+        device.enabled(true).map_err(io::Error::other)
+    }
+
+    /// Hands out the queues, each to one worker.
+    pub(crate) fn into_queues(self) -> Vec<TunQueue> {
+        self.queues
+    }
+}
+
+fn open_when_free(name: &str) -> io::Result<(File, String)> {
+    let deadline = Instant::now() + BUSY_GRACE;
+    loop {
+        match sys::open_tun_queue(name) {
+            Ok((queue, name)) => return Ok((queue.into(), name)),
+            Err(error)
+                if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
+            {
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+impl TunQueue {
+    /// Hands the kernel one packet, outside of any batch.
+    pub(crate) fn write(&self, packet: &[u8]) -> io::Result<usize> {
+        (&self.0).write(packet)
+    }
+}
+
+impl AsFd for TunQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
