@@ -1,7 +1,7 @@
 //! The command line of weftd: flannel's flags, and weft's own.
 //!
-//! The flags are data here; [`arguments`] turns Go's way of writing them into clap's, and
-//! [`settings`] decides what they come to.
+//! The flags are data here; `arguments` turns Go's way of writing them into clap's, and
+//! `settings` decides what they come to.
 
 mod arguments;
 mod settings;
@@ -273,33 +273,20 @@ pub fn one_line(error: &clap::Error) -> String {
     let lines = text.lines().map(str::trim);
     let told =
         lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let told = told.map(|line| {
-        line.trim_start_matches("error: ")
-            .trim_start_matches("tip: ")
-    });
+    let told = told.map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: "));
     let told: Vec<&str> = told.filter(|line| !line.is_empty()).collect();
     told.join("; ")
 }
 
 fn command() -> Command {
-    let version = Arg::new("version")
-        .long("version")
-        .action(ArgAction::Version)
-        .help("Print version");
-    let command = Command::new(PROGRAM)
-        .disable_version_flag(true)
-        .arg(version);
+    let version =
+        Arg::new("version").long("version").action(ArgAction::Version).help("Print version");
+    let command = Command::new(PROGRAM).disable_version_flag(true).arg(version);
     Flags::augment_args(command)
         .about("Carries container packets between hosts, in flannel's place")
         .version(env!("CARGO_PKG_VERSION"))
         .args_override_self(true)
-        .mut_args(|arg| {
-            if arguments::is_switch(&arg) {
-                as_switch(arg)
-            } else {
-                arg
-            }
-        })
+        .mut_args(|arg| if arguments::is_switch(&arg) { as_switch(arg) } else { arg })
         .next_line_help(true)
         .after_help(format!(
             "A flag may be written with one dash or two. An empty value counts as none.\n\
@@ -311,17 +298,12 @@ fn command() -> Command {
 
 /// Go's booleans take a value only behind `=`.
 fn as_switch(arg: Arg) -> Arg {
-    arg.num_args(0..=1)
-        .require_equals(true)
-        .default_missing_value("true")
-        .value_name("BOOL")
+    arg.num_args(0..=1).require_equals(true).default_missing_value("true").value_name("BOOL")
 }
 
 fn matches(command: &Command, arguments: &[OsString]) -> Result<ArgMatches, clap::Error> {
     let program = [OsString::from(PROGRAM)];
-    command
-        .clone()
-        .try_get_matches_from(program.iter().chain(arguments))
+    command.clone().try_get_matches_from(program.iter().chain(arguments))
 }
 
 /// The flags that only variables give, as arguments.
@@ -331,10 +313,7 @@ fn from_variables(
     variable: impl Fn(&str) -> Option<OsString>,
 ) -> Result<Vec<OsString>, clap::Error> {
     let mut arguments = Vec::new();
-    for arg in command
-        .get_arguments()
-        .filter(|arg| arg.get_action().takes_values())
-    {
+    for arg in command.get_arguments().filter(|arg| arg.get_action().takes_values()) {
         let name = arg.get_long().unwrap_or_default();
         if given.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine) {
             continue;
@@ -355,11 +334,7 @@ fn from_variables(
 }
 
 fn variable_name(flag: &str) -> String {
-    let prefix = if WEFT_FLAGS.contains(&flag) {
-        "WEFT"
-    } else {
-        "FLANNELD"
-    };
+    let prefix = if WEFT_FLAGS.contains(&flag) { "WEFT" } else { "FLANNELD" };
     format!("{prefix}_{}", flag.to_uppercase().replace('-', "_"))
 }
 
@@ -412,10 +387,7 @@ fn peer_source(text: &str) -> Result<(IpAddr, IpAddr), &'static str> {
 }
 
 fn workers(text: &str) -> Result<usize, String> {
-    let workers = text
-        .parse()
-        .ok()
-        .filter(|workers| (1..=MAX_WORKERS).contains(workers));
+    let workers = text.parse().ok().filter(|workers| (1..=MAX_WORKERS).contains(workers));
     workers.ok_or_else(|| format!("give a number from 1 to {MAX_WORKERS}"))
 }
 
@@ -440,10 +412,7 @@ mod tests {
 
     /// flannel's flags, each with a value other than its default.
     const FLANNEL: [(&str, &str); 30] = [
-        (
-            "etcd-endpoints",
-            "https://192.0.2.1:2379,https://192.0.2.2:2379",
-        ),
+        ("etcd-endpoints", "https://192.0.2.1:2379,https://192.0.2.2:2379"),
         ("etcd-prefix", "/overlay/network"),
         ("etcd-keyfile", "/etc/key.pem"),
         ("etcd-certfile", "/etc/cert.pem"),
@@ -517,11 +486,7 @@ mod tests {
             assert_eq!(flags(&[&joined[1]]), expected, "{name}");
             assert_eq!(flags(&[&apart[0], value]), expected, "{name}");
             assert_eq!(flags(&[&apart[1], value]), expected, "{name}");
-            assert_eq!(
-                parsed(&[], &[(&variable, value)]).unwrap(),
-                expected,
-                "{variable}"
-            );
+            assert_eq!(parsed(&[], &[(&variable, value)]).unwrap(), expected, "{variable}");
         }
     }
 
@@ -530,11 +495,7 @@ mod tests {
         let command = command();
         let known = command.get_arguments().filter_map(Arg::get_long);
         let mut known: Vec<&str> = known.filter(|name| *name != "version").collect();
-        let mut tested: Vec<&str> = FLANNEL
-            .into_iter()
-            .chain(WEFT)
-            .map(|(name, _)| name)
-            .collect();
+        let mut tested: Vec<&str> = FLANNEL.into_iter().chain(WEFT).map(|(name, _)| name).collect();
         known.sort_unstable();
         tested.sort_unstable();
         assert_eq!(known, tested);
@@ -546,10 +507,7 @@ mod tests {
     fn help_names_every_flag_under_its_heading() {
         for spelling in ["-h", "-help", "--help"] {
             let error = parsed(&["-ip-masq", spelling, "-unknown"], &[]).unwrap_err();
-            assert_eq!(
-                (error.kind(), error.exit_code()),
-                (ErrorKind::DisplayHelp, 0)
-            );
+            assert_eq!((error.kind(), error.exit_code()), (ErrorKind::DisplayHelp, 0));
             assert!(!error.use_stderr());
             let help = error.to_string();
             for (name, _) in FLANNEL.into_iter().chain(WEFT) {
@@ -568,10 +526,7 @@ mod tests {
                 "Kubernetes",
                 "Logging",
             ] {
-                assert!(
-                    help.contains(&format!("\n{heading}:\n")),
-                    "{heading} is missing"
-                );
+                assert!(help.contains(&format!("\n{heading}:\n")), "{heading} is missing");
             }
         }
     }
@@ -580,12 +535,9 @@ mod tests {
     fn help_marks_what_is_not_built() {
         let command = command();
         let marked = command.get_arguments().filter(|arg| {
-            arg.get_help()
-                .is_some_and(|help| help.to_string().contains("(not built yet)"))
+            arg.get_help().is_some_and(|help| help.to_string().contains("(not built yet)"))
         });
-        let names = marked
-            .filter_map(Arg::get_long)
-            .map(|name| format!("--{name}"));
+        let names = marked.filter_map(Arg::get_long).map(|name| format!("--{name}"));
         let mut marked: Vec<String> = names.collect();
         // Without a port it asks for nothing, so it is not refused.
         marked.retain(|name| name != "--healthz-ip");
@@ -599,32 +551,19 @@ mod tests {
     fn version_is_told_before_variables_are_looked_at() {
         for spelling in ["-version", "--version", "-version=true"] {
             let error = parsed(&[spelling], &[("FLANNELD_HEALTHZ_PORT", "x")]).unwrap_err();
-            assert_eq!(
-                (error.kind(), error.exit_code()),
-                (ErrorKind::DisplayVersion, 0)
-            );
+            assert_eq!((error.kind(), error.exit_code()), (ErrorKind::DisplayVersion, 0));
         }
         assert!(parsed(&[], &[("FLANNELD_VERSION", "true")]).is_ok());
     }
 
     #[test]
     fn a_flag_comes_before_its_variable_and_an_empty_variable_is_none() {
-        let variable = [
-            ("FLANNELD_IP_MASQ", "true"),
-            ("FLANNELD_IFACE", "eth0,eth1"),
-        ];
-        let found = parsed(
-            &["-ip-masq=false", "-iface=lo", "-iface", "eth2"],
-            &variable,
-        )
-        .unwrap();
+        let variable = [("FLANNELD_IP_MASQ", "true"), ("FLANNELD_IFACE", "eth0,eth1")];
+        let found = parsed(&["-ip-masq=false", "-iface=lo", "-iface", "eth2"], &variable).unwrap();
         assert!(!found.firewall.ip_masq);
         assert_eq!(found.interface.iface, ["lo", "eth2"]);
         // A variable gives a repeatable flag one element, whatever is in it.
-        assert_eq!(
-            parsed(&[], &variable).unwrap().interface.iface,
-            ["eth0,eth1"]
-        );
+        assert_eq!(parsed(&[], &variable).unwrap().interface.iface, ["eth0,eth1"]);
         let empty = [("FLANNELD_HEALTHZ_PORT", ""), ("FLANNELD_IP_MASQ", "")];
         assert_eq!(parsed(&[], &empty).unwrap(), flags(&[]));
         // A flag without a value leaves the variable its say, as if it had not been given.
@@ -662,10 +601,7 @@ mod tests {
     #[test]
     fn gos_booleans() {
         for text in ["1", "t", "T", "TRUE", "true", "True"] {
-            assert!(
-                flags(&[&format!("-ip-masq={text}")]).firewall.ip_masq,
-                "{text}"
-            );
+            assert!(flags(&[&format!("-ip-masq={text}")]).firewall.ip_masq, "{text}");
             assert!(flags(&["-ip-masq", text]).firewall.ip_masq, "{text}");
         }
         for text in ["0", "f", "F", "FALSE", "false", "False"] {
@@ -677,14 +613,7 @@ mod tests {
 
     #[test]
     fn the_seeds_command_line_survives_unset_variables() {
-        let found = flags(&[
-            "--ip-masq",
-            "",
-            "-etcd-prefix=/x",
-            "",
-            "",
-            "-etcd-cafile=/ca",
-        ]);
+        let found = flags(&["--ip-masq", "", "-etcd-prefix=/x", "", "", "-etcd-cafile=/ca"]);
         assert!(found.firewall.ip_masq);
         assert_eq!(found.registry.etcd_prefix.as_deref(), Some("/x"));
         assert_eq!(found.registry.etcd_cafile, Some("/ca".into()));
@@ -701,29 +630,14 @@ mod tests {
             (&["---x"], &["---x"]),
             (&["--=x"], &["'--'"]),
             (&["-etcd-prefix"], &["a value is required", "--etcd-prefix"]),
-            (
-                &["-ip-masq=maybe"],
-                &["'maybe'", "--ip-masq", "true or false"],
-            ),
-            (
-                &["-public-ip=2001:db8::1"],
-                &["'2001:db8::1'", "--public-ip"],
-            ),
+            (&["-ip-masq=maybe"], &["'maybe'", "--ip-masq", "true or false"]),
+            (&["-public-ip=2001:db8::1"], &["'2001:db8::1'", "--public-ip"]),
             (&["-healthz-port=70000"], &["70000", "--healthz-port"]),
-            (
-                &["-subnet-lease-renew-margin=0"],
-                &["'0'", "out of acceptable range", "1439"],
-            ),
-            (
-                &["-subnet-lease-renew-margin=1440"],
-                &["out of acceptable range"],
-            ),
+            (&["-subnet-lease-renew-margin=0"], &["'0'", "out of acceptable range", "1439"]),
+            (&["-subnet-lease-renew-margin=1440"], &["out of acceptable range"]),
             (&["--backend=ipip"], &["'ipip'", "udp-tun, vxlan, host-gw"]),
             (&["--guard=of"], &["'of'", "strict, peer, off"]),
-            (
-                &["--registry=/srv"],
-                &["'/srv'", "dir:/var/lib/weft/registry"],
-            ),
+            (&["--registry=/srv"], &["'/srv'", "dir:/var/lib/weft/registry"]),
             (&["--registry=dir:srv"], &["absolute path"]),
             (&["--network=10.42.0.0"], &["10.42.0.0/16"]),
             (&["--peer-source=192.0.2.7"], &["192.0.2.7=198.51.100.7"]),
@@ -743,14 +657,8 @@ mod tests {
     #[test]
     fn values_of_wefts_own_flags() {
         let found = flags(&["--backend", "udp", "-guard=off", "-peer-source=::1=::2"]).engine;
-        assert_eq!(
-            (found.backend, found.guard),
-            (Some(BackendKind::UdpTun), GuardMode::Off)
-        );
-        assert_eq!(
-            found.peer_source,
-            [("::1".parse().unwrap(), "::2".parse().unwrap())]
-        );
+        assert_eq!((found.backend, found.guard), (Some(BackendKind::UdpTun), GuardMode::Off));
+        assert_eq!(found.peer_source, [("::1".parse().unwrap(), "::2".parse().unwrap())]);
         assert_eq!(flags(&[]).logging.log_level, "info");
         assert_eq!(flags(&["-log-level=DEBUG"]).logging.log_level, "DEBUG");
     }

@@ -48,11 +48,7 @@ pub enum InterfaceError {
          {miss}; there are {existing}; where addresses are translated on the way here, give \
          --iface beside --public-ip"
     )]
-    PublicIp {
-        public_ip: IpAddr,
-        miss: Miss,
-        existing: String,
-    },
+    PublicIp { public_ip: IpAddr, miss: Miss, existing: String },
     #[error("unable to find default route for {0}; add one, or name the interface with --iface")]
     NoDefaultRoute(Family),
     #[error(
@@ -132,12 +128,7 @@ pub fn choose(
     if !families.ipv4 && !families.ipv6 {
         return Err(InterfaceError::NoFamily);
     }
-    let chooser = Chooser {
-        wish,
-        families,
-        links,
-        routes,
-    };
+    let chooser = Chooser { wish, families, links, routes };
     if !wish.iface.is_empty() {
         return chooser.by_iface();
     }
@@ -168,24 +159,17 @@ impl<'a> Chooser<'a> {
                 }
             }
         }
-        Err(InterfaceError::NoMatch {
-            misses,
-            existing: self.existing(),
-        })
+        Err(InterfaceError::NoMatch { misses, existing: self.existing() })
     }
 
     fn by_public_ip(&self, public_ip: IpAddr) -> Result<Chosen, InterfaceError> {
         let why = format!("it has the public address {public_ip}");
-        self.owner(public_ip)
-            .and_then(|link| self.take(link, Some(public_ip), why))
-            .map_err(|miss| {
+        self.owner(public_ip).and_then(|link| self.take(link, Some(public_ip), why)).map_err(
+            |miss| {
                 let existing = self.existing();
-                InterfaceError::PublicIp {
-                    public_ip,
-                    miss,
-                    existing,
-                }
-            })
+                InterfaceError::PublicIp { public_ip, miss, existing }
+            },
+        )
     }
 
     fn by_default_route(&self) -> Result<Chosen, InterfaceError> {
@@ -199,22 +183,13 @@ impl<'a> Chooser<'a> {
         }
         let link = ipv4.or(ipv6).ok_or(InterfaceError::NoFamily)?;
         let why = "it has the default route".into();
-        self.take(link, None, why)
-            .map_err(InterfaceError::DefaultRoute)
+        self.take(link, None, why).map_err(InterfaceError::DefaultRoute)
     }
 
     /// The public address that stands for an interface, of a family that is in use.
     fn public_ip(&self) -> Option<IpAddr> {
-        let ipv4 = self
-            .wish
-            .public_ip
-            .filter(|_| self.families.ipv4)
-            .map(IpAddr::V4);
-        ipv4.or(self
-            .wish
-            .public_ipv6
-            .filter(|_| self.families.ipv6)
-            .map(IpAddr::V6))
+        let ipv4 = self.wish.public_ip.filter(|_| self.families.ipv4).map(IpAddr::V4);
+        ipv4.or(self.wish.public_ipv6.filter(|_| self.families.ipv6).map(IpAddr::V6))
     }
 
     /// The interface of the family's first default route; `None` if the family is not in use.
@@ -222,17 +197,11 @@ impl<'a> Chooser<'a> {
         if !self.families.has(family) {
             return Ok(None);
         }
-        let route = self
-            .routes
-            .iter()
-            .find(|route| route.ipv6 == (family == Family::Ipv6));
+        let route = self.routes.iter().find(|route| route.ipv6 == (family == Family::Ipv6));
         let route = route.ok_or(InterfaceError::NoDefaultRoute(family))?;
-        let index = route
-            .link
-            .ok_or(InterfaceError::MultipathDefaultRoute(family))?;
+        let index = route.link.ok_or(InterfaceError::MultipathDefaultRoute(family))?;
         let link = self.links.iter().find(|link| link.index == index);
-        link.map(Some)
-            .ok_or(InterfaceError::DefaultRoute(Miss::Gone(index)))
+        link.map(Some).ok_or(InterfaceError::DefaultRoute(Miss::Gone(index)))
     }
 
     fn named(&self, name: &str) -> Result<&'a Link, Miss> {
@@ -242,21 +211,15 @@ impl<'a> Chooser<'a> {
 
     fn owner(&self, ip: IpAddr) -> Result<&'a Link, Miss> {
         let is_it = |address: &LinkAddress| address.network.ip() == ip && can_send(address);
-        let link = self
-            .links
-            .iter()
-            .find(|link| link.addresses.iter().any(is_it));
+        let link = self.links.iter().find(|link| link.addresses.iter().any(is_it));
         link.ok_or(Miss::NoSuchAddress)
     }
 
     /// What there is to choose from, for whoever chose something else.
     fn existing(&self) -> String {
         let links = self.links.iter().map(|link| {
-            let ips: Vec<String> = link
-                .addresses
-                .iter()
-                .map(|address| address.network.ip().to_string())
-                .collect();
+            let ips: Vec<String> =
+                link.addresses.iter().map(|address| address.network.ip().to_string()).collect();
             format!("{}:[{}]", link.name, ips.join(" "))
         });
         links.collect::<Vec<_>>().join(", ")
@@ -274,21 +237,14 @@ impl<'a> Chooser<'a> {
             Some(IpAddr::V4(_)) | None => None,
         };
         if link.mtu == 0 {
-            return Err(Miss::NoMtu {
-                interface: link.name.clone(),
-            });
+            return Err(Miss::NoMtu { interface: link.name.clone() });
         }
         if !link.up {
             why += "; it is down now";
         }
         let taken = [ipv4.map(IpAddr::V4), ipv6.map(IpAddr::V6)];
-        let others = link
-            .addresses
-            .iter()
-            .filter(|it| can_send(it) && !is_link_local(it));
-        let others = others
-            .map(|it| it.network.ip())
-            .filter(|ip| !taken.contains(&Some(*ip)));
+        let others = link.addresses.iter().filter(|it| can_send(it) && !is_link_local(it));
+        let others = others.map(|it| it.network.ip()).filter(|ip| !taken.contains(&Some(*ip)));
         let interface = ExternalInterface {
             name: link.name.clone(),
             index: link.index,
@@ -314,10 +270,7 @@ impl<'a> Chooser<'a> {
         }
         let own = own.filter(|ip| family.holds(*ip));
         let address = own.or_else(|| best_address(link, family));
-        let miss = || Miss::NoAddress {
-            family,
-            interface: link.name.clone(),
-        };
+        let miss = || Miss::NoAddress { family, interface: link.name.clone() };
         address.map(Some).ok_or_else(miss)
     }
 }
@@ -350,18 +303,9 @@ fn is_link_local(address: &LinkAddress) -> bool {
 mod tests {
     use super::*;
 
-    const V4: Families = Families {
-        ipv4: true,
-        ipv6: false,
-    };
-    const V6: Families = Families {
-        ipv4: false,
-        ipv6: true,
-    };
-    const BOTH: Families = Families {
-        ipv4: true,
-        ipv6: true,
-    };
+    const V4: Families = Families { ipv4: true, ipv6: false };
+    const V6: Families = Families { ipv4: false, ipv6: true };
+    const BOTH: Families = Families { ipv4: true, ipv6: true };
 
     /// Addresses are global and permanent unless words behind them say otherwise.
     fn link(index: u32, name: &str, addresses: &[&str]) -> Link {
@@ -378,23 +322,13 @@ mod tests {
             }
         });
         let addresses = addresses.collect();
-        Link {
-            index,
-            name: name.into(),
-            mtu: 1500,
-            up: true,
-            addresses,
-        }
+        Link { index, name: name.into(), mtu: 1500, up: true, addresses }
     }
 
     fn host() -> Vec<Link> {
         vec![
             link(1, "lo", &["127.0.0.1/8 link", "::1/128 link"]),
-            link(
-                2,
-                "eth0",
-                &["192.0.2.10/24", "2001:db8::10/64", "fe80::10/64 link"],
-            ),
+            link(2, "eth0", &["192.0.2.10/24", "2001:db8::10/64", "fe80::10/64 link"]),
             link(
                 3,
                 "dummy0",
@@ -410,24 +344,15 @@ mod tests {
     }
 
     fn route(ipv6: bool, link: u32) -> DefaultRoute {
-        DefaultRoute {
-            ipv6,
-            link: Some(link),
-        }
+        DefaultRoute { ipv6, link: Some(link) }
     }
 
     fn iface(names: &[&str]) -> Wish {
-        Wish {
-            iface: names.iter().map(ToString::to_string).collect(),
-            ..Wish::default()
-        }
+        Wish { iface: names.iter().map(ToString::to_string).collect(), ..Wish::default() }
     }
 
     fn public_ip(text: &str) -> Wish {
-        Wish {
-            public_ip: Some(text.parse().unwrap()),
-            ..Wish::default()
-        }
+        Wish { public_ip: Some(text.parse().unwrap()), ..Wish::default() }
     }
 
     fn chosen(wish: &Wish, families: Families) -> Chosen {
@@ -435,9 +360,7 @@ mod tests {
     }
 
     fn refused(wish: &Wish, families: Families) -> String {
-        choose(wish, families, &host(), &[])
-            .unwrap_err()
-            .to_string()
+        choose(wish, families, &host(), &[]).unwrap_err().to_string()
     }
 
     fn ip<T: std::str::FromStr<Err: fmt::Debug>>(text: &str) -> Option<T> {
@@ -454,11 +377,7 @@ mod tests {
         ];
         for (wanted, expected) in cases {
             let interface = chosen(&iface(&[wanted]), V4).interface;
-            assert_eq!(
-                (interface.name.as_str(), interface.index),
-                ("dummy0", 3),
-                "{wanted}"
-            );
+            assert_eq!((interface.name.as_str(), interface.index), ("dummy0", 3), "{wanted}");
             assert_eq!(interface.ipv4, ip(expected), "{wanted}");
             assert_eq!(interface.public_ipv4, ip(expected), "{wanted}");
             assert_eq!(interface.ipv6, None, "{wanted}");
@@ -467,18 +386,12 @@ mod tests {
 
     #[test]
     fn a_public_address_replaces_the_interfaces_own() {
-        let wish = Wish {
-            public_ip: ip("172.16.31.200"),
-            ..iface(&["172.16.30.18"])
-        };
+        let wish = Wish { public_ip: ip("172.16.31.200"), ..iface(&["172.16.30.18"]) };
         let interface = chosen(&wish, V4).interface;
         assert_eq!(interface.ipv4, ip("172.16.30.18"));
         assert_eq!(interface.public_ipv4, ip("172.16.31.200"));
         // Behind address translation no interface has it.
-        let wish = Wish {
-            public_ip: ip("198.51.100.1"),
-            ..iface(&["eth0"])
-        };
+        let wish = Wish { public_ip: ip("198.51.100.1"), ..iface(&["eth0"]) };
         let interface = chosen(&wish, V4).interface;
         assert_eq!(interface.ipv4, ip("192.0.2.10"));
         assert_eq!(interface.public_ipv4, ip("198.51.100.1"));
@@ -502,9 +415,7 @@ mod tests {
     #[test]
     fn no_match_does_not_fall_back_to_the_default_route() {
         let routes = [route(false, 2)];
-        let error = choose(&iface(&["eth9"]), V4, &host(), &routes)
-            .unwrap_err()
-            .to_string();
+        let error = choose(&iface(&["eth9"]), V4, &host(), &routes).unwrap_err().to_string();
         assert!(
             error.starts_with(
                 "Failed to find interface to use that matches the interfaces and/or regexes \
@@ -512,28 +423,19 @@ mod tests {
             ),
             "{error}"
         );
-        assert!(
-            error.contains("eth0:[192.0.2.10 2001:db8::10 fe80::10]"),
-            "{error}"
-        );
+        assert!(error.contains("eth0:[192.0.2.10 2001:db8::10 fe80::10]"), "{error}");
     }
 
     #[test]
     fn loopback_addresses_reach_nobody() {
         let error = refused(&iface(&["127.0.0.1"]), V4);
-        assert!(
-            error.contains("matching 127.0.0.1: no interface with given IP"),
-            "{error}"
-        );
+        assert!(error.contains("matching 127.0.0.1: no interface with given IP"), "{error}");
     }
 
     #[test]
     fn the_owner_of_the_public_address_comes_before_the_default_route() {
         let Chosen { interface, why } = chosen(&public_ip("172.16.31.200"), V4);
-        assert_eq!(
-            (interface.name.as_str(), interface.ipv4),
-            ("dummy0", ip("172.16.31.200"))
-        );
+        assert_eq!((interface.name.as_str(), interface.ipv4), ("dummy0", ip("172.16.31.200")));
         assert_eq!(why, "it has the public address 172.16.31.200");
         let error = refused(&public_ip("198.51.100.1"), V4);
         assert!(
@@ -548,10 +450,7 @@ mod tests {
 
     #[test]
     fn a_public_ipv6_address_serves_too_if_ipv6_is_in_use() {
-        let wish = Wish {
-            public_ipv6: ip("2001:db8::10"),
-            ..Wish::default()
-        };
+        let wish = Wish { public_ipv6: ip("2001:db8::10"), ..Wish::default() };
         let interface = choose(&wish, V6, &host(), &[]).unwrap().interface;
         assert_eq!((interface.ipv4, interface.ipv6), (None, ip("2001:db8::10")));
         assert!(refused(&wish, V4).starts_with("unable to find default route"));
@@ -567,22 +466,11 @@ mod tests {
 
     #[test]
     fn default_routes_that_do_not_serve() {
-        let multipath = DefaultRoute {
-            ipv6: false,
-            link: None,
-        };
+        let multipath = DefaultRoute { ipv6: false, link: None };
         let cases = [
             (V4, vec![], "unable to find default route for IPv4"),
-            (
-                V4,
-                vec![route(true, 2)],
-                "unable to find default route for IPv4",
-            ),
-            (
-                BOTH,
-                vec![route(false, 2)],
-                "unable to find default route for IPv6",
-            ),
+            (V4, vec![route(true, 2)], "unable to find default route for IPv4"),
+            (BOTH, vec![route(false, 2)], "unable to find default route for IPv6"),
             (
                 V4,
                 vec![multipath, route(false, 2)],
@@ -594,24 +482,13 @@ mod tests {
                 "v6 default route interface dummy0 must be the same with v4 default route \
                  interface eth0",
             ),
-            (
-                V4,
-                vec![route(false, 9)],
-                "the interface of the default route does not serve",
-            ),
-            (
-                V6,
-                vec![route(true, 3)],
-                "the interface of the default route does not serve",
-            ),
+            (V4, vec![route(false, 9)], "the interface of the default route does not serve"),
+            (V6, vec![route(true, 3)], "the interface of the default route does not serve"),
         ];
         for (families, routes, expected) in cases {
             let error = choose(&Wish::default(), families, &host(), &routes).unwrap_err();
             let error = error.to_string();
-            assert!(
-                error.starts_with(expected) && error.contains("--iface"),
-                "{error}"
-            );
+            assert!(error.starts_with(expected) && error.contains("--iface"), "{error}");
         }
     }
 
@@ -621,44 +498,27 @@ mod tests {
         assert_eq!(interface.ipv4, ip("192.0.2.10"));
         assert_eq!(interface.ipv6, ip("2001:db8::10"));
         // An address names the interface; that of the other family is the best one there.
-        let wish = Wish {
-            public_ipv6: ip("2001:db8::ff"),
-            ..iface(&["192.0.2.10"])
-        };
+        let wish = Wish { public_ipv6: ip("2001:db8::ff"), ..iface(&["192.0.2.10"]) };
         let interface = chosen(&wish, BOTH).interface;
         assert_eq!(interface.ipv6, ip("2001:db8::10"));
         assert_eq!(interface.public_ipv6, ip("2001:db8::ff"));
         let error = refused(&iface(&["dummy0"]), BOTH);
-        assert!(
-            error.contains("failed to find IPv6 address for interface dummy0"),
-            "{error}"
-        );
+        assert!(error.contains("failed to find IPv6 address for interface dummy0"), "{error}");
     }
 
     #[test]
     fn the_best_address_of_a_family_is_taken() {
         let cases: &[(&[&str], &str)] = &[
-            (
-                &["fe80::1/64 link", "2001:db8::1/64 dynamic temporary"],
-                "2001:db8::1",
-            ),
+            (&["fe80::1/64 link", "2001:db8::1/64 dynamic temporary"], "2001:db8::1"),
             (&["2001:db8::1/64 dynamic", "2001:db8::2/64"], "2001:db8::2"),
-            (
-                &["2001:db8::1/64 dynamic temporary", "2001:db8::2/64 dynamic"],
-                "2001:db8::2",
-            ),
+            (&["2001:db8::1/64 dynamic temporary", "2001:db8::2/64 dynamic"], "2001:db8::2"),
             (&["2001:db8::1/64 deprecated", "fe80::1/64 link"], "fe80::1"),
             (&["2001:db8::1/64", "2001:db8::2/64"], "2001:db8::1"),
-            (
-                &["ff02::1/64", "::1/128", "2001:db8::2/64 dynamic"],
-                "2001:db8::2",
-            ),
+            (&["ff02::1/64", "::1/128", "2001:db8::2/64 dynamic"], "2001:db8::2"),
         ];
         for (addresses, expected) in cases {
             let links = [link(2, "eth0", addresses)];
-            let interface = choose(&iface(&["eth0"]), V6, &links, &[])
-                .unwrap()
-                .interface;
+            let interface = choose(&iface(&["eth0"]), V6, &links, &[]).unwrap().interface;
             assert_eq!(interface.ipv6, ip(expected), "{addresses:?}");
         }
     }
@@ -674,12 +534,9 @@ mod tests {
             "fe80::1/64 link",
         ];
         let links = [link(2, "eth0", &addresses)];
-        let interface = choose(&iface(&["192.0.2.11"]), BOTH, &links, &[])
-            .unwrap()
-            .interface;
-        let expected: Vec<IpAddr> = ["192.0.2.10", "2001:db8::2"]
-            .map(|text| text.parse().unwrap())
-            .into();
+        let interface = choose(&iface(&["192.0.2.11"]), BOTH, &links, &[]).unwrap().interface;
+        let expected: Vec<IpAddr> =
+            ["192.0.2.10", "2001:db8::2"].map(|text| text.parse().unwrap()).into();
         assert_eq!(interface.other_addresses, expected);
     }
 
@@ -687,17 +544,9 @@ mod tests {
     fn without_an_mtu_or_a_family_there_is_no_interface() {
         let mut links = host();
         links[1].mtu = 0;
-        let error = choose(&iface(&["eth0"]), V4, &links, &[])
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("failed to determine MTU for eth0 interface"),
-            "{error}"
-        );
-        let none = Families {
-            ipv4: false,
-            ipv6: false,
-        };
+        let error = choose(&iface(&["eth0"]), V4, &links, &[]).unwrap_err().to_string();
+        assert!(error.contains("failed to determine MTU for eth0 interface"), "{error}");
+        let none = Families { ipv4: false, ipv6: false };
         assert!(refused(&iface(&["eth0"]), none).starts_with("none defined stack"));
     }
 

@@ -1,39 +1,53 @@
-//! What the end-to-end tests share: deadlines, packets made by hand, and hosts that are up.
+//! What the end-to-end tests share: hosts that are up, deadlines, daemons started by hand, and
+//! packets made by hand.
 
-use std::fmt::Debug;
+use std::fs::{self, File};
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
+use rustix::process::{Pid, Signal, kill_process};
 use weft_daemon::lab::{Lab, LabOptions};
+use weft_daemon::netns::NetNs;
 
 /// How long anything may take on a machine that is busy with other tests.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
+/// Hosts on a switch, nothing running yet.
+pub fn hosts(hosts: usize) -> Result<Lab> {
+    Lab::new(LabOptions { hosts, ..LabOptions::default() })
+}
+
 /// Hosts with a weftd and a container each, all of which know each other.
 pub fn overlay(hosts: usize) -> Result<Lab> {
-    let mut lab = Lab::new(LabOptions {
-        hosts,
-        ..LabOptions::default()
-    })?;
-    for host in 0..hosts {
-        lab.start_daemon(host, &[])?;
-    }
-    for host in 0..hosts {
-        lab.wait_ready(host, DEADLINE)?;
-        lab.attach_container(host)?;
-    }
-    knows_all(&lab, hosts)?;
+    let mut lab = self::hosts(hosts)?;
+    bring_up(&mut lab, &[])?;
     Ok(lab)
 }
 
-/// Waits until each of the first `hosts` hosts has all the others as peers.
-pub fn knows_all(lab: &Lab, hosts: usize) -> Result<()> {
-    for host in 0..hosts {
-        until(&format!("host {host} knows {} peers", hosts - 1), || {
-            Ok(lab.status(host)?.peers.len() == hosts - 1)
+/// Starts a weftd with these further flags and a container on each host of a lab, and waits until
+/// all know each other.
+pub fn bring_up(lab: &mut Lab, flags: &[&str]) -> Result<()> {
+    for host in 0..lab.hosts() {
+        lab.start_daemon(host, flags)?;
+    }
+    for host in 0..lab.hosts() {
+        lab.wait_ready(host, DEADLINE)?;
+        lab.attach_container(host)?;
+    }
+    all_acquainted(lab)
+}
+
+/// Waits until each host has all the others as peers.
+pub fn all_acquainted(lab: &Lab) -> Result<()> {
+    let others = lab.hosts() - 1;
+    for host in 0..lab.hosts() {
+        until(&format!("host {host} knows {others} peers"), || {
+            Ok(lab.status(host)?.peers.len() == others)
         })?;
     }
     Ok(())
@@ -46,25 +60,110 @@ pub fn knows_all(lab: &Lab, hosts: usize) -> Result<()> {
 pub fn until(what: &str, mut ask: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + DEADLINE;
     loop {
-        let answer = ask();
-        match answer {
+        match ask() {
             Ok(true) => return Ok(()),
             Ok(false) if Instant::now() > deadline => bail!("never happened: {what}"),
             Err(error) if Instant::now() > deadline => return Err(error.context(what.to_owned())),
-            _ => thread::sleep(Duration::from_millis(20)),
+            Ok(false) | Err(_) => thread::sleep(Duration::from_millis(20)),
         }
     }
 }
 
 /// A counter of a host's daemon.
 pub fn counter(lab: &Lab, host: usize, name: &str) -> Result<u64> {
-    match lab.status(host)?.counters.get(name) {
-        Some(count) => Ok(*count),
-        None => bail!("no counter {name}"),
+    let counters = lab.status(host)?.counters;
+    counters.get(name).copied().with_context(|| format!("no counter {name}"))
+}
+
+/// The base of a host's subnet, which is also its address on the overlay device.
+pub fn base(lab: &Lab, host: usize) -> Result<IpAddr> {
+    let subnets = lab.status(host)?.subnets;
+    Ok(subnets.first().context("no subnet")?.network())
+}
+
+/// Whether a namespace has a device of this name.
+pub fn has_device(netns: &NetNs, name: &str) -> Result<bool> {
+    let links = netns.ip_json(&["link", "show"])?;
+    let links = links.as_array().context("no list of links")?;
+    Ok(links.iter().any(|link| link["ifname"] == name))
+}
+
+/// Where cargo put a program of this workspace.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let this = std::env::current_exe()?;
+    let path = this.parent().and_then(Path::parent).context("no target directory")?.join(name);
+    if path.is_file() {
+        return Ok(path);
+    }
+    bail!("{} is missing: run the tests by `make test`, which builds it first", path.display())
+}
+
+/// Runs weftd to its end and returns its exit status and what it wrote to stderr.
+pub fn run_weftd(netns: &NetNs, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+    run_to_end(netns, Command::new(program("weftd")?).args(arguments))
+}
+
+/// Runs a command to its end; a command that does not end in time is killed and is an error.
+pub fn run_to_end(netns: &NetNs, command: &mut Command) -> Result<(Option<i32>, String)> {
+    let child = netns.spawn(command.stdin(Stdio::null()).stderr(Stdio::piped()))?;
+    let pid = Pid::from_child(&child);
+    let waiting = thread::spawn(move || child.wait_with_output());
+    if until("the command ends", || Ok(waiting.is_finished())).is_err() {
+        kill_process(pid, Signal::KILL)?;
+        bail!("{command:?} did not end");
+    }
+    let Ok(output) = waiting.join() else { bail!("the waiting thread panicked") };
+    let Output { status, stderr, .. } = output?;
+    Ok((status.code(), String::from_utf8_lossy(&stderr).into_owned()))
+}
+
+/// A weftd that a test starts with a command line of its own. Dropped, it is killed.
+#[derive(Debug)]
+pub struct Weftd {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Weftd {
+    /// Starts it in a namespace, logging to this file.
+    pub fn start(netns: &NetNs, log: &Path, arguments: &[&str]) -> Result<Self> {
+        let mut command = Command::new(program("weftd")?);
+        let child = netns.spawn(command.args(arguments).stderr(File::create(log)?))?;
+        Ok(Self { child, log: log.to_owned() })
+    }
+
+    /// Everything it has logged so far.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(&self.log)?)
+    }
+
+    /// Waits until it logs a line that contains `text`.
+    pub fn logs(&self, text: &str) -> Result<()> {
+        until(&format!("a log line with {text:?}"), || Ok(self.log()?.contains(text)))
+            .with_context(|| self.log().unwrap_or_default())
+    }
+
+    /// Sends it a signal and waits for its end.
+    pub fn end(mut self, signal: Signal) -> Result<ExitStatus> {
+        kill_process(Pid::from_child(&self.child), signal)?;
+        let mut status = None;
+        until("weftd ends", || {
+            status = self.child.try_wait()?;
+            Ok(status.is_some())
+        })?;
+        status.context("it ended")
     }
 }
 
-/// An IP packet that carries a UDP datagram, valid in every field.
+impl Drop for Weftd {
+    fn drop(&mut self) {
+        // Both fail only for a process that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An IP packet with a UDP datagram in it, valid in every field.
 pub fn udp_packet(from: IpAddr, to: IpAddr, port: u16, ttl: u8, payload: &[u8]) -> Result<Vec<u8>> {
     let builder = match (from, to) {
         (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), ttl),
@@ -74,9 +173,4 @@ pub fn udp_packet(from: IpAddr, to: IpAddr, port: u16, ttl: u8, payload: &[u8]) 
     let mut packet = Vec::new();
     builder.udp(40_000, port).write(&mut packet, payload)?;
     Ok(packet)
-}
-
-/// Panics with both values unless they are equal; for use where `?` carries the rest.
-pub fn same<T: PartialEq + Debug>(what: &str, found: T, wanted: T) {
-    assert_eq!(found, wanted, "{what}");
 }

@@ -22,13 +22,11 @@ pub(super) fn from_go(
             arguments.push(argument);
             arguments.extend(given.by_ref().filter(|rest| !rest.is_empty()));
         } else if let Some((name, value)) = split(&argument) {
-            let value = value
-                .map(OsString::from)
-                .or_else(|| match takes(command, name) {
-                    Takes::Value => given.next(),
-                    Takes::Boolean => given.next_if(|next| next.to_str().is_some_and(is_boolean)),
-                    Takes::Nothing => None,
-                });
+            let value = value.map(OsString::from).or_else(|| match takes(command, name) {
+                Takes::Value => given.next(),
+                Takes::Boolean => given.next_if(|next| next.to_str().is_some_and(is_boolean)),
+                Takes::Nothing => None,
+            });
             arguments.extend(spell(name, value));
         } else if !argument.is_empty() {
             arguments.push(argument);
@@ -68,9 +66,7 @@ enum Takes {
 }
 
 fn takes(command: &Command, name: &OsStr) -> Takes {
-    let arg = command
-        .get_arguments()
-        .find(|arg| arg.get_long().map(OsStr::new) == Some(name));
+    let arg = command.get_arguments().find(|arg| arg.get_long().map(OsStr::new) == Some(name));
     match arg {
         Some(arg) if is_switch(arg) || is_version(arg) => Takes::Boolean,
         Some(_) => Takes::Value,
@@ -91,9 +87,7 @@ fn is_boolean(text: &str) -> bool {
 /// for no flag, or for a malformed one.
 fn split(argument: &OsStr) -> Option<(&OsStr, Option<&OsStr>)> {
     let bytes = argument.as_bytes();
-    let bytes = bytes
-        .strip_prefix(b"--")
-        .or_else(|| bytes.strip_prefix(b"-"))?;
+    let bytes = bytes.strip_prefix(b"--").or_else(|| bytes.strip_prefix(b"-"))?;
     if matches!(bytes.first(), None | Some(b'-' | b'=')) {
         return None;
     }
@@ -109,10 +103,9 @@ fn spell(name: &OsStr, value: Option<OsString>) -> Option<OsString> {
     match value {
         Some(value) if value.is_empty() => None,
         // clap's own flag for the version takes no value.
-        Some(value) if name == "version" && value.to_str().is_some_and(is_boolean) => value
-            .to_str()
-            .and_then(boolean)?
-            .then(|| "--version".into()),
+        Some(value) if name == "version" && value.to_str().is_some_and(is_boolean) => {
+            value.to_str().and_then(boolean)?.then(|| "--version".into())
+        }
         Some(value) => Some(with_value(name, &value)),
         None => {
             let mut argument = OsString::from("--");
@@ -143,20 +136,11 @@ mod tests {
             (&["-v", "3"], &["--v=3"]),
             // The next argument is the value, whatever it looks like.
             (&["-etcd-prefix", "-foo"], &["--etcd-prefix=-foo"]),
-            (
-                &["-etcd-prefix", "--ip-masq", "-v=1"],
-                &["--etcd-prefix=--ip-masq", "--v=1"],
-            ),
-            (
-                &["-etcd-prefix", "--", "-v=1"],
-                &["--etcd-prefix=--", "--v=1"],
-            ),
+            (&["-etcd-prefix", "--ip-masq", "-v=1"], &["--etcd-prefix=--ip-masq", "--v=1"]),
+            (&["-etcd-prefix", "--", "-v=1"], &["--etcd-prefix=--", "--v=1"]),
             (&["-etcd-prefix"], &["--etcd-prefix"]),
             // systemd's unset variables.
-            (
-                &["", "-ip-masq", "", "", "-v=1", ""],
-                &["--ip-masq", "--v=1"],
-            ),
+            (&["", "-ip-masq", "", "", "-v=1", ""], &["--ip-masq", "--v=1"]),
             (&["-etcd-prefix", "", "-ip-masq"], &["--ip-masq"]),
             (&["-etcd-prefix=", "-ip-masq"], &["--ip-masq"]),
             (&["-ip-masq=", "-v=1"], &["--v=1"]),
@@ -177,10 +161,7 @@ mod tests {
             // What clap is left to complain about.
             (&["--", "", "-ip-masq", "x"], &["--", "-ip-masq", "x"]),
             (&["-unknown", "x"], &["--unknown", "x"]),
-            (
-                &["x", "-", "---x", "-=x", "--=x"],
-                &["x", "-", "---x", "-=x", "--=x"],
-            ),
+            (&["x", "-", "---x", "-=x", "--=x"], &["x", "-", "---x", "-=x", "--=x"]),
         ];
         for (given, expected) in cases {
             assert_eq!(rewritten(given), *expected, "{given:?}");

@@ -37,77 +37,41 @@ const fn not_built(
     instead: Option<&'static str>,
     asked: fn(&Flags) -> bool,
 ) -> NotBuilt {
-    NotBuilt {
-        flag,
-        instead,
-        asked,
-    }
+    NotBuilt { flag, instead, asked }
 }
 
 const NOT_BUILT: [NotBuilt; 20] = {
     const R: Option<&str> = Some(ANOTHER_REGISTRY);
     const I: Option<&str> = Some(IFACE);
     [
-        not_built("--etcd-endpoints", R, |flags| {
-            flags.registry.etcd_endpoints.is_some()
-        }),
-        not_built("--etcd-prefix", R, |flags| {
-            flags.registry.etcd_prefix.is_some()
-        }),
-        not_built("--etcd-keyfile", R, |flags| {
-            flags.registry.etcd_keyfile.is_some()
-        }),
-        not_built("--etcd-certfile", R, |flags| {
-            flags.registry.etcd_certfile.is_some()
-        }),
-        not_built("--etcd-cafile", R, |flags| {
-            flags.registry.etcd_cafile.is_some()
-        }),
-        not_built("--etcd-username", R, |flags| {
-            flags.registry.etcd_username.is_some()
-        }),
-        not_built("--etcd-password", R, |flags| {
-            flags.registry.etcd_password.is_some()
-        }),
-        not_built("--kube-subnet-mgr", R, |flags| {
-            flags.kubernetes.kube_subnet_mgr
-        }),
-        not_built("--kube-api-url", R, |flags| {
-            flags.kubernetes.kube_api_url.is_some()
-        }),
-        not_built("--kubeconfig-file", R, |flags| {
-            flags.kubernetes.kubeconfig_file.is_some()
-        }),
+        not_built("--etcd-endpoints", R, |flags| flags.registry.etcd_endpoints.is_some()),
+        not_built("--etcd-prefix", R, |flags| flags.registry.etcd_prefix.is_some()),
+        not_built("--etcd-keyfile", R, |flags| flags.registry.etcd_keyfile.is_some()),
+        not_built("--etcd-certfile", R, |flags| flags.registry.etcd_certfile.is_some()),
+        not_built("--etcd-cafile", R, |flags| flags.registry.etcd_cafile.is_some()),
+        not_built("--etcd-username", R, |flags| flags.registry.etcd_username.is_some()),
+        not_built("--etcd-password", R, |flags| flags.registry.etcd_password.is_some()),
+        not_built("--kube-subnet-mgr", R, |flags| flags.kubernetes.kube_subnet_mgr),
+        not_built("--kube-api-url", R, |flags| flags.kubernetes.kube_api_url.is_some()),
+        not_built("--kubeconfig-file", R, |flags| flags.kubernetes.kubeconfig_file.is_some()),
         not_built("--kube-annotation-prefix", R, |flags| {
             flags.kubernetes.kube_annotation_prefix.is_some()
         }),
-        not_built("--net-config-path", R, |flags| {
-            flags.kubernetes.net_config_path.is_some()
-        }),
+        not_built("--net-config-path", R, |flags| flags.kubernetes.net_config_path.is_some()),
         not_built("--set-node-network-unavailable", None, |flags| {
             !flags.kubernetes.set_node_network_unavailable
         }),
-        not_built("--iface-regex", I, |flags| {
-            !flags.interface.iface_regex.is_empty()
-        }),
-        not_built("--iface-can-reach", I, |flags| {
-            flags.interface.iface_can_reach.is_some()
-        }),
+        not_built("--iface-regex", I, |flags| !flags.interface.iface_regex.is_empty()),
+        not_built("--iface-can-reach", I, |flags| flags.interface.iface_can_reach.is_some()),
         not_built("--ip-masq-fully-random-disable", None, |flags| {
             flags.firewall.ip_masq_fully_random_disable
         }),
         not_built("--iptables-resync", None, |flags| {
             flags.firewall.iptables_resync != IPTABLES_RESYNC
         }),
-        not_built("--iptables-forward-rules", None, |flags| {
-            !flags.firewall.iptables_forward_rules
-        }),
-        not_built("--ip-blackhole-route", None, |flags| {
-            flags.firewall.ip_blackhole_route
-        }),
-        not_built("--healthz-port", None, |flags| {
-            flags.health.healthz_port != 0
-        }),
+        not_built("--iptables-forward-rules", None, |flags| !flags.firewall.iptables_forward_rules),
+        not_built("--ip-blackhole-route", None, |flags| flags.firewall.ip_blackhole_route),
+        not_built("--healthz-port", None, |flags| flags.health.healthz_port != 0),
     ]
 };
 
@@ -132,8 +96,11 @@ pub enum FlagError {
 /// What the operator should know of the flags, once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
+    /// Something asked for does not happen.
     Warn(&'static str),
+    /// Worth knowing.
     Info(&'static str),
+    /// Worth knowing when looking for a fault.
     Debug(&'static str),
 }
 
@@ -230,10 +197,7 @@ fn refuse_not_built(flags: &Flags) -> Result<(), FlagError> {
     // The table keeps flags with the same replacement together.
     instead.dedup();
     let instead: String = instead.iter().map(|it| format!("; use {it}")).collect();
-    Err(FlagError::NotBuilt {
-        flags: names.join(", "),
-        instead,
-    })
+    Err(FlagError::NotBuilt { flags: names.join(", "), instead })
 }
 
 fn notes(flags: &Flags) -> Vec<Note> {
@@ -271,9 +235,7 @@ fn speaks_klog(logging: &LoggingFlags) -> bool {
 }
 
 fn default_workers() -> usize {
-    thread::available_parallelism()
-        .map_or(1, NonZeroUsize::get)
-        .min(MAX_WORKERS)
+    thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_WORKERS)
 }
 
 #[cfg(test)]
@@ -360,15 +322,11 @@ mod tests {
             let (flag, value) = asking.split_once('=').unwrap();
             assert_eq!(flag, known);
             let variable = format!("FLANNELD_{}", flag[2..].to_uppercase().replace('-', "_"));
-            for flags in [
-                flags(&[REGISTRY, asking], &[]),
-                flags(&[REGISTRY], &[(&variable, value)]),
-            ] {
+            for flags in
+                [flags(&[REGISTRY, asking], &[]), flags(&[REGISTRY], &[(&variable, value)])]
+            {
                 let error = flags.settings().unwrap_err().to_string();
-                assert!(
-                    error.starts_with(&format!("not built yet: {flag};")),
-                    "{error}"
-                );
+                assert!(error.starts_with(&format!("not built yet: {flag};")), "{error}");
             }
         }
     }
@@ -417,10 +375,6 @@ mod tests {
     #[test]
     fn strict_says_what_it_drops() {
         let notes = settings(&[REGISTRY]).unwrap().notes;
-        assert!(
-            notes
-                .iter()
-                .any(|note| note.to_string().starts_with("--guard strict"))
-        );
+        assert!(notes.iter().any(|note| note.to_string().starts_with("--guard strict")));
     }
 }

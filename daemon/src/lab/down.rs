@@ -62,13 +62,24 @@ pub fn down(id: &str) -> anyhow::Result<Removed> {
     }
     let record = Record::load(id)?;
     if let (true, Some(owner)) = (record.is_in_use(), record.owner) {
-        bail!("the lab {id} runs under process {}; end that one instead", owner.pid());
+        bail!(
+            "the lab {id} runs under process {}; end that one instead",
+            owner.pid()
+        );
     }
-    let mut removed =
-        Removed { id: id.to_owned(), daemons: vec![], namespaces: vec![], directory: None };
+    let mut removed = Removed {
+        id: id.to_owned(),
+        daemons: vec![],
+        namespaces: vec![],
+        directory: None,
+    };
     let mut failures = Vec::new();
     end_daemons(&record.daemons, &mut removed, &mut failures);
-    for name in record.namespaces.into_iter().filter(|name| netns::exists(name)) {
+    for name in record
+        .namespaces
+        .into_iter()
+        .filter(|name| netns::exists(name))
+    {
         match netns::delete(&name) {
             Ok(()) => removed.namespaces.push(name),
             Err(error) => failures.push(error),

@@ -127,7 +127,13 @@ impl Lab {
         };
         let hosts = options.hosts;
         let directory = Some(directory);
-        let mut lab = Self { options, sites: Vec::new(), switch: None, directory, record };
+        let mut lab = Self {
+            options,
+            sites: Vec::new(),
+            switch: None,
+            directory,
+            record,
+        };
         let name = lab.announce("sw")?;
         lab.switch = Some(topology::make_switch(name)?);
         for _ in 0..hosts {
@@ -183,7 +189,11 @@ impl Lab {
         let number = host + 1;
         let name = self.announce(&format!("h{number}"))?;
         let made = topology::make_host(self.switch()?, name, number, self.directory()?)?;
-        self.sites.push(Site { host: made, container: None, daemon: None });
+        self.sites.push(Site {
+            host: made,
+            container: None,
+            daemon: None,
+        });
         Ok(host)
     }
 
@@ -239,7 +249,10 @@ impl Lab {
             };
             if let Some(reason) = failure {
                 let log = daemon::last_lines(&self.host(host).log, LOG_LINES);
-                bail!("weftd on h{} did not come up; {reason}; its log ends:\n{log}", host + 1);
+                bail!(
+                    "weftd on h{} did not come up; {reason}; its log ends:\n{log}",
+                    host + 1
+                );
             }
             thread::sleep(POLL);
         }
@@ -283,7 +296,11 @@ impl Lab {
     /// # Errors
     /// As [`ping`]; no answer is none.
     pub fn ping(&self, from: usize, to: usize, how: &PingOptions) -> anyhow::Result<PingReport> {
-        ping(&self.container(from)?.netns, self.container(to)?.address()?, how)
+        ping(
+            &self.container(from)?.netns,
+            self.container(to)?.address()?,
+            how,
+        )
     }
 
     /// Moves pseudo-random data over TCP from one container to another.
@@ -293,7 +310,13 @@ impl Lab {
     pub fn transfer(&self, from: usize, to: usize, bytes: Bytes) -> anyhow::Result<Transfer> {
         let (from, to) = (self.container(from)?, self.container(to)?);
         let LabOptions { stall, cancel, .. } = self.options.clone();
-        transfer(&from.netns, &to.netns, to.address()?, bytes, &Patience { stall, cancel })
+        transfer(
+            &from.netns,
+            &to.netns,
+            to.address()?,
+            bytes,
+            &Patience { stall, cancel },
+        )
     }
 
     /// Removes the lab now; what a drop does, but failures come back.
@@ -333,11 +356,20 @@ impl Lab {
     }
 
     fn directory(&self) -> anyhow::Result<&std::path::Path> {
-        Ok(self.directory.as_ref().context("the lab is removed")?.path())
+        Ok(self
+            .directory
+            .as_ref()
+            .context("the lab is removed")?
+            .path())
     }
 
     fn arguments(&self, host: usize) -> anyhow::Result<Vec<String>> {
-        let Host { state_dir, run_dir, subnet_file, .. } = self.host(host);
+        let Host {
+            state_dir,
+            run_dir,
+            subnet_file,
+            ..
+        } = self.host(host);
         let arguments = [
             ("--registry", format!("dir:{}", self.registry()?.display())),
             ("--network", NETWORK.to_owned()),
@@ -346,7 +378,10 @@ impl Lab {
             ("--run-dir", run_dir.display().to_string()),
             ("--subnet-file", subnet_file.display().to_string()),
         ];
-        Ok(arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect())
+        Ok(arguments
+            .into_iter()
+            .flat_map(|(flag, value)| [flag.to_owned(), value])
+            .collect())
     }
 
     /// None where the daemon is ready, else what it is doing; an error where waiting is of no use.
@@ -375,14 +410,24 @@ impl Lab {
     }
 
     fn tear_down(&mut self) -> anyhow::Result<()> {
-        let Some(directory) = self.directory.take() else { return Ok(()) };
+        let Some(directory) = self.directory.take() else {
+            return Ok(());
+        };
         let mut failures = self.end_daemons();
-        let containers = self.sites.iter().filter_map(|site| site.container.as_deref());
+        let containers = self
+            .sites
+            .iter()
+            .filter_map(|site| site.container.as_deref());
         let namespaces = containers.map(|container| &container.netns);
         let namespaces = namespaces.chain(self.sites.iter().map(|site| &site.host.netns));
         let namespaces = namespaces.chain(self.switch.as_ref());
         failures.extend(namespaces.filter_map(|netns| netns.remove().err()));
-        failures.extend(directory.close().context("cannot remove the lab's directory").err());
+        failures.extend(
+            directory
+                .close()
+                .context("cannot remove the lab's directory")
+                .err(),
+        );
         if failures.is_empty() {
             failures.extend(Record::delete(&self.record.id).err());
         }
@@ -392,13 +437,20 @@ impl Lab {
     /// Ends all at once, so that it takes as long as the slowest.
     fn end_daemons(&mut self) -> Vec<anyhow::Error> {
         let mut failures = Vec::new();
-        let mut daemons: Vec<_> =
-            self.sites.iter_mut().filter_map(|site| site.daemon.take()).collect();
+        let mut daemons: Vec<_> = self
+            .sites
+            .iter_mut()
+            .filter_map(|site| site.daemon.take())
+            .collect();
         for daemon in &mut daemons {
             failures.extend(daemon.terminate().err());
         }
         let deadline = Instant::now() + GRACE;
-        failures.extend(daemons.into_iter().filter_map(|daemon| daemon.wait(deadline).err()));
+        failures.extend(
+            daemons
+                .into_iter()
+                .filter_map(|daemon| daemon.wait(deadline).err()),
+        );
         failures
     }
 }
@@ -416,7 +468,10 @@ fn join_failures(what: &str, failures: Vec<anyhow::Error>) -> anyhow::Result<()>
     if failures.is_empty() {
         return Ok(());
     }
-    let reasons: Vec<_> = failures.iter().map(|failure| format!("{failure:#}")).collect();
+    let reasons: Vec<_> = failures
+        .iter()
+        .map(|failure| format!("{failure:#}"))
+        .collect();
     bail!("{what}: {}", reasons.join("; "))
 }
 

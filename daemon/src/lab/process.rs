@@ -24,7 +24,10 @@ impl ProcessId {
         let path = format!("/proc/{pid}/stat");
         let stat = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
         let started = start_time(&stat).with_context(|| format!("cannot understand {path}"))?;
-        Ok(Self { pid: i32::try_from(pid).context("no process has such a number")?, started })
+        Ok(Self {
+            pid: i32::try_from(pid).context("no process has such a number")?,
+            started,
+        })
     }
 
     /// Its number.
@@ -40,7 +43,9 @@ impl ProcessId {
     /// Ends it: SIGTERM, and SIGKILL where that does nothing within `grace`. Says whether there
     /// was anything to end.
     pub(super) fn end(self, grace: Duration) -> anyhow::Result<bool> {
-        let Some(process) = self.open()? else { return Ok(false) };
+        let Some(process) = self.open()? else {
+            return Ok(false);
+        };
         for signal in [Signal::TERM, Signal::KILL] {
             match pidfd_send_signal(&process, signal) {
                 Err(Errno::SRCH) => return Ok(true),
@@ -55,7 +60,9 @@ impl ProcessId {
 
     /// A handle that cannot come to mean another process; none where it is gone.
     fn open(self) -> anyhow::Result<Option<OwnedFd>> {
-        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
+        let Some(pid) = Pid::from_raw(self.pid) else {
+            return Ok(None);
+        };
         let process = match pidfd_open(pid, PidfdFlags::empty()) {
             Err(Errno::SRCH) => return Ok(None),
             outcome => outcome.with_context(|| format!("cannot look at process {}", self.pid))?,
@@ -100,7 +107,10 @@ mod tests {
     fn ends_the_process_and_none_other_with_its_number() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let process = ProcessId::of(child.id()).unwrap();
-        let earlier = ProcessId { started: process.started - 1, ..process };
+        let earlier = ProcessId {
+            started: process.started - 1,
+            ..process
+        };
         assert!(!earlier.runs());
         assert!(!earlier.end(Duration::ZERO).unwrap());
         assert!(process.runs());

@@ -1,0 +1,178 @@
+//! What a host lets in: packets sent straight at weftd's port, by a peer and by a stranger, with
+//! every field a lie in turn. Nothing of it comes out; the same packet made valid does.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use weft_daemon::lab::Lab;
+use weft_tests::{bring_up, counter, hosts, overlay, udp_packet, until};
+
+const WEFT_PORT: u16 = 8285;
+const PORT: u16 = 9999;
+
+/// Everything that arrives in the first host's container.
+struct Ear(UdpSocket);
+
+impl Ear {
+    fn open(lab: &Lab) -> Result<Self> {
+        let container = lab.container(0)?;
+        let address = SocketAddr::new(container.address()?, PORT);
+        let socket = container.netns.run(|| UdpSocket::bind(address))??;
+        socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+        Ok(Self(socket))
+    }
+
+    fn next(&self) -> Result<Vec<u8>> {
+        let mut bytes = [0; 2048];
+        let len = self.0.recv(&mut bytes).context("nothing came out")?;
+        Ok(bytes[..len].to_vec())
+    }
+}
+
+/// Sends bytes to the first host's weftd from another host's underlay address.
+fn inject(lab: &Lab, from: usize, datagram: &[u8]) -> Result<()> {
+    let to = SocketAddr::new(lab.host(0).address, WEFT_PORT);
+    let sent = lab.host(from).netns.run(|| UdpSocket::bind("0.0.0.0:0")?.send_to(datagram, to))??;
+    if sent != datagram.len() {
+        bail!("only {sent} bytes went out");
+    }
+    Ok(())
+}
+
+/// Injects, and waits for the first host to count it under this name.
+fn is_counted(lab: &Lab, from: usize, datagram: &[u8], name: &str) -> Result<()> {
+    let before = counter(lab, 0, name)?;
+    inject(lab, from, datagram)?;
+    until(&format!("{name} counts {datagram:02x?}"), || Ok(counter(lab, 0, name)? > before))
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn nothing_invalid_comes_out_and_the_valid_does() -> Result<()> {
+    let mut lab = hosts(3)?;
+    for host in 0..2 {
+        lab.start_daemon(host, &[])?;
+    }
+    for host in 0..2 {
+        lab.wait_ready(host, weft_tests::DEADLINE)?;
+        lab.attach_container(host)?;
+    }
+    until("the two know each other", || Ok(lab.status(0)?.peers.len() == 1))?;
+    let (us, them) = (lab.container(0)?.address()?, lab.container(1)?.address()?);
+    let (peer, stranger) = (1, 2);
+    let packet = |from, to| udp_packet(from, to, PORT, 60, b"injected");
+    let good = packet(them, us)?;
+    let changed = |at: usize, value: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = value;
+        bytes
+    };
+    let ear = Ear::open(&lab)?;
+
+    is_counted(&lab, stranger, &good, "udp_to_tun_unknown_sender")?;
+    for source in [us, ip("8.8.8.8"), lab.host(0).address, lab.host(2).address, ip("10.42.0.1")] {
+        is_counted(&lab, peer, &packet(source, us)?, "udp_to_tun_foreign_source")?;
+    }
+    for to in [them, lab.host(0).address, ip("224.0.0.1"), ip("255.255.255.255"), ip("127.0.0.1")] {
+        is_counted(&lab, peer, &packet(them, to)?, "udp_to_tun_foreign_destination")?;
+    }
+    let v6 = udp_packet(ip("fd00::1"), ip("fd00::2"), PORT, 60, b"injected")?;
+    is_counted(&lab, peer, &v6, "udp_to_tun_foreign_destination")?;
+    for malformed in [
+        good[..1].to_vec(),
+        good[..19].to_vec(),
+        good[..good.len() - 1].to_vec(),
+        [&good[..], b"x"].concat(),
+        changed(0, 0x4f),
+        changed(0, 0x44),
+        changed(0, 0x55),
+        changed(3, 0xff),
+        changed(10, !good[10]),
+        v6[..39].to_vec(),
+        b"A".repeat(40),
+    ] {
+        is_counted(&lab, peer, &malformed, "udp_to_tun_malformed")?;
+    }
+    let oversized = udp_packet(them, us, PORT, 60, &[7; 1473 - 28])?;
+    is_counted(&lab, peer, &oversized, "udp_to_tun_oversized")?;
+    is_counted(&lab, peer, &b"A".repeat(20_000), "udp_to_tun_oversized")?;
+    for ttl in [0, 1] {
+        let expired = udp_packet(them, us, PORT, ttl, b"injected")?;
+        is_counted(&lab, peer, &expired, "udp_to_tun_ttl_expired")?;
+    }
+
+    // Had any of the above come out, it would be heard before this.
+    inject(&lab, peer, &udp_packet(them, us, PORT, 60, b"valid")?)?;
+    assert_eq!(ear.next()?, b"valid");
+    // A process of the peer's host may use the host's own address.
+    inject(&lab, peer, &udp_packet(lab.host(1).address, us, PORT, 60, b"host")?)?;
+    assert_eq!(ear.next()?, b"host");
+    lab.remove()
+}
+
+#[test]
+fn a_peer_may_be_given_another_address() -> Result<()> {
+    let mut lab = hosts(3)?;
+    let source = format!("{}={}", lab.host(1).address, lab.host(2).address);
+    for host in 0..2 {
+        lab.start_daemon(host, &["--peer-source", &source])?;
+    }
+    for host in 0..2 {
+        lab.wait_ready(host, weft_tests::DEADLINE)?;
+        lab.attach_container(host)?;
+    }
+    until("the two know each other", || Ok(lab.status(0)?.peers.len() == 1))?;
+    let ear = Ear::open(&lab)?;
+    let (us, them) = (lab.container(0)?.address()?, lab.container(1)?.address()?);
+    inject(&lab, 2, &udp_packet(them, us, PORT, 60, b"valid")?)?;
+    assert_eq!(ear.next()?, b"valid");
+    lab.remove()
+}
+
+#[test]
+fn the_guard_loosens_by_flag() -> Result<()> {
+    let foreign = |lab: &Lab| udp_packet(ip("8.8.8.8"), lab.container(0)?.address()?, PORT, 60, b"in");
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &["--guard", "peer"])?;
+    let ear = Ear::open(&lab)?;
+    inject(&lab, 1, &foreign(&lab)?)?;
+    assert_eq!(ear.next()?, b"in");
+    lab.remove()?;
+
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &["--guard", "off"])?;
+    let stranger = lab.add_host()?;
+    let ear = Ear::open(&lab)?;
+    inject(&lab, stranger, &foreign(&lab)?)?;
+    assert_eq!(ear.next()?, b"in");
+    lab.remove()
+}
+
+/// What a node sends from besides its public address is published, and let in.
+#[test]
+fn a_nodes_further_addresses_are_its_own() -> Result<()> {
+    let mut lab = hosts(2)?;
+    lab.host(1).netns.ip(&["address", "add", "10.168.0.250/24", "dev", "eth0"])?;
+    bring_up(&mut lab, &[])?;
+    let ear = Ear::open(&lab)?;
+    let (us, them) = (lab.container(0)?.address()?, lab.container(1)?.address()?);
+    let packet = udp_packet(them, us, PORT, 60, b"other address")?;
+    let to = SocketAddr::new(lab.host(0).address, WEFT_PORT);
+    lab.host(1).netns.run(|| UdpSocket::bind("10.168.0.250:0")?.send_to(&packet, to))??;
+    assert_eq!(ear.next()?, b"other address");
+    lab.remove()
+}
+
+#[test]
+fn the_overlay_keeps_what_it_makes_to_itself() -> Result<()> {
+    let lab = overlay(2)?;
+    let routes = lab.host(0).netns.ip_json(&["route", "show", "proto", "119"])?;
+    assert_eq!(routes.as_array().map(Vec::len), Some(1), "{routes}");
+    let links = lab.host(0).netns.ip_json(&["link", "show", "flannel0"])?;
+    assert_eq!(links[0]["ifalias"], "weft");
+    lab.remove()
+}
