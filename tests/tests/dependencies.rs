@@ -11,31 +11,12 @@ fn crates_depend_as_the_architecture_says() {
         ("weft-control", &[]),
         ("weft-backends", &["weft-engine", "weft-control"]),
         ("weft-daemon", &["weft-backends", "weft-control"]),
-        (
-            "weft-benches",
-            &[
-                "weft-engine",
-                "weft-backends",
-                "weft-control",
-                "weft-daemon",
-            ],
-        ),
-        (
-            "weft-tests",
-            &[
-                "weft-engine",
-                "weft-backends",
-                "weft-control",
-                "weft-daemon",
-            ],
-        ),
+        ("weft-benches", &["weft-engine", "weft-backends", "weft-control", "weft-daemon"]),
+        ("weft-tests", &["weft-engine", "weft-backends", "weft-control", "weft-daemon"]),
     ]);
     let metadata = MetadataCommand::new().no_deps().exec().unwrap();
     let members = metadata.workspace_packages();
-    let names: Vec<&str> = members
-        .iter()
-        .map(|package| package.name.as_str())
-        .collect();
+    let names: Vec<&str> = members.iter().map(|package| package.name.as_str()).collect();
     assert_eq!(
         names.len(),
         allowed.len(),
@@ -65,14 +46,8 @@ fn the_pure_parts_of_the_engine_stay_pure() {
     let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/src");
     for file in ["packet.rs", "routes.rs", "guard.rs", "icmp.rs", "stats.rs"] {
         let text = std::fs::read_to_string(source.join(file)).unwrap();
-        for impure in [
-            "crate::io",
-            "crate::sys",
-            "crate::tun",
-            "crate::udp",
-            "io_uring",
-            "socket2",
-        ] {
+        for impure in ["crate::io", "crate::sys", "crate::tun", "crate::udp", "io_uring", "socket2"]
+        {
             assert!(!text.contains(impure), "engine/src/{file} imports {impure}");
         }
     }

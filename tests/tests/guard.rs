@@ -33,7 +33,8 @@ impl Ear {
 /// Sends bytes to the first host's weftd from another host's underlay address.
 fn inject(lab: &Lab, from: usize, datagram: &[u8]) -> Result<()> {
     let to = SocketAddr::new(lab.host(0).address, WEFT_PORT);
-    let sent = lab.host(from).netns.run(|| UdpSocket::bind("0.0.0.0:0")?.send_to(datagram, to))??;
+    let sent =
+        lab.host(from).netns.run(|| UdpSocket::bind("0.0.0.0:0")?.send_to(datagram, to))??;
     if sent != datagram.len() {
         bail!("only {sent} bytes went out");
     }
@@ -48,7 +49,7 @@ fn is_counted(lab: &Lab, from: usize, datagram: &[u8], name: &str) -> Result<()>
 }
 
 fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
+    text.parse().expect("an address")
 }
 
 #[test]
@@ -135,7 +136,8 @@ fn a_peer_may_be_given_another_address() -> Result<()> {
 
 #[test]
 fn the_guard_loosens_by_flag() -> Result<()> {
-    let foreign = |lab: &Lab| udp_packet(ip("8.8.8.8"), lab.container(0)?.address()?, PORT, 60, b"in");
+    let foreign =
+        |lab: &Lab| udp_packet(ip("8.8.8.8"), lab.container(0)?.address()?, PORT, 60, b"in");
     let mut lab = hosts(2)?;
     bring_up(&mut lab, &["--guard", "peer"])?;
     let ear = Ear::open(&lab)?;

@@ -63,7 +63,9 @@ fn a_destination_that_nobody_has_is_unreachable() -> Result<()> {
     let leased: Vec<_> = (0..2).map(|host| base(&lab, host)).collect::<Result<_>>()?;
     let nobody = ["10.42.0.9", "10.42.255.9"].map(|text| text.parse().unwrap());
     let nobody = nobody.iter().find(|ip: &&std::net::IpAddr| {
-        !leased.iter().any(|base| base.to_string().rsplit_once('.') == ip.to_string().rsplit_once('.'))
+        !leased
+            .iter()
+            .any(|base| base.to_string().rsplit_once('.') == ip.to_string().rsplit_once('.'))
     });
     let report = ping(&lab.container(0)?.netns, *nobody.unwrap(), &PingOptions::default())?;
     let told = format!("From {} ", base(&lab, 0)?);

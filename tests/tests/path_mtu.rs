@@ -16,7 +16,18 @@ const INNER_MTU: &str = "1372";
 fn behind_a_router(lab: &Lab) -> Result<NetNs> {
     let router = NetNs::create(format!("weft-{}-r", lab.id()))?;
     let switch = lab.switch()?;
-    switch.ip(&["link", "add", "r", "type", "veth", "peer", "name", "eth0", "netns", router.name()])?;
+    switch.ip(&[
+        "link",
+        "add",
+        "r",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "eth0",
+        "netns",
+        router.name(),
+    ])?;
     switch.ip(&["link", "set", "r", "master", "br0", "up"])?;
     router.run(|| -> Result<()> {
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;

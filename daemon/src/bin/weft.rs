@@ -114,9 +114,7 @@ fn down(id: Option<String>) -> anyhow::Result<ExitCode> {
 
 /// From here on SIGINT, SIGTERM and SIGHUP end nothing by themselves: they raise the flag.
 fn raise_on_signals(cancel: &Cancel) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let (mut interrupt, mut terminate, mut hangup) = {
         let _entered = runtime.enter();
         (
@@ -137,9 +135,7 @@ fn raise_on_signals(cancel: &Cancel) -> io::Result<()> {
             cancel.raise(kind.as_raw_value());
         }
     };
-    thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || runtime.block_on(listen))?;
+    thread::Builder::new().name("signals".into()).spawn(move || runtime.block_on(listen))?;
     Ok(())
 }
 

@@ -43,9 +43,8 @@ impl FromStr for Bytes {
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let even = UNITS[..3]
-            .iter()
-            .find(|(_, factor)| self.0 > 0 && self.0.is_multiple_of(*factor));
+        let even =
+            UNITS[..3].iter().find(|(_, factor)| self.0 > 0 && self.0.is_multiple_of(*factor));
         match even {
             Some((suffix, factor)) => write!(f, "{} {suffix}", self.0 / factor),
             None => write!(f, "{} B", self.0),
@@ -83,13 +82,7 @@ mod tests {
     #[test]
     fn refuses_the_rest() {
         for text in ["", "MiB", "-1", "1.5GiB", "64 x", "é", "99999999999GiB"] {
-            assert!(
-                text.parse::<Bytes>()
-                    .unwrap_err()
-                    .to_string()
-                    .contains(text),
-                "{text}"
-            );
+            assert!(text.parse::<Bytes>().unwrap_err().to_string().contains(text), "{text}");
         }
     }
 

@@ -21,9 +21,7 @@ impl Cancel {
     /// Raises the flag; the first signal counts.
     pub fn raise(&self, signal: i32) {
         // Relaxed: the flag guards no other memory.
-        let _ = self
-            .0
-            .compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed);
+        let _ = self.0.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// Whether to go on.

@@ -52,9 +52,7 @@ impl Daemon {
 
     /// How it ended, if it has.
     pub(super) fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
-        self.child
-            .try_wait()
-            .with_context(|| format!("cannot wait for {}", self.id.pid()))
+        self.child.try_wait().with_context(|| format!("cannot wait for {}", self.id.pid()))
     }
 
     /// Asks it to stop.
@@ -75,18 +73,13 @@ impl Daemon {
         }
         let pid = self.id.pid();
         self.kill()?;
-        bail!(
-            "weftd (pid {pid}) did not stop within {} s and was killed",
-            GRACE.as_secs()
-        )
+        bail!("weftd (pid {pid}) did not stop within {} s and was killed", GRACE.as_secs())
     }
 
     /// Kills it and waits for its end.
     pub(super) fn kill(mut self) -> anyhow::Result<()> {
         self.signal(Signal::KILL)?;
-        self.child
-            .wait()
-            .with_context(|| format!("cannot wait for {}", self.id.pid()))?;
+        self.child.wait().with_context(|| format!("cannot wait for {}", self.id.pid()))?;
         Ok(())
     }
 
@@ -120,17 +113,11 @@ fn program() -> anyhow::Result<PathBuf> {
     }
     let this = env::current_exe().context("cannot find this program's own path")?;
     let beside = this.parent().map(|directory| directory.join("weftd"));
-    let above = this
-        .parent()
-        .and_then(Path::parent)
-        .map(|directory| directory.join("weftd"));
+    let above = this.parent().and_then(Path::parent).map(|directory| directory.join("weftd"));
     let candidates = [beside, above];
     let found = candidates.into_iter().flatten().find(|path| path.is_file());
     found.with_context(|| {
-        format!(
-            "no weftd beside {}; build it, or name one in $WEFTD",
-            this.display()
-        )
+        format!("no weftd beside {}; build it, or name one in $WEFTD", this.display())
     })
 }
 

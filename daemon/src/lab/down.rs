@@ -8,7 +8,7 @@ use anyhow::bail;
 
 use super::process::ProcessId;
 use super::record::{self, Record};
-use super::{GRACE, join_failures};
+use super::{GRACE, join_failures, require_root};
 use crate::netns;
 
 /// What was removed of one lab.
@@ -37,7 +37,7 @@ impl fmt::Display for Removed {
     }
 }
 
-/// The labs that [`down`] would remove: all but those that still run under their owner.
+/// The labs that [`down()`] would remove: all but those that still run under their owner.
 ///
 /// # Errors
 /// A record cannot be read.
@@ -54,32 +54,22 @@ pub fn abandoned() -> anyhow::Result<Vec<String>> {
 /// Removes one lab by its record, and nothing else.
 ///
 /// # Errors
-/// There is no such lab, or it still runs under its owner; or parts could not be removed: all of
+/// There is no such lab, we are not root, or it still runs under its owner; or parts could not be removed: all of
 /// them are named, and the record stays for another try.
 pub fn down(id: &str) -> anyhow::Result<Removed> {
     if !record::ids()?.iter().any(|known| known == id) {
         bail!("there is no lab {id}");
     }
+    require_root()?;
     let record = Record::load(id)?;
     if let (true, Some(owner)) = (record.is_in_use(), record.owner) {
-        bail!(
-            "the lab {id} runs under process {}; end that one instead",
-            owner.pid()
-        );
+        bail!("the lab {id} runs under process {}; end that one instead", owner.pid());
     }
-    let mut removed = Removed {
-        id: id.to_owned(),
-        daemons: vec![],
-        namespaces: vec![],
-        directory: None,
-    };
+    let mut removed =
+        Removed { id: id.to_owned(), daemons: vec![], namespaces: vec![], directory: None };
     let mut failures = Vec::new();
     end_daemons(&record.daemons, &mut removed, &mut failures);
-    for name in record
-        .namespaces
-        .into_iter()
-        .filter(|name| netns::exists(name))
-    {
+    for name in record.namespaces.into_iter().filter(|name| netns::exists(name)) {
         match netns::delete(&name) {
             Ok(()) => removed.namespaces.push(name),
             Err(error) => failures.push(error),

@@ -27,14 +27,8 @@ impl Pair {
         match (&self.ping, &self.transfer) {
             (Err(reason), _) => Some(format!("ping: {reason}")),
             (Ok(ping), _) if !ping.complete() => {
-                let errors = ping
-                    .errors
-                    .first()
-                    .map_or(String::new(), |line| format!(" ({line})"));
-                Some(format!(
-                    "{} of {} pings answered{errors}",
-                    ping.received, ping.sent
-                ))
+                let errors = ping.errors.first().map_or(String::new(), |line| format!(" ({line})"));
+                Some(format!("{} of {} pings answered{errors}", ping.received, ping.sent))
             }
             (_, Err(reason)) => Some(format!("transfer: {reason}")),
             (_, Ok(transfer)) if !transfer.intact() => Some("transfer: the hashes differ".into()),
@@ -59,12 +53,7 @@ pub(super) fn measure(
         progress.step(&format!("ping {}", name(from, to)));
         let ping = lab.ping(from, to, &PingOptions::default());
         let ping = ping.map_err(|error| format!("{error:#}"));
-        pairs.push(Pair {
-            from,
-            to,
-            ping,
-            transfer: Err("not tried".into()),
-        });
+        pairs.push(Pair { from, to, ping, transfer: Err("not tried".into()) });
     }
     for pair in &mut pairs {
         lab.options.cancel.check()?;
@@ -81,9 +70,7 @@ pub(super) fn measure(
 
 /// Every pair in both directions.
 pub(super) fn ordered_pairs(hosts: &[usize]) -> impl Iterator<Item = (usize, usize)> {
-    let all = hosts
-        .iter()
-        .flat_map(|from| hosts.iter().map(|to| (*from, *to)));
+    let all = hosts.iter().flat_map(|from| hosts.iter().map(|to| (*from, *to)));
     all.filter(|(from, to)| from != to)
 }
 
@@ -105,12 +92,7 @@ mod tests {
     /// A lab whose overlay is the kernel's own routes, so that it needs no daemon.
     fn routed_lab(hosts: usize) -> Lab {
         let stall = Duration::from_secs(1);
-        let mut lab = Lab::new(LabOptions {
-            hosts,
-            stall,
-            ..LabOptions::default()
-        })
-        .unwrap();
+        let mut lab = Lab::new(LabOptions { hosts, stall, ..LabOptions::default() }).unwrap();
         for host in 0..hosts {
             route_host(&mut lab, host);
         }
@@ -125,10 +107,7 @@ mod tests {
         for other in (0..lab.hosts()).filter(|other| *other != host) {
             for (at, to) in [(host, other), (other, host)] {
                 let (subnet, via) = (format!("10.42.{to}.0/24"), lab.host(to).address.to_string());
-                lab.host(at)
-                    .netns
-                    .ip(&["route", "replace", &subnet, "via", &via])
-                    .unwrap();
+                lab.host(at).netns.ip(&["route", "replace", &subnet, "via", &via]).unwrap();
             }
         }
     }
@@ -136,11 +115,7 @@ mod tests {
     fn failed(lab: &Lab) -> Vec<String> {
         let hosts: Vec<_> = (0..lab.hosts()).collect();
         let pairs = measure(lab, &hosts, Bytes(1 << 20), &Progress::new(0)).unwrap();
-        pairs
-            .iter()
-            .filter(|pair| pair.failure().is_some())
-            .map(Pair::name)
-            .collect()
+        pairs.iter().filter(|pair| pair.failure().is_some()).map(Pair::name).collect()
     }
 
     #[test]
@@ -150,24 +125,15 @@ mod tests {
         let report = lab.ping(0, 2, &PingOptions::default()).unwrap();
         assert_eq!(report.replies[0].ttl, 62, "two hosts route");
 
-        lab.host(1)
-            .netns
-            .ip(&["link", "set", "eth0", "down"])
-            .unwrap();
+        lab.host(1).netns.ip(&["link", "set", "eth0", "down"]).unwrap();
         assert_eq!(failed(&lab), ["h1->h2", "h2->h1", "h2->h3", "h3->h2"]);
 
-        lab.host(1)
-            .netns
-            .ip(&["link", "set", "eth0", "up"])
-            .unwrap();
+        lab.host(1).netns.ip(&["link", "set", "eth0", "up"]).unwrap();
         // The link took its routes along.
         for other in [0, 2] {
             let subnet = format!("10.42.{other}.0/24");
             let via = lab.host(other).address.to_string();
-            lab.host(1)
-                .netns
-                .ip(&["route", "add", &subnet, "via", &via])
-                .unwrap();
+            lab.host(1).netns.ip(&["route", "add", &subnet, "via", &via]).unwrap();
         }
         let joined = lab.add_host().unwrap();
         route_host(&mut lab, joined);
@@ -179,28 +145,18 @@ mod tests {
         let lab = routed_lab(2);
         let (from, to) = (lab.container(0).unwrap(), lab.container(1).unwrap());
         // Without segmentation offload a transfer takes long enough to be cut.
-        from.netns
-            .ip(&["link", "set", "eth0", "gso_max_segs", "1"])
-            .unwrap();
+        from.netns.ip(&["link", "set", "eth0", "gso_max_segs", "1"]).unwrap();
         let error = thread::scope(|scope| {
             let moving = scope.spawn(|| lab.transfer(0, 1, Bytes(256 << 20)).unwrap_err());
             while received(&to.netns) < 1 << 20 && !moving.is_finished() {}
-            lab.host(1)
-                .netns
-                .ip(&["link", "set", "eth0", "down"])
-                .unwrap();
+            lab.host(1).netns.ip(&["link", "set", "eth0", "down"]).unwrap();
             moving.join().unwrap()
         });
-        assert!(
-            format!("{error:#}").contains("nothing moved for 1 s"),
-            "{error:#}"
-        );
+        assert!(format!("{error:#}").contains("nothing moved for 1 s"), "{error:#}");
     }
 
     fn received(netns: &NetNs) -> u64 {
-        let links = netns
-            .ip_json(&["-statistics", "link", "show", "dev", "eth0"])
-            .unwrap();
+        let links = netns.ip_json(&["-statistics", "link", "show", "dev", "eth0"]).unwrap();
         links[0]["stats64"]["rx"]["bytes"].as_u64().unwrap()
     }
 
@@ -209,39 +165,18 @@ mod tests {
         let lab = routed_lab(2);
         let container = lab.container(1).unwrap();
         assert_eq!(container.address().unwrap().to_string(), "10.42.1.2");
-        let links = container
-            .netns
-            .ip_json(&["link", "show", "dev", "eth0"])
-            .unwrap();
+        let links = container.netns.ip_json(&["link", "show", "dev", "eth0"]).unwrap();
         assert_eq!(links[0]["mtu"], 1472);
-        let routes = container
-            .netns
-            .ip_json(&["route", "show", "default"])
-            .unwrap();
+        let routes = container.netns.ip_json(&["route", "show", "default"]).unwrap();
         assert_eq!(routes[0]["gateway"], "10.42.1.1");
-        let links = lab
-            .host(1)
-            .netns
-            .ip_json(&["link", "show", "dev", "docker0"])
-            .unwrap();
+        let links = lab.host(1).netns.ip_json(&["link", "show", "dev", "docker0"]).unwrap();
         assert_eq!(links[0]["mtu"], 1472);
-        let full = PingOptions {
-            size: Some(1472 - 28),
-            df: true,
-            ..PingOptions::default()
-        };
+        let full = PingOptions { size: Some(1472 - 28), df: true, ..PingOptions::default() };
         assert!(lab.ping(0, 1, &full).unwrap().complete());
-        let over = PingOptions {
-            size: Some(1472 - 27),
-            ..full
-        };
+        let over = PingOptions { size: Some(1472 - 27), ..full };
         let report = lab.ping(0, 1, &over).unwrap();
         assert_eq!(report.received, 0);
-        assert!(
-            report.errors.iter().any(|line| line.contains("1472")),
-            "{:?}",
-            report.errors
-        );
+        assert!(report.errors.iter().any(|line| line.contains("1472")), "{:?}", report.errors);
     }
 
     #[test]
@@ -251,21 +186,11 @@ mod tests {
         assert_eq!(names.len(), 5);
         assert!(names.iter().all(|name| netns::exists(name)));
         let id = lab.id().to_owned();
-        assert!(
-            down(&id)
-                .unwrap_err()
-                .to_string()
-                .contains("runs under process")
-        );
+        assert!(down(&id).unwrap_err().to_string().contains("runs under process"));
         lab.remove().unwrap();
         assert!(!names.iter().any(|name| netns::exists(name)));
         assert!(!directory.exists());
-        assert!(
-            down(&id)
-                .unwrap_err()
-                .to_string()
-                .contains("there is no lab")
-        );
+        assert!(down(&id).unwrap_err().to_string().contains("there is no lab"));
     }
 
     #[test]

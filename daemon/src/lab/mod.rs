@@ -127,13 +127,7 @@ impl Lab {
         };
         let hosts = options.hosts;
         let directory = Some(directory);
-        let mut lab = Self {
-            options,
-            sites: Vec::new(),
-            switch: None,
-            directory,
-            record,
-        };
+        let mut lab = Self { options, sites: Vec::new(), switch: None, directory, record };
         let name = lab.announce("sw")?;
         lab.switch = Some(topology::make_switch(name)?);
         for _ in 0..hosts {
@@ -189,11 +183,7 @@ impl Lab {
         let number = host + 1;
         let name = self.announce(&format!("h{number}"))?;
         let made = topology::make_host(self.switch()?, name, number, self.directory()?)?;
-        self.sites.push(Site {
-            host: made,
-            container: None,
-            daemon: None,
-        });
+        self.sites.push(Site { host: made, container: None, daemon: None });
         Ok(host)
     }
 
@@ -249,10 +239,7 @@ impl Lab {
             };
             if let Some(reason) = failure {
                 let log = daemon::last_lines(&self.host(host).log, LOG_LINES);
-                bail!(
-                    "weftd on h{} did not come up; {reason}; its log ends:\n{log}",
-                    host + 1
-                );
+                bail!("weftd on h{} did not come up; {reason}; its log ends:\n{log}", host + 1);
             }
             thread::sleep(POLL);
         }
@@ -273,8 +260,8 @@ impl Lab {
         Ok(container)
     }
 
-    /// The container behind a host. A clone of it is of use on another thread, with [`ping`] and
-    /// [`transfer`], while hosts come and go here.
+    /// The container behind a host. A clone of it is of use on another thread, with [`ping()`] and
+    /// [`transfer()`], while hosts come and go here.
     ///
     /// # Errors
     /// It is not attached.
@@ -294,29 +281,19 @@ impl Lab {
     /// Pings from one container to another.
     ///
     /// # Errors
-    /// As [`ping`]; no answer is none.
+    /// As [`ping()`]; no answer is none.
     pub fn ping(&self, from: usize, to: usize, how: &PingOptions) -> anyhow::Result<PingReport> {
-        ping(
-            &self.container(from)?.netns,
-            self.container(to)?.address()?,
-            how,
-        )
+        ping(&self.container(from)?.netns, self.container(to)?.address()?, how)
     }
 
     /// Moves pseudo-random data over TCP from one container to another.
     ///
     /// # Errors
-    /// As [`transfer`].
+    /// As [`transfer()`].
     pub fn transfer(&self, from: usize, to: usize, bytes: Bytes) -> anyhow::Result<Transfer> {
         let (from, to) = (self.container(from)?, self.container(to)?);
         let LabOptions { stall, cancel, .. } = self.options.clone();
-        transfer(
-            &from.netns,
-            &to.netns,
-            to.address()?,
-            bytes,
-            &Patience { stall, cancel },
-        )
+        transfer(&from.netns, &to.netns, to.address()?, bytes, &Patience { stall, cancel })
     }
 
     /// Removes the lab now; what a drop does, but failures come back.
@@ -327,7 +304,7 @@ impl Lab {
         self.tear_down()
     }
 
-    /// Leaves the lab up after the drop, for [`down`], and returns its id.
+    /// Leaves the lab up after the drop, for [`down()`], and returns its id.
     ///
     /// # Errors
     /// That cannot be recorded; the lab is removed then.
@@ -356,20 +333,11 @@ impl Lab {
     }
 
     fn directory(&self) -> anyhow::Result<&std::path::Path> {
-        Ok(self
-            .directory
-            .as_ref()
-            .context("the lab is removed")?
-            .path())
+        Ok(self.directory.as_ref().context("the lab is removed")?.path())
     }
 
     fn arguments(&self, host: usize) -> anyhow::Result<Vec<String>> {
-        let Host {
-            state_dir,
-            run_dir,
-            subnet_file,
-            ..
-        } = self.host(host);
+        let Host { state_dir, run_dir, subnet_file, .. } = self.host(host);
         let arguments = [
             ("--registry", format!("dir:{}", self.registry()?.display())),
             ("--network", NETWORK.to_owned()),
@@ -378,10 +346,7 @@ impl Lab {
             ("--run-dir", run_dir.display().to_string()),
             ("--subnet-file", subnet_file.display().to_string()),
         ];
-        Ok(arguments
-            .into_iter()
-            .flat_map(|(flag, value)| [flag.to_owned(), value])
-            .collect())
+        Ok(arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect())
     }
 
     /// None where the daemon is ready, else what it is doing; an error where waiting is of no use.
@@ -414,20 +379,12 @@ impl Lab {
             return Ok(());
         };
         let mut failures = self.end_daemons();
-        let containers = self
-            .sites
-            .iter()
-            .filter_map(|site| site.container.as_deref());
+        let containers = self.sites.iter().filter_map(|site| site.container.as_deref());
         let namespaces = containers.map(|container| &container.netns);
         let namespaces = namespaces.chain(self.sites.iter().map(|site| &site.host.netns));
         let namespaces = namespaces.chain(self.switch.as_ref());
         failures.extend(namespaces.filter_map(|netns| netns.remove().err()));
-        failures.extend(
-            directory
-                .close()
-                .context("cannot remove the lab's directory")
-                .err(),
-        );
+        failures.extend(directory.close().context("cannot remove the lab's directory").err());
         if failures.is_empty() {
             failures.extend(Record::delete(&self.record.id).err());
         }
@@ -437,20 +394,13 @@ impl Lab {
     /// Ends all at once, so that it takes as long as the slowest.
     fn end_daemons(&mut self) -> Vec<anyhow::Error> {
         let mut failures = Vec::new();
-        let mut daemons: Vec<_> = self
-            .sites
-            .iter_mut()
-            .filter_map(|site| site.daemon.take())
-            .collect();
+        let mut daemons: Vec<_> =
+            self.sites.iter_mut().filter_map(|site| site.daemon.take()).collect();
         for daemon in &mut daemons {
             failures.extend(daemon.terminate().err());
         }
         let deadline = Instant::now() + GRACE;
-        failures.extend(
-            daemons
-                .into_iter()
-                .filter_map(|daemon| daemon.wait(deadline).err()),
-        );
+        failures.extend(daemons.into_iter().filter_map(|daemon| daemon.wait(deadline).err()));
         failures
     }
 }
@@ -468,10 +418,7 @@ fn join_failures(what: &str, failures: Vec<anyhow::Error>) -> anyhow::Result<()>
     if failures.is_empty() {
         return Ok(());
     }
-    let reasons: Vec<_> = failures
-        .iter()
-        .map(|failure| format!("{failure:#}"))
-        .collect();
+    let reasons: Vec<_> = failures.iter().map(|failure| format!("{failure:#}")).collect();
     bail!("{what}: {}", reasons.join("; "))
 }
 

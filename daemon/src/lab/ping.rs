@@ -79,22 +79,17 @@ impl PingReport {
 pub fn ping(netns: &NetNs, address: IpAddr, options: &PingOptions) -> anyhow::Result<PingReport> {
     let mut command = Command::new("ping");
     apart(&mut command).args(arguments(address, options));
-    let output = netns
-        .output(&mut command)
-        .map_err(|error| match missing(&error) {
-            true => error.context("the program `ping` is missing; install iputils-ping"),
-            false => error,
-        })?;
+    let output = netns.output(&mut command).map_err(|error| match missing(&error) {
+        true => error.context("the program `ping` is missing; install iputils-ping"),
+        false => error,
+    })?;
     let stdout = String::from_utf8_lossy(&output.stdout);
     let stderr = String::from_utf8_lossy(&output.stderr);
     parse(&stdout, &stderr).with_context(|| format!("ping of {address} from {}", netns.name()))
 }
 
 fn missing(error: &anyhow::Error) -> bool {
-    error
-        .root_cause()
-        .downcast_ref::<std::io::Error>()
-        .map(std::io::Error::kind)
+    error.root_cause().downcast_ref::<std::io::Error>().map(std::io::Error::kind)
         == Some(ErrorKind::NotFound)
 }
 
@@ -113,10 +108,7 @@ fn arguments(address: IpAddr, options: &PingOptions) -> Vec<String> {
 }
 
 fn parse(stdout: &str, stderr: &str) -> anyhow::Result<PingReport> {
-    let Some(counts) = stdout
-        .lines()
-        .find(|line| line.contains(" packets transmitted, "))
-    else {
+    let Some(counts) = stdout.lines().find(|line| line.contains(" packets transmitted, ")) else {
         bail!("{}", stderr.trim());
     };
     let number_before = |what: &str| {
@@ -129,9 +121,7 @@ fn parse(stdout: &str, stderr: &str) -> anyhow::Result<PingReport> {
     Ok(PingReport {
         sent: number_before(" packets transmitted")?,
         received: number_before(" received")?,
-        rtt: u32::try_from(replies.len())
-            .ok()
-            .and_then(|count| total.checked_div(count)),
+        rtt: u32::try_from(replies.len()).ok().and_then(|count| total.checked_div(count)),
         replies,
         errors: stdout
             .lines()
@@ -154,9 +144,7 @@ fn reply(line: &str) -> Option<Reply> {
 }
 
 fn is_trouble(line: &str) -> bool {
-    ["From ", "ping: ", "wrong data"]
-        .iter()
-        .any(|start| line.starts_with(start))
+    ["From ", "ping: ", "wrong data"].iter().any(|start| line.starts_with(start))
 }
 
 #[cfg(test)]
@@ -174,11 +162,7 @@ mod tests {
         let report = parse(stdout, "").unwrap();
         assert_eq!((report.sent, report.received), (3, 2));
         assert_eq!(report.rtt, Some(Duration::from_millis(1)));
-        let seen: Vec<_> = report
-            .replies
-            .iter()
-            .map(|reply| (reply.sequence, reply.ttl))
-            .collect();
+        let seen: Vec<_> = report.replies.iter().map(|reply| (reply.sequence, reply.ttl)).collect();
         assert_eq!(seen, [(1, 60), (3, 60)]);
         assert!(report.errors.is_empty());
         assert!(!report.complete());
@@ -194,11 +178,7 @@ mod tests {
         let report = parse(stdout, stderr).unwrap();
         assert_eq!((report.sent, report.received, report.rtt), (2, 0, None));
         assert_eq!(report.errors.len(), 2);
-        assert!(
-            report.errors[0].contains("mtu = 1400"),
-            "{:?}",
-            report.errors
-        );
+        assert!(report.errors[0].contains("mtu = 1400"), "{:?}", report.errors);
         assert!(report.errors[1].contains("mtu=1400"), "{:?}", report.errors);
     }
 
@@ -210,12 +190,8 @@ mod tests {
 
     #[test]
     fn options_become_arguments() {
-        let options = PingOptions {
-            ttl: Some(1),
-            size: Some(1444),
-            df: true,
-            ..PingOptions::default()
-        };
+        let options =
+            PingOptions { ttl: Some(1), size: Some(1444), df: true, ..PingOptions::default() };
         let line = arguments("10.42.7.2".parse().unwrap(), &options).join(" ");
         assert_eq!(line, "-n -c3 -i0.1 -W1 -t1 -s1444 -Mdo 10.42.7.2");
     }

@@ -24,10 +24,7 @@ impl ProcessId {
         let path = format!("/proc/{pid}/stat");
         let stat = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
         let started = start_time(&stat).with_context(|| format!("cannot understand {path}"))?;
-        Ok(Self {
-            pid: i32::try_from(pid).context("no process has such a number")?,
-            started,
-        })
+        Ok(Self { pid: i32::try_from(pid).context("no process has such a number")?, started })
     }
 
     /// Its number.
@@ -107,10 +104,7 @@ mod tests {
     fn ends_the_process_and_none_other_with_its_number() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let process = ProcessId::of(child.id()).unwrap();
-        let earlier = ProcessId {
-            started: process.started - 1,
-            ..process
-        };
+        let earlier = ProcessId { started: process.started - 1, ..process };
         assert!(!earlier.runs());
         assert!(!earlier.end(Duration::ZERO).unwrap());
         assert!(process.runs());

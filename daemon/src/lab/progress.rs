@@ -20,9 +20,7 @@ pub(super) struct Progress {
 impl Progress {
     /// At the first of `steps` steps.
     pub(super) fn new(steps: u64) -> Self {
-        Self {
-            bar: io::stderr().is_terminal().then(|| bar(steps)),
-        }
+        Self { bar: io::stderr().is_terminal().then(|| bar(steps)) }
     }
 
     /// The next step begins.

@@ -55,9 +55,7 @@ impl Record {
         let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let record: Self = serde_json::from_slice(&text)
             .with_context(|| format!("{} is damaged", path.display()))?;
-        record
-            .check(id)
-            .with_context(|| format!("{} is damaged", path.display()))?;
+        record.check(id).with_context(|| format!("{} is damaged", path.display()))?;
         Ok(record)
     }
 
@@ -75,23 +73,12 @@ impl Record {
     /// A record leads to removals, so it must name nothing but what labs are made of.
     fn check(&self, id: &str) -> anyhow::Result<()> {
         let prefix = Self::namespace_prefix(id);
-        if let Some(foreign) = self
-            .namespaces
-            .iter()
-            .find(|name| !name.starts_with(&prefix))
-        {
+        if let Some(foreign) = self.namespaces.iter().find(|name| !name.starts_with(&prefix)) {
             bail!("the namespace {foreign} is not one of the lab {id}");
         }
-        let name = self
-            .directory
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy();
+        let name = self.directory.file_name().unwrap_or_default().to_string_lossy();
         if !name.starts_with(&Self::directory_prefix(id)) {
-            bail!(
-                "the directory {} is not one of the lab {id}",
-                self.directory.display()
-            );
+            bail!("the directory {} is not one of the lab {id}", self.directory.display());
         }
         Ok(())
     }
@@ -104,9 +91,8 @@ pub(super) fn ids() -> anyhow::Result<Vec<String>> {
         outcome => outcome.with_context(|| format!("cannot read {DIRECTORY}"))?,
     };
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut ids: Vec<_> = names
-        .filter_map(|name| Some(name.strip_suffix(".json")?.to_owned()))
-        .collect();
+    let mut ids: Vec<_> =
+        names.filter_map(|name| Some(name.strip_suffix(".json")?.to_owned())).collect();
     ids.sort();
     Ok(ids)
 }
@@ -128,17 +114,9 @@ mod tests {
             namespaces: vec![namespace.into()],
             daemons: Vec::new(),
         };
-        assert!(
-            record("weft-abc-h1", "/tmp/weft-lab-abc-x")
-                .check("abc")
-                .is_ok()
-        );
+        assert!(record("weft-abc-h1", "/tmp/weft-lab-abc-x").check("abc").is_ok());
         assert!(record("other", "/tmp/weft-lab-abc-x").check("abc").is_err());
         assert!(record("weft-abc-h1", "/tmp").check("abc").is_err());
-        assert!(
-            record("weft-abc-h1", "/tmp/weft-lab-abc-x/..")
-                .check("abc")
-                .is_err()
-        );
+        assert!(record("weft-abc-h1", "/tmp/weft-lab-abc-x/..").check("abc").is_err());
     }
 }

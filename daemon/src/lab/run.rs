@@ -9,7 +9,7 @@ use anyhow::Context;
 use super::measure::{self, Pair, measure, ordered_pairs};
 use super::progress::Progress;
 use super::tables::{self, HostStatus};
-use super::{Bytes, Cancel, Lab, LabOptions, POLL};
+use super::{Bytes, Cancel, Lab, LabOptions, POLL, require_root};
 
 /// How long the daemons may take to come up, all together.
 const UP_WITHIN: Duration = Duration::from_secs(20);
@@ -48,6 +48,7 @@ pub struct Outcome {
 /// The lab cannot be made or removed, or it is cancelled (the error is then, or has as its cause,
 /// [`super::Cancelled`]). Pairs that fail are an outcome. In all cases the lab is removed.
 pub fn run(options: &RunOptions, cancel: &Cancel, out: &mut dyn Write) -> anyhow::Result<Outcome> {
+    require_root()?;
     let all: Vec<usize> = (0..options.hosts).collect();
     let pairs = ordered_pairs(&all).count();
     // Once for the namespaces, the daemons, the meeting and the end; twice a pair.
@@ -66,22 +67,12 @@ pub fn run(options: &RunOptions, cancel: &Cancel, out: &mut dyn Write) -> anyhow
     progress.step("waiting until all know each other");
     acquaint(&lab, &up, &progress)?;
     let measured = measure(&lab, &up, options.bytes, &progress)?;
-    let statuses: Vec<HostStatus> = all
-        .iter()
-        .map(|host| (*host, lab.status(*host).ok()))
-        .collect();
+    let statuses: Vec<HostStatus> =
+        all.iter().map(|host| (*host, lab.status(*host).ok())).collect();
 
-    progress.step(if options.keep {
-        "done"
-    } else {
-        "removing the lab"
-    });
+    progress.step(if options.keep { "done" } else { "removing the lab" });
     let example = options.keep.then(|| example(&lab, &up));
-    let kept = if options.keep {
-        Some(lab.keep()?)
-    } else {
-        lab.remove().map(|()| None)?
-    };
+    let kept = if options.keep { Some(lab.keep()?) } else { lab.remove().map(|()| None)? };
     progress.finish();
     show(out, &statuses, &measured).context("cannot write the results")?;
     if let (Some(id), Some(example)) = (&kept, example) {
@@ -92,10 +83,7 @@ pub fn run(options: &RunOptions, cancel: &Cancel, out: &mut dyn Write) -> anyhow
     for (pair, reason) in &failed {
         eprintln!("{pair}: {reason}");
     }
-    Ok(Outcome {
-        failed: failed.into_iter().map(|(pair, _)| pair).collect(),
-        kept,
-    })
+    Ok(Outcome { failed: failed.into_iter().map(|(pair, _)| pair).collect(), kept })
 }
 
 /// Starts all daemons and puts containers behind them; returns the hosts on which that worked.
@@ -108,9 +96,7 @@ fn start(lab: &mut Lab, progress: &Progress) -> anyhow::Result<Vec<usize>> {
     let mut up = Vec::new();
     for host in 0..lab.hosts() {
         let left = deadline.saturating_duration_since(Instant::now());
-        let attached = lab
-            .wait_ready(host, left)
-            .and_then(|()| lab.attach_container(host));
+        let attached = lab.wait_ready(host, left).and_then(|()| lab.attach_container(host));
         lab.options.cancel.check()?;
         match attached {
             Ok(_) => up.push(host),
@@ -125,10 +111,7 @@ fn start(lab: &mut Lab, progress: &Progress) -> anyhow::Result<Vec<usize>> {
 fn acquaint(lab: &Lab, hosts: &[usize], progress: &Progress) -> anyhow::Result<()> {
     let deadline = Instant::now() + ACQUAINTED_WITHIN;
     for host in hosts {
-        while !lab
-            .status(*host)
-            .is_ok_and(|status| status.peers.len() + 1 >= hosts.len())
-        {
+        while !lab.status(*host).is_ok_and(|status| status.peers.len() + 1 >= hosts.len()) {
             lab.options.cancel.check()?;
             if Instant::now() > deadline {
                 progress.note(&format!("h{} does not know all the others", host + 1));
@@ -152,26 +135,16 @@ fn failures(all: &[usize], up: &[usize], measured: &[Pair]) -> Vec<(String, Stri
     let not_up = |host: &usize| !up.contains(host);
     let reason = |(from, to): (usize, usize)| match [from, to].into_iter().find(not_up) {
         Some(host) => Some(format!("h{} is not up", host + 1)),
-        None => measured
-            .iter()
-            .find(|pair| (pair.from, pair.to) == (from, to))?
-            .failure(),
+        None => measured.iter().find(|pair| (pair.from, pair.to) == (from, to))?.failure(),
     };
     let failed = ordered_pairs(all).filter_map(|pair| Some((pair, reason(pair)?)));
-    failed
-        .map(|((from, to), reason)| (measure::name(from, to), reason))
-        .collect()
+    failed.map(|((from, to), reason)| (measure::name(from, to), reason)).collect()
 }
 
 /// A command that goes into the lab, for pasting.
 fn example(lab: &Lab, up: &[usize]) -> String {
-    let containers: Vec<_> = up
-        .iter()
-        .filter_map(|host| lab.container(*host).ok())
-        .collect();
-    let address = containers
-        .last()
-        .and_then(|container| container.address().ok());
+    let containers: Vec<_> = up.iter().filter_map(|host| lab.container(*host).ok()).collect();
+    let address = containers.last().and_then(|container| container.address().ok());
     match (containers.first(), address) {
         (Some(first), Some(address)) => {
             format!("    ip netns exec {} ping {address}", first.netns.name())

@@ -33,30 +33,21 @@ fn parse(text: &str) -> anyhow::Result<SubnetEnv> {
     let mut gateways = Vec::new();
     for key in ["FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET"] {
         let Some(text) = value(key) else { continue };
-        gateways.push(
-            text.parse()
-                .with_context(|| format!("{key}={text} is no subnet"))?,
-        );
+        gateways.push(text.parse().with_context(|| format!("{key}={text} is no subnet"))?);
     }
     if gateways.is_empty() {
         bail!("it has neither FLANNEL_SUBNET nor FLANNEL_IPV6_SUBNET");
     }
     let mtu = value("FLANNEL_MTU").context("it has no FLANNEL_MTU")?;
-    let mtu = mtu
-        .parse()
-        .with_context(|| format!("FLANNEL_MTU={mtu} is no number"))?;
+    let mtu = mtu.parse().with_context(|| format!("FLANNEL_MTU={mtu} is no number"))?;
     Ok(SubnetEnv { gateways, mtu })
 }
 
 /// The address that the first container behind `gateway` gets.
 pub(super) fn first_container(gateway: IpNetwork) -> anyhow::Result<IpNetwork> {
     let next: Option<IpAddr> = match gateway.ip() {
-        IpAddr::V4(ip) => u32::from(ip)
-            .checked_add(1)
-            .map(|bits| Ipv4Addr::from(bits).into()),
-        IpAddr::V6(ip) => u128::from(ip)
-            .checked_add(1)
-            .map(|bits| Ipv6Addr::from(bits).into()),
+        IpAddr::V4(ip) => u32::from(ip).checked_add(1).map(|bits| Ipv4Addr::from(bits).into()),
+        IpAddr::V6(ip) => u128::from(ip).checked_add(1).map(|bits| Ipv6Addr::from(bits).into()),
     };
     next.filter(|address| gateway.contains(*address))
         .and_then(|address| IpNetwork::new(address, gateway.prefix()).ok())
@@ -76,11 +67,8 @@ mod tests {
         let gateways: Vec<_> = found.gateways.iter().map(ToString::to_string).collect();
         assert_eq!(gateways, ["10.42.7.1/24", "fd00:42:0:7::1/64"]);
         assert_eq!(found.mtu, 1472);
-        let containers: Vec<_> = found
-            .gateways
-            .iter()
-            .map(|gw| first_container(*gw).unwrap().to_string())
-            .collect();
+        let containers: Vec<_> =
+            found.gateways.iter().map(|gw| first_container(*gw).unwrap().to_string()).collect();
         assert_eq!(containers, ["10.42.7.2/24", "fd00:42:0:7::2/64"]);
     }
 
@@ -89,14 +77,8 @@ mod tests {
         for (text, complaint) in [
             ("", "neither FLANNEL_SUBNET"),
             ("FLANNEL_SUBNET=10.42.7.1/24\n", "no FLANNEL_MTU"),
-            (
-                "FLANNEL_SUBNET=ten/24\nFLANNEL_MTU=1472\n",
-                "FLANNEL_SUBNET=ten/24",
-            ),
-            (
-                "FLANNEL_SUBNET=10.42.7.1/24\nFLANNEL_MTU=-1\n",
-                "FLANNEL_MTU=-1",
-            ),
+            ("FLANNEL_SUBNET=ten/24\nFLANNEL_MTU=1472\n", "FLANNEL_SUBNET=ten/24"),
+            ("FLANNEL_SUBNET=10.42.7.1/24\nFLANNEL_MTU=-1\n", "FLANNEL_MTU=-1"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(complaint), "{error}");

@@ -43,9 +43,7 @@ pub(super) fn pairs(pairs: &[Pair]) -> Table {
     for pair in pairs {
         let ping = pair.ping.as_ref().ok();
         let rtt = ping.and_then(|ping| ping.rtt);
-        let ttl = ping
-            .and_then(|ping| ping.replies.first())
-            .map(|reply| reply.ttl);
+        let ttl = ping.and_then(|ping| ping.replies.first()).map(|reply| reply.ttl);
         let transfer = pair.transfer.as_ref();
         let rate = transfer.map(|transfer| format!("{:.2}", transfer.gbit_per_second()));
         table.add_row([
@@ -78,14 +76,10 @@ pub(super) fn counters(hosts: &[HostStatus]) -> Table {
     let header = answered.iter().map(|(host, _)| format!("h{}", *host + 1));
     let mut table = table(std::iter::once("counter".to_owned()).chain(header));
     let counted = answered.iter().flat_map(|(_, counters)| counters.iter());
-    let names: BTreeSet<_> = counted
-        .filter(|(_, count)| **count > 0)
-        .map(|(name, _)| name.clone())
-        .collect();
+    let names: BTreeSet<_> =
+        counted.filter(|(_, count)| **count > 0).map(|(name, _)| name.clone()).collect();
     for name in names {
-        let counts = answered
-            .iter()
-            .map(|(_, counters)| or_none(counters.get(&name)));
+        let counts = answered.iter().map(|(_, counters)| or_none(counters.get(&name)));
         let row: Vec<_> = std::iter::once(name.clone()).chain(counts).collect();
         table.add_row(row);
     }
@@ -98,12 +92,7 @@ pub(super) fn counters(hosts: &[HostStatus]) -> Table {
 fn table<T: Into<comfy_table::Cell>>(header: impl IntoIterator<Item = T>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
-    table.set_header(
-        header
-            .into_iter()
-            .map(Into::<comfy_table::Cell>::into)
-            .collect::<Vec<_>>(),
-    );
+    table.set_header(header.into_iter().map(Into::<comfy_table::Cell>::into).collect::<Vec<_>>());
     table
 }
 
@@ -137,10 +126,7 @@ mod tests {
 
     fn line_with<'a>(text: &'a str, word: &str) -> Vec<&'a str> {
         let line = text.lines().find(|line| line.contains(word)).unwrap();
-        line.split(['│', '┆'])
-            .map(str::trim)
-            .filter(|cell| !cell.is_empty())
-            .collect()
+        line.split(['│', '┆']).map(str::trim).filter(|cell| !cell.is_empty()).collect()
     }
 
     #[test]
@@ -158,26 +144,13 @@ mod tests {
             sent: 1,
             received: 1,
             rtt: Some(rtt),
-            replies: vec![Reply {
-                sequence: 1,
-                ttl: 60,
-                rtt,
-            }],
+            replies: vec![Reply { sequence: 1, ttl: 60, rtt }],
             errors: Vec::new(),
         };
         let second = Duration::from_secs(1);
-        let transfer = |received| Transfer {
-            bytes: 125_000_000,
-            elapsed: second,
-            sent: [1; 32],
-            received,
-        };
-        let pair = |from, ping, transfer| Pair {
-            from,
-            to: 4,
-            ping,
-            transfer,
-        };
+        let transfer =
+            |received| Transfer { bytes: 125_000_000, elapsed: second, sent: [1; 32], received };
+        let pair = |from, ping, transfer| Pair { from, to: 4, ping, transfer };
         let text = pairs(&[
             pair(0, Ok(ping.clone()), Ok(transfer([1; 32]))),
             pair(1, Ok(ping), Ok(transfer([2; 32]))),
@@ -187,10 +160,7 @@ mod tests {
         let good = ["h1", "h5", "0.250 ms", "60", "125000000 B", "1.00", "ok"];
         assert_eq!(line_with(&text, "h1"), good);
         assert!(line_with(&text, "h2").contains(&"MISMATCH"));
-        assert_eq!(
-            line_with(&text, "h3"),
-            ["h3", "h5", "-", "-", "-", "-", "error"]
-        );
+        assert_eq!(line_with(&text, "h3"), ["h3", "h5", "-", "-", "-", "-", "error"]);
     }
 
     #[test]

@@ -14,10 +14,8 @@ use crate::netns::NetNs;
 pub(super) const MAX_HOSTS: usize = 160;
 
 /// Router switches of the host namespaces; a kernel without IPv6 lacks the second.
-const FORWARDING: [&str; 2] = [
-    "/proc/sys/net/ipv4/ip_forward",
-    "/proc/sys/net/ipv6/conf/all/forwarding",
-];
+const FORWARDING: [&str; 2] =
+    ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"];
 
 /// The bridge that a container runtime makes on a host.
 const DOCKER0: &str = "docker0";
@@ -56,10 +54,7 @@ impl Container {
     /// # Errors
     /// It has none.
     pub fn address(&self) -> anyhow::Result<IpAddr> {
-        let first = self
-            .addresses
-            .first()
-            .context("the container has no address")?;
+        let first = self.addresses.first().context("the container has no address")?;
         Ok(first.ip())
     }
 }
@@ -118,21 +113,14 @@ pub(super) fn make_container(
         mtu: env.mtu,
     };
     let mtu = env.mtu.to_string();
-    host.netns
-        .ip(&["link", "add", DOCKER0, "mtu", &mtu, "type", "bridge"])?;
+    host.netns.ip(&["link", "add", DOCKER0, "mtu", &mtu, "type", "bridge"])?;
     for gateway in &env.gateways {
         add_address(&host.netns, gateway, DOCKER0)?;
     }
     host.netns.ip(&["link", "set", DOCKER0, "up"])?;
 
     let netns = &container.netns;
-    plug(
-        &host.netns,
-        DOCKER0,
-        &format!("c{number}"),
-        netns,
-        Some(&mtu),
-    )?;
+    plug(&host.netns, DOCKER0, &format!("c{number}"), netns, Some(&mtu))?;
     for address in &container.addresses {
         add_address(netns, address, "eth0")?;
     }
@@ -155,12 +143,7 @@ fn plug(
 ) -> anyhow::Result<()> {
     let mtu: Vec<&str> = mtu.map_or(Vec::new(), |mtu| vec!["mtu", mtu]);
     let near = [&["link", "add", port], mtu.as_slice(), &["type", "veth"]].concat();
-    let far = [
-        &["peer", "name", "eth0"],
-        mtu.as_slice(),
-        &["netns", to.name()],
-    ]
-    .concat();
+    let far = [&["peer", "name", "eth0"], mtu.as_slice(), &["netns", to.name()]].concat();
     from.ip(&[near, far].concat())?;
     from.ip(&["link", "set", port, "master", bridge])?;
     from.ip(&["link", "set", port, "up"])?;
@@ -178,10 +161,7 @@ fn add_address(netns: &NetNs, address: &IpNetwork, device: &str) -> anyhow::Resu
 }
 
 fn set_forwarding(name: &str) -> anyhow::Result<()> {
-    for path in FORWARDING
-        .into_iter()
-        .filter(|path| Path::new(path).exists())
-    {
+    for path in FORWARDING.into_iter().filter(|path| Path::new(path).exists()) {
         fs::write(path, "1").with_context(|| format!("cannot set {path} in {name}"))?;
     }
     Ok(())

@@ -82,9 +82,7 @@ pub fn transfer(
     let listener = to
         .run(|| TcpListener::bind(SocketAddr::new(address, 0)))?
         .with_context(|| format!("cannot listen on {address} in {}", to.name()))?;
-    let target = listener
-        .local_addr()
-        .context("a listener without an address")?;
+    let target = listener.local_addr().context("a listener without an address")?;
     let data = pseudo_random(size, target.port());
     let sent = Sha256::digest(&data).into();
 
@@ -102,12 +100,7 @@ pub fn transfer(
     written
         .unwrap_or_else(|panicked| std::panic::resume_unwind(panicked))
         .with_context(|| format!("sending in {}", from.name()))?;
-    Ok(Transfer {
-        bytes: bytes.0,
-        elapsed,
-        sent,
-        received: Sha256::digest(&arrived).into(),
-    })
+    Ok(Transfer { bytes: bytes.0, elapsed, sent, received: Sha256::digest(&arrived).into() })
 }
 
 /// The same data for the same port, so that a failure can be looked into; other data in the next
@@ -136,17 +129,13 @@ fn connect(from: &NetNs, target: SocketAddr, patience: &Patience) -> anyhow::Res
 }
 
 fn accept(listener: &TcpListener, patience: &Patience) -> anyhow::Result<TcpStream> {
-    listener
-        .set_nonblocking(true)
-        .context("cannot make the listener non-blocking")?;
+    listener.set_nonblocking(true).context("cannot make the listener non-blocking")?;
     let began = Instant::now();
     loop {
         patience.cancel.check()?;
         match listener.accept() {
             Ok((stream, _)) => {
-                stream
-                    .set_nonblocking(false)
-                    .context("cannot make the socket blocking")?;
+                stream.set_nonblocking(false).context("cannot make the socket blocking")?;
                 return prepared(stream);
             }
             Err(error) if error.kind() != ErrorKind::WouldBlock => {
@@ -172,19 +161,13 @@ fn prepared(stream: TcpStream) -> anyhow::Result<TcpStream> {
 
 fn write_all(stream: &mut TcpStream, data: &[u8], patience: &Patience) -> anyhow::Result<()> {
     let size = data.len();
-    progress(size, patience, |at| {
-        stream.write(&data[at..size.min(at + CHUNK)])
-    })?;
-    stream
-        .shutdown(Shutdown::Write)
-        .context("cannot end the stream")
+    progress(size, patience, |at| stream.write(&data[at..size.min(at + CHUNK)]))?;
+    stream.shutdown(Shutdown::Write).context("cannot end the stream")
 }
 
 fn read_all(stream: &mut TcpStream, into: &mut [u8], patience: &Patience) -> anyhow::Result<()> {
     let size = into.len();
-    progress(size, patience, |at| {
-        stream.read(&mut into[at..size.min(at + CHUNK)])
-    })
+    progress(size, patience, |at| stream.read(&mut into[at..size.min(at + CHUNK)]))
 }
 
 /// Takes steps from 0 to `size`; each says how far it came.
@@ -218,12 +201,7 @@ fn progress(
 }
 
 fn is_pause(kind: ErrorKind) -> bool {
-    [
-        ErrorKind::WouldBlock,
-        ErrorKind::TimedOut,
-        ErrorKind::Interrupted,
-    ]
-    .contains(&kind)
+    [ErrorKind::WouldBlock, ErrorKind::TimedOut, ErrorKind::Interrupted].contains(&kind)
 }
 
 #[cfg(test)]
@@ -238,10 +216,7 @@ mod tests {
     }
 
     fn patience(stall: Duration) -> Patience {
-        Patience {
-            stall,
-            cancel: Cancel::default(),
-        }
+        Patience { stall, cancel: Cancel::default() }
     }
 
     const LOCALHOST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
@@ -260,15 +235,11 @@ mod tests {
     #[test]
     fn a_path_that_does_not_exist_ends_in_an_error() {
         let (from, to) = (namespace(), namespace());
-        to.ip(&["address", "add", "192.0.2.1/32", "dev", "lo"])
-            .unwrap();
+        to.ip(&["address", "add", "192.0.2.1/32", "dev", "lo"]).unwrap();
         let address = "192.0.2.1".parse().unwrap();
         let patience = patience(Duration::from_secs(1));
         let error = transfer(&from, &to, address, Bytes(1), &patience).unwrap_err();
-        assert!(
-            format!("{error:#}").contains("cannot connect to 192.0.2.1"),
-            "{error:#}"
-        );
+        assert!(format!("{error:#}").contains("cannot connect to 192.0.2.1"), "{error:#}");
     }
 
     #[test]
@@ -277,9 +248,6 @@ mod tests {
         let patience = patience(Duration::from_secs(20));
         patience.cancel.raise(2);
         let error = transfer(&netns, &netns, LOCALHOST, Bytes(1), &patience).unwrap_err();
-        assert_eq!(
-            error.downcast_ref(),
-            Some(&super::super::cancel::Cancelled { signal: 2 })
-        );
+        assert_eq!(error.downcast_ref(), Some(&super::super::cancel::Cancelled { signal: 2 }));
     }
 }

@@ -1,0 +1,253 @@
+//! weftd's start and end: what it waits for, what ends it, and what it says.
+
+use std::fs;
+use std::net::UdpSocket;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use rustix::process::Signal;
+use weft_daemon::lab::Lab;
+use weft_daemon::status;
+use weft_tests::{DEADLINE, Weftd, has_device, hosts, program, run_to_end, run_weftd, until};
+
+/// How long a daemon may take to stop.
+const STOP: Duration = Duration::from_secs(2);
+
+/// The flags of a daemon on the first host, without a network.
+struct Files {
+    registry: String,
+    state: String,
+    run: String,
+    subnet: String,
+}
+
+impl Files {
+    fn of(lab: &Lab) -> Result<Self> {
+        let host = lab.host(0);
+        Ok(Self {
+            registry: format!("dir:{}", lab.registry()?.display()),
+            state: host.state_dir.display().to_string(),
+            run: host.run_dir.display().to_string(),
+            subnet: host.subnet_file.display().to_string(),
+        })
+    }
+
+    fn flags<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
+        let files = [
+            "--registry",
+            &self.registry,
+            "--state-dir",
+            &self.state,
+            "--run-dir",
+            &self.run,
+            "--subnet-file",
+            &self.subnet,
+        ];
+        [&files[..], more].concat()
+    }
+}
+
+fn write_config(lab: &Lab, text: &str) -> Result<()> {
+    fs::create_dir_all(lab.registry()?)?;
+    Ok(fs::write(lab.registry()?.join("config"), text)?)
+}
+
+#[test]
+fn waits_for_a_good_config_and_touches_nothing_before() -> Result<()> {
+    let lab = hosts(1)?;
+    let (host, files) = (lab.host(0), Files::of(&lab)?);
+    let daemon = Weftd::start(&host.netns, &host.log, &files.flags(&[]))?;
+    daemon.logs("there is none in dir:")?;
+    for (config, said) in [
+        ("{", "not JSON"),
+        (r#"{"Network":"10.42.0.0/29"}"#, "Minimum useful network prefix is /28"),
+        (r#"{"Network":"10.42.0.0/16","SubnetLen":"24"}"#, "SubnetLen must be a whole number"),
+        (r#"{"Network":"10.42.0.0/16","Backend":{"Type":"nope"}}"#, "unknown backend type"),
+        (r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}"#, "vxlan is not built yet"),
+        (r#"{"Network":"10.42.0.0/16","Backend":{"Type":"udp","Port":-1}}"#, "Port must be"),
+    ] {
+        write_config(&lab, config)?;
+        daemon.logs(said)?;
+    }
+    assert!(!has_device(&host.netns, "flannel0")?);
+    assert!(!host.subnet_file.exists());
+    assert_eq!(fs::read_dir(&host.state_dir)?.count(), 0);
+
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"UDP","Port":9000}}"#)?;
+    until("it forwards", || Ok(status::read(&host.run_dir)?.state == "forwarding"))?;
+    assert!(has_device(&host.netns, "flannel0")?);
+    until("subnet.env is there", || Ok(host.subnet_file.exists()))?;
+    let taken = host.netns.run(|| UdpSocket::bind((host.address, 9000)))?;
+    assert!(taken.is_err(), "it listens on the config's port");
+    assert!(daemon.end(Signal::TERM)?.success());
+    lab.remove()
+}
+
+#[test]
+fn stops_at_once_and_cleanly_whatever_it_waits_for() -> Result<()> {
+    let lab = hosts(1)?;
+    let (host, files) = (lab.host(0), Files::of(&lab)?);
+    let stops = |signal, ready: &str, more: &[&str]| -> Result<()> {
+        let daemon = Weftd::start(&host.netns, &host.log, &files.flags(more))?;
+        daemon.logs(ready)?;
+        let begun = Instant::now();
+        assert_eq!(daemon.end(signal)?.code(), Some(0));
+        assert!(begun.elapsed() < STOP, "took {:?}", begun.elapsed());
+        Ok(())
+    };
+    stops(Signal::TERM, "waiting for the network config", &[])?;
+    stops(Signal::INT, "waiting for the network config", &[])?;
+    let network = ["--network", "10.42.0.0/16"];
+    for ready in ["external interface", "this node", "lease", "forwarding", "wrote subnet.env"] {
+        stops(Signal::TERM, ready, &network)?;
+    }
+    until("no device is left", || Ok(!has_device(&host.netns, "flannel0")?))?;
+    lab.remove()
+}
+
+#[test]
+fn a_full_network_and_a_taken_route_are_waited_out() -> Result<()> {
+    let lab = hosts(1)?;
+    let (host, files) = (lab.host(0), Files::of(&lab)?);
+    let subnets = lab.registry()?.join("subnets");
+    fs::create_dir_all(&subnets)?;
+    fs::write(subnets.join("10.42.0.0-16"), r#"{"PublicIP":"10.168.0.77"}"#)?;
+    host.netns.ip(&["route", "add", "10.42.0.0/16", "dev", "eth0"])?;
+    let flags = files.flags(&["--network", "10.42.0.0/16"]);
+    let daemon = Weftd::start(&host.netns, &host.log, &flags)?;
+    daemon.logs("out of subnets")?;
+    fs::remove_file(subnets.join("10.42.0.0-16"))?;
+    daemon.logs("already leads to eth0")?;
+    host.netns.ip(&["route", "del", "10.42.0.0/16"])?;
+    until("it forwards", || Ok(status::read(&host.run_dir)?.state == "forwarding"))?;
+    assert!(daemon.end(Signal::TERM)?.success());
+    lab.remove()
+}
+
+/// One line that says what and how to mend it, and an exit status that is not zero.
+#[test]
+fn what_ends_it_is_said_in_one_line() -> Result<()> {
+    let lab = hosts(1)?;
+    let (netns, files) = (&lab.host(0).netns, Files::of(&lab)?);
+    let ends = |more: &[&str], wanted: &[&str]| -> Result<()> {
+        let (status, stderr) = run_weftd(netns, &files.flags(more))?;
+        assert_eq!(status, Some(1), "{more:?}: {stderr}");
+        let errors: Vec<_> = stderr.lines().filter(|line| line.contains("ERROR")).collect();
+        assert_eq!(errors.len(), 1, "{more:?}: {stderr}");
+        for part in wanted {
+            assert!(errors[0].contains(part), "{more:?}: no {part:?} in {stderr}");
+        }
+        assert!(!stderr.contains("panicked") && !stderr.contains("stack backtrace"), "{stderr}");
+        Ok(())
+    };
+    let network = ["--network", "10.42.0.0/16"];
+    ends(&["--backend", "vxlan", network[0], network[1]], &["vxlan is not built yet", "udp-tun"])?;
+    ends(&["--iface", "nope0", network[0], network[1]], &["nope0", "eth0"])?;
+
+    let squatter = netns.run(|| UdpSocket::bind("0.0.0.0:8285"))??;
+    ends(&network, &["UDP 10.168.0.94:8285", "another weftd or flanneld"])?;
+    drop(squatter);
+
+    fs::write(
+        lab.registry()?.join("config"),
+        r#"{"Network":"10.42.0.0/16","Backend":{"Type":"udp"}}"#,
+    )?;
+    ends(&["--backend", "host-gw"], &["--backend host-gw", "udp-tun"])?;
+
+    netns.ip(&["route", "del", "default"])?;
+    ends(&network, &["default route", "--iface"])?;
+    netns.ip(&["route", "add", "default", "dev", "eth0"])?;
+
+    let mut unprivileged = Command::new("setpriv");
+    unprivileged.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"]);
+    unprivileged.arg(program("weftd")?).args(files.flags(&network));
+    let (status, stderr) = run_to_end(netns, &mut unprivileged)?;
+    assert_eq!(status, Some(1), "{stderr}");
+    assert!(stderr.contains("CAP_NET_ADMIN"), "{stderr}");
+    assert!(!has_device(netns, "flannel0")?);
+    lab.remove()
+}
+
+#[test]
+fn a_second_one_with_the_same_identity_is_refused() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let first = lab.status(0)?.pid;
+    let files = Files::of(&lab)?;
+    let (status, stderr) = run_weftd(&lab.host(0).netns, &files.flags(&[]))?;
+    assert_eq!(status, Some(1));
+    assert!(stderr.contains(&format!("pid {first}")), "{stderr}");
+    assert_eq!(lab.status(0)?.pid, first);
+    lab.remove()
+}
+
+#[test]
+fn a_wrong_command_line_is_told_apart() -> Result<()> {
+    let lab = hosts(1)?;
+    let netns = &lab.host(0).netns;
+    for (flags, said) in [
+        (&["--ip-mask"][..], "--ip-masq"),
+        (&["-etcd-endpoint=x"], "--etcd-endpoints"),
+        (&["--guard", "tight"], "strict"),
+        (&["--workers", "0"], "--workers"),
+        (&["--network", "10.42.0.0"], "--network"),
+        (&["serve"], "serve"),
+    ] {
+        let (status, stderr) = run_weftd(netns, flags)?;
+        assert_eq!(status, Some(2), "{flags:?}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{flags:?}: {stderr}");
+        assert!(stderr.contains(said), "{flags:?}: {stderr}");
+    }
+    for (flags, said) in [
+        (&[][..], "etcd"),
+        (&["-etcd-prefix=/x", "--network", "10.42.0.0/16"], "--etcd-prefix"),
+        (&["-kube-subnet-mgr", "--network", "10.42.0.0/16"], "--kube-subnet-mgr"),
+    ] {
+        let (status, stderr) = run_weftd(netns, flags)?;
+        assert_eq!(status, Some(1), "{flags:?}: {stderr}");
+        assert!(stderr.contains(said) && stderr.contains("not built yet"), "{flags:?}: {stderr}");
+    }
+    lab.remove()
+}
+
+#[test]
+fn subnet_env_is_flannels_and_ip_masq_is_written() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.start_daemon(0, &["", "-ip-masq", "true", ""])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let status = lab.status(0)?;
+    let base = status.subnets[0].network().to_string();
+    let gateway = format!("{}1/24", base.strip_suffix('0').unwrap());
+    let env = fs::read_to_string(&lab.host(0).subnet_file)?;
+    assert_eq!(
+        env,
+        format!(
+            "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET={gateway}\nFLANNEL_MTU=1472\n\
+             FLANNEL_IPMASQ=true\n"
+        )
+    );
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    assert!(log.contains("WARN") && log.contains("--ip-masq"), "{log}");
+
+    let device = &lab.host(0).netns.ip_json(&["address", "show", "flannel0"])?[0];
+    assert_eq!(device["mtu"], 1472);
+    let flags: Vec<_> = device["flags"].as_array().unwrap().iter().collect();
+    for flag in ["POINTOPOINT", "NOARP", "UP", "LOWER_UP"] {
+        assert!(flags.iter().any(|it| *it == flag), "{flags:?}");
+    }
+    assert_eq!(device["addr_info"][0]["local"], base);
+    assert_eq!(device["addr_info"][0]["prefixlen"], 32);
+    lab.remove()
+}
+
+#[test]
+fn the_next_free_device_name_is_taken() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.host(0).netns.ip(&["link", "add", "flannel0", "type", "bridge"])?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_eq!(lab.status(0)?.device.as_deref(), Some("flannel1"));
+    lab.remove()
+}

@@ -1,0 +1,169 @@
+//! `weft lab` as an operator runs it, and that nothing of a lab is left behind, however it ends.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use weft_tests::{overlay, program, until};
+
+/// A `weft lab` that runs, of which the progress is read as it comes.
+struct Running {
+    child: Child,
+    progress: BufReader<ChildStderr>,
+    id: String,
+}
+
+impl Running {
+    fn start(arguments: &[&str]) -> Result<Self> {
+        let mut command = Command::new(program("weft")?);
+        command.arg("lab").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn()?;
+        let stderr = child.stderr.take().context("stderr is piped")?;
+        let mut running = Self { child, progress: BufReader::new(stderr), id: String::new() };
+        let line = running.wait_for("namespaces weft-")?;
+        let id = line.split("weft-").nth(1).and_then(|rest| rest.split('-').next());
+        running.id = id.context("the lab's id")?.to_owned();
+        Ok(running)
+    }
+
+    /// Reads on until a line has this text.
+    fn wait_for(&mut self, text: &str) -> Result<String> {
+        loop {
+            let mut line = String::new();
+            if self.progress.read_line(&mut line)? == 0 {
+                bail!("the lab ended before it said {text:?}");
+            }
+            if line.contains(text) {
+                return Ok(line);
+            }
+        }
+    }
+
+    /// Waits for the end: exit status, stdout, and the rest of stderr.
+    fn end(mut self) -> Result<(Option<i32>, String, String)> {
+        let mut stderr = String::new();
+        self.progress.read_to_string(&mut stderr)?;
+        let output = self.child.wait_with_output()?;
+        Ok((output.status.code(), String::from_utf8(output.stdout)?, stderr))
+    }
+
+    fn namespace(&self, what: &str) -> String {
+        format!("weft-{}-{what}", self.id)
+    }
+}
+
+/// Nothing that bears the lab's id is in the system any more.
+fn nothing_is_left_of(id: &str) -> Result<()> {
+    let mark = format!("weft-{id}-");
+    for directory in ["/run/netns", "/tmp"] {
+        for entry in fs::read_dir(directory)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            assert!(!name.contains(&mark), "{directory}/{name} is left");
+        }
+    }
+    assert!(!Path::new(&format!("/run/weft-lab/{id}.json")).exists());
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path().join("cmdline");
+        // Processes that end meanwhile leave nothing to read.
+        let line = fs::read(&path).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        assert!(!line.contains(&format!("weft-lab-{id}")), "left running: {line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn shows_that_all_pairs_reach_each_other() -> Result<()> {
+    let running = Running::start(&["--hosts", "2", "--bytes", "4MiB"])?;
+    let id = running.id.clone();
+    let (status, stdout, stderr) = running.end()?;
+    assert_eq!(status, Some(0), "{stdout}\n{stderr}");
+    for text in ["10.168.0.94", "10.168.0.95", "flannel0", "1472", "ok", "tun_to_udp_packets"] {
+        assert!(stdout.contains(text), "no {text} in\n{stdout}");
+    }
+    assert!(!stdout.contains("MISMATCH"), "{stdout}");
+    nothing_is_left_of(&id)
+}
+
+#[test]
+fn names_the_pairs_of_a_host_that_is_cut_off() -> Result<()> {
+    let mut running = Running::start(&["--hosts", "3", "--bytes", "64MiB"])?;
+    running.wait_for("transfer of")?;
+    let cut_off = running.namespace("h3");
+    let status =
+        Command::new("ip").args(["-n", &cut_off, "link", "set", "eth0", "down"]).status()?;
+    assert!(status.success());
+    let id = running.id.clone();
+    let (status, stdout, stderr) = running.end()?;
+    assert_eq!(status, Some(1), "{stdout}\n{stderr}");
+    let failed =
+        stderr.lines().find(|line| line.contains("failed pairs")).context(stderr.clone())?;
+    for pair in ["h2->h3", "h3->h1", "h3->h2"] {
+        assert!(failed.contains(pair), "{failed}");
+    }
+    for pair in ["h1->h2", "h2->h1"] {
+        assert!(!failed.contains(pair), "{failed}");
+    }
+    nothing_is_left_of(&id)
+}
+
+#[test]
+fn a_signal_ends_it_and_removes_everything() -> Result<()> {
+    for (signal, moment, status) in
+        [(Signal::INT, "starting weftd", 130), (Signal::TERM, "transfer of", 143)]
+    {
+        let mut running = Running::start(&["--hosts", "2", "--bytes", "256MiB"])?;
+        running.wait_for(moment)?;
+        kill_process(Pid::from_child(&running.child), signal)?;
+        let id = running.id.clone();
+        let (ended, _, stderr) = running.end()?;
+        assert_eq!(ended, Some(status), "{stderr}");
+        nothing_is_left_of(&id)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_kept_lab_stays_until_it_is_taken_down() -> Result<()> {
+    let running = Running::start(&["--hosts", "2", "--bytes", "1MiB", "--keep"])?;
+    let (id, container) = (running.id.clone(), running.namespace("c1"));
+    let (status, stdout, stderr) = running.end()?;
+    assert_eq!(status, Some(0), "{stderr}");
+    let hint = stdout.lines().chain(stderr.lines()).find(|line| line.contains("ping 10.42."));
+    let address = hint.and_then(|line| line.split_whitespace().last()).context(stdout.clone())?;
+    let ping = ["netns", "exec", &container, "ping", "-c", "1", "-W", "2", address];
+    assert!(Command::new("ip").args(ping).output()?.status.success());
+
+    let down = Command::new(program("weft")?).args(["lab", "down", &id]).output()?;
+    assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
+    assert!(String::from_utf8(down.stdout)?.contains(&container));
+    nothing_is_left_of(&id)
+}
+
+#[test]
+fn a_daemon_that_does_not_come_up_is_told_with_its_log() -> Result<()> {
+    let running = Running::start(&["--hosts", "2", "--backend", "vxlan"])?;
+    let id = running.id.clone();
+    let (status, _, stderr) = running.end()?;
+    assert_eq!(status, Some(1));
+    assert!(stderr.contains("vxlan is not built yet"), "{stderr}");
+    nothing_is_left_of(&id)
+}
+
+/// The library's labs, which every other test stands on.
+#[test]
+fn a_dropped_lab_leaves_nothing() -> Result<()> {
+    let lab = overlay(2)?;
+    let id = lab.id().to_owned();
+    let pids = [lab.status(0)?.pid, lab.status(1)?.pid];
+    drop(lab);
+    nothing_is_left_of(&id)?;
+    for pid in pids {
+        let pid = Pid::from_raw(i32::try_from(pid)?).context("a pid")?;
+        until("the daemon has ended", || Ok(test_kill_process(pid).is_err()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! Nodes come, go, die and race: who has which subnet, and where packets go meanwhile.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use ipnetwork::IpNetwork;
+use weft_daemon::lab::{Bytes, Cancel, Lab, Patience, PingOptions, transfer};
+use weft_tests::{DEADLINE, all_acquainted, has_device, hosts, overlay, until};
+
+fn subnet(lab: &Lab, host: usize) -> Result<IpNetwork> {
+    lab.status(host)?.subnets.first().copied().context("no subnet")
+}
+
+/// The file of a host's lease.
+fn lease_file(lab: &Lab, host: usize) -> Result<std::path::PathBuf> {
+    let subnet = subnet(lab, host)?;
+    Ok(lab.registry()?.join("subnets").join(format!("{}-{}", subnet.network(), subnet.prefix())))
+}
+
+#[test]
+fn a_fourth_host_joins_while_traffic_flows() -> Result<()> {
+    let mut lab = overlay(3)?;
+    let (from, to) = (Arc::clone(lab.container(0)?), Arc::clone(lab.container(1)?));
+    let joined = Arc::new(AtomicBool::new(false));
+    let traffic = {
+        let joined = Arc::clone(&joined);
+        thread::spawn(move || -> Result<u32> {
+            let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
+            let mut rounds = 0;
+            loop {
+                let last = joined.load(Ordering::Relaxed);
+                let address = to.address()?;
+                let moved = transfer(&from.netns, &to.netns, address, Bytes(4 << 20), &patience)?;
+                assert!(moved.intact());
+                rounds += 1;
+                if last {
+                    return Ok(rounds);
+                }
+            }
+        })
+    };
+    let fourth = lab.add_host()?;
+    lab.start_daemon(fourth, &[])?;
+    lab.wait_ready(fourth, DEADLINE)?;
+    lab.attach_container(fourth)?;
+    all_acquainted(&lab)?;
+    for host in 0..3 {
+        assert!(lab.ping(host, fourth, &PingOptions::default())?.complete());
+        assert!(lab.ping(fourth, host, &PingOptions::default())?.complete());
+    }
+    joined.store(true, Ordering::Relaxed);
+    assert!(traffic.join().unwrap()? > 0);
+    lab.remove()
+}
+
+#[test]
+fn a_lease_that_disappears_takes_its_route_along() -> Result<()> {
+    let mut lab = overlay(2)?;
+    assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    let lease = lease_file(&lab, 1)?;
+    lab.kill_daemon(1)?;
+    fs::remove_file(lease)?;
+    until("the peer is gone", || Ok(lab.status(0)?.peers.is_empty()))?;
+    let report = lab.ping(0, 1, &PingOptions::default())?;
+    assert_eq!(report.received, 0);
+    assert!(report.errors.iter().any(|line| line.contains("Unreachable")), "{report:?}");
+    lab.remove()
+}
+
+/// Both remember the same subnet from an earlier life, and start in one instant.
+#[test]
+fn two_that_race_for_one_subnet_get_two() -> Result<()> {
+    let mut lab = hosts(2)?;
+    for host in 0..2 {
+        let env = "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.7.1/24\n";
+        fs::write(&lab.host(host).subnet_file, env)?;
+    }
+    for host in 0..2 {
+        lab.start_daemon(host, &[])?;
+    }
+    for host in 0..2 {
+        lab.wait_ready(host, DEADLINE)?;
+    }
+    let (first, second) = (subnet(&lab, 0)?, subnet(&lab, 1)?);
+    assert_ne!(first, second);
+    let wanted: IpNetwork = "10.42.7.0/24".parse()?;
+    assert!([first, second].contains(&wanted), "neither {first} nor {second} is {wanted}");
+    all_acquainted(&lab)?;
+    lab.remove()
+}
+
+#[test]
+fn a_killed_daemon_comes_back_with_its_subnet() -> Result<()> {
+    let mut lab = overlay(2)?;
+    let before = subnet(&lab, 0)?;
+    for by_force in [true, false] {
+        if by_force {
+            lab.kill_daemon(0)?;
+        } else {
+            assert!(lab.stop_daemon(0)?.success());
+        }
+        until("the device goes with the daemon", || {
+            Ok(!has_device(&lab.host(0).netns, "flannel0")?)
+        })?;
+        assert!(lease_file(&lab, 1)?.exists(), "leases outlive their daemons");
+        lab.start_daemon(0, &[])?;
+        lab.wait_ready(0, DEADLINE)?;
+        assert_eq!(subnet(&lab, 0)?, before);
+        all_acquainted(&lab)?;
+        assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+        assert!(lab.ping(1, 0, &PingOptions::default())?.complete());
+    }
+    lab.remove()
+}
+
+#[test]
+fn an_own_lease_that_is_deleted_is_claimed_again() -> Result<()> {
+    let lab = overlay(2)?;
+    let (before, file) = (subnet(&lab, 0)?, lease_file(&lab, 0)?);
+    fs::remove_file(&file)?;
+    until("the lease is there again", || Ok(file.exists()))?;
+    assert_eq!(subnet(&lab, 0)?, before);
+    all_acquainted(&lab)?;
+    assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    lab.remove()
+}
+
+/// Somebody else's lease stands where ours was: the subnet is theirs, and we take another one.
+#[test]
+fn a_subnet_given_away_is_not_fought_over() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let before = subnet(&lab, 0)?;
+    let file = lease_file(&lab, 0)?;
+    fs::write(&file, r#"{"PublicIP":"10.168.0.77","PublicIPv6":null}"#)?;
+    until("another subnet is taken", || {
+        let status = lab.status(0)?;
+        Ok(!status.subnets.contains(&before) && status.peers.len() == 1)
+    })?;
+    assert!(fs::read_to_string(&file)?.contains("10.168.0.77"));
+    let env = fs::read_to_string(&lab.host(0).subnet_file)?;
+    until("subnet.env tells it", || {
+        let first = subnet(&lab, 0)?.network().to_string();
+        let gateway = first.strip_suffix('0').context("a /24")?.to_owned() + "1/24";
+        Ok(fs::read_to_string(&lab.host(0).subnet_file)?.contains(&gateway))
+    })
+    .context(env)?;
+    lab.remove()
+}
+
+#[test]
+fn a_deleted_device_comes_back() -> Result<()> {
+    let lab = overlay(2)?;
+    let netns = &lab.host(0).netns;
+    let answered =
+        || Ok(lab.ping(0, 1, &PingOptions { count: 1, ..PingOptions::default() })?.complete());
+    netns.ip(&["link", "del", "flannel0"])?;
+    until("traffic flows over a new device", answered)?;
+    assert!(lab.ping(1, 0, &PingOptions::default())?.complete());
+    lab.remove()
+}
+
+/// The registry is not trusted: what could take over traffic is refused, and said.
+#[test]
+fn hostile_leases_are_refused_by_name() -> Result<()> {
+    let lab = overlay(2)?;
+    let ours = subnet(&lab, 0)?;
+    // The half that no container of the lab is in: to others it is a lease like any other, and the
+    // longest prefix wins.
+    let upper_half = ours.network().to_string().replace(".0", ".128");
+    let inside_ours = format!("{upper_half}-25");
+    for (name, text) in [
+        ("0.0.0.0-1", r#"{"PublicIP":"10.168.0.77","PublicIPv6":null}"#),
+        (inside_ours.as_str(), r#"{"PublicIP":"10.168.0.77","PublicIPv6":null}"#),
+        ("10.42.254.0-24", r#"{"PublicIP":"10.42.9.9","PublicIPv6":null}"#),
+        ("10.42.255.0-24", r#"{"PublicIP":"127.0.0.1","PublicIPv6":null}"#),
+        ("10.42.253.0-24", "{"),
+    ] {
+        fs::write(lab.registry()?.join("subnets").join(name), text)?;
+        until(&format!("{name} is among the problems"), || {
+            Ok(lab.status(0)?.problems.iter().any(|line| line.contains(name)))
+        })?;
+    }
+    assert_eq!(lab.status(0)?.peers.len(), 1);
+    assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    lab.remove()
+}
+
+/// A registry that is away changes nothing for those that know each other.
+#[test]
+fn traffic_flows_while_the_registry_is_away() -> Result<()> {
+    let lab = overlay(2)?;
+    let (there, away) = (lab.registry()?, lab.registry()?.with_extension("away"));
+    fs::rename(&there, &away)?;
+    let long =
+        PingOptions { count: 20, interval: Duration::from_millis(100), ..PingOptions::default() };
+    assert!(lab.ping(0, 1, &long)?.complete());
+    assert_eq!(lab.status(0)?.peers.len(), 1);
+    fs::rename(&away, &there)?;
+    let lease = r#"{"PublicIP":"10.168.0.77","PublicIPv6":null}"#;
+    fs::write(there.join("subnets/10.42.254.0-24"), lease)?;
+    until("it is read again", || Ok(lab.status(0)?.peers.len() == 2))?;
+    lab.remove()
+}
