@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::time::Instant;
-use weft_backends::{
-    BackendEvent, BackendKind, Desired, DesiredPeer, ExternalInterface, Started,
-};
+use weft_backends::{BackendEvent, BackendKind, Desired, DesiredPeer, ExternalInterface, Started};
 use weft_control::keeper::{self, Identity, Own};
 use weft_control::lease::{NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
@@ -74,8 +72,7 @@ impl Forwarding<'_> {
         let mut renew_not_before = Instant::now();
         watch.mark_changed();
         loop {
-            let renewal =
-                until_renewal(&turn.lease, self.settings.renew_margin, renew_not_before);
+            let renewal = until_renewal(&turn.lease, self.settings.renew_margin, renew_not_before);
             tokio::select! {
                 _ = watch.changed() => {
                     let snapshot = Arc::clone(&watch.borrow_and_update());

@@ -31,9 +31,11 @@ pub(crate) async fn acquire<R: Registry>(
                 Ok(Attempt::Ours(lease)) => return *lease,
                 Ok(Attempt::Again) => {}
                 Ok(Attempt::Full) => {
-                    said.warn("out of subnets: every subnet between SubnetMin and SubnetMax is \
+                    said.warn(
+                        "out of subnets: every subnet between SubnetMin and SubnetMax is \
                                leased; remove leases of nodes that are gone, or widen the range \
-                               in the network config");
+                               in the network config",
+                    );
                     break;
                 }
                 Err(error) => {

@@ -51,8 +51,7 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
         let (config, kind) = wait_for_config(&registry, settings, &mut said).await?;
         let interface = choose_interface(settings, &config).await?;
         let options = Options { guard: settings.guard, workers: settings.workers };
-        let opened = weft_backends::open(kind, &config, &interface, options)
-            .map(Overlay::new);
+        let opened = weft_backends::open(kind, &config, &interface, options).map(Overlay::new);
         let mut overlay = match opened {
             Ok(overlay) => overlay,
             Err(error) => {
@@ -96,8 +95,7 @@ impl Daemon<'_> {
         tracing::info!(node = node.id, %public_ip, registry = describe, "this node");
 
         let previous = read_previous(&self.settings.subnet_file);
-        let mut lease =
-            leasing::acquire(self.registry, &self.config, &identity, &previous).await;
+        let mut lease = leasing::acquire(self.registry, &self.config, &identity, &previous).await;
         loop {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
             let started = start(&mut overlay, &lease).await?;
@@ -129,10 +127,7 @@ impl Daemon<'_> {
 ///
 /// # Errors
 /// What trying again would not mend.
-async fn start(
-    overlay: &mut Overlay,
-    lease: &Lease,
-) -> anyhow::Result<weft_backends::Started> {
+async fn start(overlay: &mut Overlay, lease: &Lease) -> anyhow::Result<weft_backends::Started> {
     overlay.call(|backend| backend.stop()).await?;
     overlay.forget_events();
     let mut backoff = Backoff::default();
@@ -174,7 +169,7 @@ fn open_registry(settings: &Settings) -> anyhow::Result<DirectoryRegistry> {
     if let Some(network) = settings.network
         && registry.init_config(network)?
     {
-            tracing::info!(%network, "wrote the network config, there being none");
+        tracing::info!(%network, "wrote the network config, there being none");
     }
     Ok(registry)
 }

@@ -73,16 +73,11 @@ pub fn read(run_dir: &Path) -> anyhow::Result<Status> {
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let mut sockets = paths.filter(|path| path.extension().is_some_and(|ext| ext == "sock"));
     let (Some(socket), None) = (sockets.next(), sockets.next()) else {
-        bail!(
-            "not exactly one weftd has its socket in {}",
-            run_dir.display()
-        );
+        bail!("not exactly one weftd has its socket in {}", run_dir.display());
     };
     let context = || format!("weftd does not answer at {}", socket.display());
     let mut stream = UnixStream::connect(&socket).with_context(context)?;
-    stream
-        .set_read_timeout(Some(ANSWER_TIMEOUT))
-        .with_context(context)?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).with_context(context)?;
     let mut text = String::new();
     stream.read_to_string(&mut text).with_context(context)?;
     serde_json::from_str(&text).with_context(context)
@@ -106,10 +101,7 @@ impl StatusSocket {
             .with_context(|| format!("cannot listen at {}; see --run-dir", path.display()))?;
         fs::set_permissions(path, Permissions::from_mode(0o600))
             .with_context(|| format!("cannot restrict {}", path.display()))?;
-        Ok(Self {
-            listener,
-            path: path.to_owned(),
-        })
+        Ok(Self { listener, path: path.to_owned() })
     }
 
     /// The next one who asks.

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::store::{Scan, Store};
 use super::{Registry, RegistryError};
+use crate::config::NetworkConfig;
 use crate::lease::{Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
 
 /// Notices can get lost (inotify(7), queue overflow), so everything is read again this often.
@@ -45,7 +46,7 @@ impl DirectoryRegistry {
     /// Says whether it wrote one.
     ///
     /// # Errors
-    /// The directory cannot be written to.
+    /// No overlay can be made of the network, or the directory cannot be written to.
     pub fn init_config(&self, network: IpNetwork) -> Result<bool, RegistryError> {
         let locked = self.store.lock()?;
         if Store::read(&self.store.config_path())?.is_some() {
@@ -57,7 +58,10 @@ impl DirectoryRegistry {
                 "EnableIPv4": false, "EnableIPv6": true, "IPv6Network": net
             }),
         };
-        locked.write_config(&config.to_string())?;
+        let text = config.to_string();
+        text.parse::<NetworkConfig>()
+            .map_err(|reason| RegistryError::Network { network, reason })?;
+        locked.write_config(&text)?;
         Ok(true)
     }
 
@@ -276,7 +280,6 @@ mod tests {
     use std::collections::HashSet;
     use std::fs;
 
-    use crate::config::NetworkConfig;
     use crate::keeper::{Identity, Plan, plan};
     use crate::subnet_env::Previous;
 
@@ -477,6 +480,14 @@ mod tests {
         let text = registry.config().await.unwrap().unwrap();
         assert_eq!(text, r#"{"Network":"10.3.0.0/16"}"#);
         text.parse::<NetworkConfig>().unwrap();
+    }
+
+    #[test]
+    fn a_network_that_no_config_can_have_is_not_written() {
+        let Fixture { dir, registry } = fixture();
+        let refused = registry.init_config("10.3.0.0/29".parse().unwrap()).unwrap_err();
+        assert!(refused.to_string().contains("10.3.0.0/29"), "{refused}");
+        assert!(!dir.path().join("registry/config").exists());
     }
 
     #[test]

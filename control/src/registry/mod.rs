@@ -8,8 +8,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 
+use crate::config::ConfigError;
 use crate::lease::{Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
 
 /// A registry. Every write is conditional on what the writer saw: a lease is never taken from
@@ -70,6 +72,8 @@ pub enum RegistryError {
         path.display()
     )]
     NotLocal { path: PathBuf, kind: &'static str },
+    #[error("{network} cannot be the overlay's network: {reason}")]
+    Network { network: IpNetwork, reason: ConfigError },
     #[error("cannot get notices of changes in {}: {reason}", path.display())]
     Notices { path: PathBuf, reason: String },
     #[error("the registry's work was cut short: {0}")]
