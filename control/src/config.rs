@@ -48,6 +48,8 @@ pub enum ConfigError {
     NotAnObject,
     #[error("{key} must be {wanted}, not {found}")]
     Type { key: &'static str, wanted: &'static str, found: String },
+    #[error("error decoding Backend property of config: {0}")]
+    Backend(String),
     #[error("none defined stack: EnableIPv4 is false and EnableIPv6 is not true")]
     NoFamily,
     #[error("please define a correct {0} parameter in the flannel config")]
@@ -196,7 +198,9 @@ fn network(fields: &Map<String, Value>, keys: &Keys) -> Result<IpNetwork, Config
     }
     let wrong = || ConfigError::Cidr { family: keys.family, text: text.to_owned() };
     let network: IpNetwork = text.parse().map_err(|_| wrong())?;
-    let has_length = text.contains('/');
+    // ipnetwork also takes a bare address and a netmask; Go's ParseCIDR takes neither.
+    let has_length =
+        text.split_once('/').is_some_and(|(_, len)| len.bytes().all(|byte| byte.is_ascii_digit()));
     if !has_length || network.is_ipv6() != (keys.bits == 128) {
         return Err(wrong());
     }
@@ -233,9 +237,15 @@ fn backend(fields: &Map<String, Value>) -> Result<BackendConfig, ConfigError> {
         None => return Ok(BackendConfig::default()),
         Some(Value::Null) => Map::new(),
         Some(Value::Object(options)) => options.clone(),
-        Some(other) => return Err(wrong_type("Backend", "an object", other)),
+        Some(other) => {
+            let reason = wrong_type("Backend", "an object", other).to_string();
+            return Err(ConfigError::Backend(reason));
+        }
     };
-    let kind = text(&options, "Type")?.unwrap_or_default().to_lowercase();
+    let kind = text(&options, "Type")
+        .map_err(|error| ConfigError::Backend(error.to_string()))?
+        .unwrap_or_default()
+        .to_lowercase();
     Ok(BackendConfig { kind: Some(kind), options })
 }
 
@@ -387,6 +397,7 @@ mod tests {
             ("{}", "please define a correct Network parameter"),
             (r#"{"Network":"fc00::/48"}"#, "invalid IPv4 CIDR format"),
             (r#"{"Network":"10.0.0.0"}"#, "invalid IPv4 CIDR format"),
+            (r#"{"Network":"10.3.0.0/255.255.0.0"}"#, "invalid IPv4 CIDR format"),
             (r#"{"Network":"10.0.0.0/29"}"#, "too small. Minimum useful network prefix is /28"),
             (r#"{"Network":"10.3.0.0/16","SubnetLen":31}"#, "must be less than /31"),
             (r#"{"Network":"10.3.0.0/16","SubnetLen":17}"#, "at least four subnets"),

@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::allocate::{is_allowed, pick_subnet};
 use crate::config::NetworkConfig;
-use crate::lease::{Lease, LeaseAttrs, LeaseKey};
+use crate::lease::{Lease, LeaseAttrs, LeaseKey, overlap};
 use crate::subnet_env::Previous;
 
 /// Who we are in the registry: a lease is ours by its public address.
@@ -43,14 +43,19 @@ pub fn plan(
         let fits = is_compatible(config, &ours.key);
         return if fits { Plan::Reuse(ours.clone()) } else { Plan::Remove(ours.clone()) };
     }
-    let former = LeaseKey::new(previous.ipv4, previous.ipv6);
     let taken: Vec<IpNetwork> = leases.iter().flat_map(|lease| lease.key.networks()).collect();
-    if is_compatible(config, &former) && !leases.iter().any(|lease| lease.key.overlaps(&former)) {
-        return Plan::Create(former);
-    }
     let mut key = LeaseKey::new(None, None);
     for family in config.families() {
-        match pick_subnet(&family, &taken, rng) {
+        let former = if family.network.is_ipv6() {
+            previous.ipv6.map(IpNetwork::V6)
+        } else {
+            previous.ipv4.map(IpNetwork::V4)
+        };
+        // By family, so that a node whose overlay gains IPv6 keeps its IPv4 subnet.
+        let former = former.filter(|net| {
+            is_allowed(&family, *net) && !taken.iter().any(|other| overlap(*net, *other))
+        });
+        match former.or_else(|| pick_subnet(&family, &taken, rng)) {
             Some(IpNetwork::V4(net)) => key.ipv4 = Some(net),
             Some(IpNetwork::V6(net)) => key.ipv6 = Some(net),
             None => return Plan::OutOfSubnets,
@@ -153,7 +158,8 @@ mod tests {
         let v4_only = Previous { ipv4: "10.3.7.0/24".parse().ok(), ipv6: None };
         let mut rng = fastrand::Rng::with_seed(7);
         let Plan::Create(key) = plan(&config, &identity, &v4_only, &[], &mut rng) else { panic!() };
-        assert!(key.ipv4.is_some() && key.ipv6.is_some());
+        assert_eq!(key.ipv4, v4_only.ipv4);
+        assert!(key.ipv6.is_some());
     }
 
     #[test]

@@ -72,7 +72,10 @@ impl FromStr for LeaseKey {
     type Err = BadKey;
 
     fn from_str(text: &str) -> Result<Self, BadKey> {
-        parse_key(text).ok_or_else(|| BadKey(text.chars().take(80).collect()))
+        parse_key(text)
+            // One subnet, one name: a second spelling would be a second lease of it.
+            .filter(|key| key.to_string() == text)
+            .ok_or_else(|| BadKey(text.chars().take(80).collect()))
     }
 }
 
@@ -92,7 +95,10 @@ fn parse_key(text: &str) -> Option<LeaseKey> {
         }
         None => None,
     };
-    let no_ipv4 = ipv4.prefix() == 0 && ipv4.ip().is_unspecified() && ipv6.is_some();
+    let no_ipv4 = ipv4.prefix() == 0;
+    if no_ipv4 && ipv6.is_none() {
+        return None;
+    }
     Some(LeaseKey::new((!no_ipv4).then_some(ipv4), ipv6))
 }
 
@@ -240,7 +246,8 @@ pub enum Refusal {
 pub fn peers(config: &NetworkConfig, own: &Lease, leases: &[Lease]) -> Peers {
     let ours: HashSet<IpAddr> = own.attrs.public_addresses().collect();
     let mut peers = Peers::default();
-    for lease in leases.iter().filter(|lease| lease.key != own.key) {
+    let is_ours = |lease: &Lease| lease.key == own.key && lease.attrs.same_node(&own.attrs);
+    for lease in leases.iter().filter(|lease| !is_ours(lease)) {
         match refusal(config, own, &ours, lease) {
             Some(refusal) => peers.refused.push((lease.key, refusal)),
             None => peers.accepted.push(lease.clone()),
@@ -271,6 +278,8 @@ fn refusal(
         return Some(Refusal::NoAddress);
     }
     for address in addresses {
+        // ::ffff:127.0.0.1 is 127.0.0.1 to whoever sends to it.
+        let address = address.to_canonical();
         if ours.contains(&address) {
             return Some(Refusal::OurAddress(address));
         }
@@ -327,6 +336,10 @@ mod tests {
             "10.12.13.0/24",
             "10.12.13.0-32",
             "10.12.13.0-+24",
+            "10.12.13.0-024",
+            "10.12.13.0-24&FD00::-64",
+            "10.12.13.0-24&fd00:0:0::-64",
+            "0.0.0.0-0",
             "10.12.13.1-24",
             "x10.12.13.0-24",
             "10.12.13.0-24&",
@@ -388,6 +401,10 @@ mod tests {
             refused("10.3.5.0-24", "127.0.0.1"),
             Some(Refusal::UnusableAddress(ip("127.0.0.1")))
         );
+        assert_eq!(refused("10.3.4.0-24", "192.0.2.1"), Some(Refusal::OverlapsOurs));
+        let mut mapped = lease("10.3.5.0-24", "");
+        mapped.attrs.public_ipv6 = "::ffff:10.3.9.9".parse().ok();
+        assert_eq!(peers(&config, &own, &[mapped]).accepted, []);
         assert_eq!(
             refused("10.3.5.0-24", "10.3.9.9"),
             Some(Refusal::AddressInsideOverlay(ip("10.3.9.9")))

@@ -7,11 +7,13 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use jiff::{SignedDuration, Timestamp};
-use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use notify::event::ModifyKind;
+use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
@@ -100,11 +102,8 @@ impl Registry for DirectoryRegistry {
         self.blocking(move |store| {
             let locked = store.lock()?;
             locked.sweep()?;
-            if locked.holds(&lease.key) {
-                return Ok(None);
-            }
-            locked.write_lease(&lease)?;
-            Ok(Some(lease))
+            let created = locked.create_lease(&lease)?;
+            Ok(created.then_some(lease))
         })
         .await
     }
@@ -156,7 +155,7 @@ impl Registry for DirectoryRegistry {
 
     async fn watch(&self) -> Result<watch::Receiver<Arc<Snapshot>>, RegistryError> {
         let (ring, bell) = mpsc::channel(1);
-        let mut notices = Notices::new(ring, self.store.path())?;
+        let mut notices = Notices::new(ring, &self.store);
         // Before the first look, so that nothing happens unnoticed between the two.
         notices.follow(&self.store);
         let scan = self.blocking(Store::scan).await?;
@@ -181,7 +180,8 @@ impl Watching {
         loop {
             tokio::select! {
                 () = self.sender.closed() => return,
-                _ = self.bell.recv() => tokio::time::sleep(SETTLE).await,
+                // No more bell: the regular look stands in.
+                Some(()) = self.bell.recv() => tokio::time::sleep(SETTLE).await,
                 () = tokio::time::sleep_until(next_look(next_expiry, away)) => {}
             }
             // A notice that came meanwhile is answered by the look below.
@@ -219,47 +219,76 @@ impl Watching {
 }
 
 fn next_look(next_expiry: Option<Timestamp>, away: bool) -> Instant {
-    let interval = if away { AWAY_INTERVAL } else { RESCAN_INTERVAL };
+    if away {
+        // What expires meanwhile cannot be looked at either.
+        return Instant::now() + AWAY_INTERVAL;
+    }
     let until_expiry = next_expiry
         .map(|end| Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default());
-    Instant::now() + until_expiry.map_or(interval, |left| left.min(interval) + SETTLE)
+    Instant::now() + until_expiry.map_or(RESCAN_INTERVAL, |left| left.min(RESCAN_INTERVAL) + SETTLE)
 }
 
 /// The kernel's notices about the registry's two directories.
 struct Notices {
-    watcher: RecommendedWatcher,
+    /// `None` where the kernel gives none: the regular look stands in.
+    watcher: Option<RecommendedWatcher>,
+    /// A directory was removed or moved, and its watch with it. The inode does not tell: the next
+    /// directory may get the same one.
+    moved: Arc<AtomicBool>,
     /// The directories that notices come from, by inode: one that was removed and made again is
     /// another one.
     followed: [Option<u64>; 2],
 }
 
 impl Notices {
-    fn new(ring: mpsc::Sender<()>, path: &Path) -> Result<Self, RegistryError> {
+    fn new(ring: mpsc::Sender<()>, store: &Store) -> Self {
+        let moved = Arc::new(AtomicBool::new(false));
+        let dirs = [store.subnets(), store.nodes()];
+        let flag = Arc::clone(&moved);
         let on_event = move |event: notify::Result<notify::Event>| {
+            let of_a_directory = |path| dirs.contains(path);
+            if event.as_ref().is_ok_and(|event| {
+                let goes = event.kind.is_remove()
+                    || matches!(event.kind, EventKind::Modify(ModifyKind::Name(_)));
+                goes && event.paths.iter().any(of_a_directory)
+            }) {
+                flag.store(true, Ordering::Relaxed);
+            }
             let is_reading = event.is_ok_and(|event| event.kind.is_access());
             if !is_reading {
                 // Full: the bell rings already.
                 let _ = ring.try_send(());
             }
         };
-        let watcher = notify::recommended_watcher(on_event).map_err(|error| {
-            RegistryError::Notices { path: path.to_owned(), reason: error.to_string() }
-        })?;
-        Ok(Self { watcher, followed: [None; 2] })
+        let watcher = notify::recommended_watcher(on_event).inspect_err(|error| {
+            tracing::warn!(
+                "no notices of changes in {}: {error}; it is read every {} s instead (raise the \
+                 sysctl fs.inotify.max_user_instances)",
+                store.path().display(),
+                RESCAN_INTERVAL.as_secs()
+            );
+        });
+        Self { watcher: watcher.ok(), moved, followed: [None; 2] }
     }
 
     /// Makes sure that notices come from the directories that are there now. Where that fails, the
     /// regular look stands in.
     fn follow(&mut self, store: &Store) {
+        let Some(watcher) = &mut self.watcher else {
+            return;
+        };
+        if self.moved.swap(false, Ordering::Relaxed) {
+            self.followed = [None; 2];
+        }
         for (slot, dir) in self.followed.iter_mut().zip([store.subnets(), store.nodes()]) {
             let inode = inode(&dir).ok();
             if inode == *slot {
                 continue;
             }
             // Fails where the directory is gone, and its watch with it.
-            let _ = self.watcher.unwatch(&dir);
+            let _ = watcher.unwatch(&dir);
             let watched =
-                inode.is_some() && self.watcher.watch(&dir, RecursiveMode::NonRecursive).is_ok();
+                inode.is_some() && watcher.watch(&dir, RecursiveMode::NonRecursive).is_ok();
             *slot = inode.filter(|_| watched);
         }
     }
@@ -396,7 +425,10 @@ mod tests {
                 "notes.txt"
             ]
         );
-        assert_eq!(registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await.unwrap(), None);
+        let refused = registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await;
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("subnets/10.3.2.0-24"), "{refused}");
+        assert_eq!(fs::read(subnets.join("10.3.2.0-24")).unwrap(), b"{");
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -480,6 +512,31 @@ mod tests {
         let text = registry.config().await.unwrap().unwrap();
         assert_eq!(text, r#"{"Network":"10.3.0.0/16"}"#);
         text.parse::<NetworkConfig>().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_fifo_among_the_leases_stops_nobody() {
+        let Fixture { dir, registry } = fixture();
+        let path = dir.path().join("registry/subnets/10.3.2.0-24");
+        assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap().unwrap();
+        let snapshot = tokio::time::timeout(DEADLINE, registry.leases()).await.unwrap().unwrap();
+        assert_eq!((snapshot.leases.len(), snapshot.skipped.len()), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn a_node_record_stays_in_its_place() {
+        let Fixture { dir: _dir, registry } = fixture();
+        let node = NodeRecord {
+            id: "../../config".into(),
+            public_ip: None,
+            public_ipv6: None,
+            addresses: Vec::new(),
+            version: "0".into(),
+            mtu: 1472,
+        };
+        assert!(registry.publish_node(&node, DAY).await.is_err());
+        assert_eq!(registry.config().await.unwrap(), None);
     }
 
     #[test]

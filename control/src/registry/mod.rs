@@ -74,8 +74,8 @@ pub enum RegistryError {
     NotLocal { path: PathBuf, kind: &'static str },
     #[error("{network} cannot be the overlay's network: {reason}")]
     Network { network: IpNetwork, reason: ConfigError },
-    #[error("cannot get notices of changes in {}: {reason}", path.display())]
-    Notices { path: PathBuf, reason: String },
+    #[error("cannot read the lease in {}: {reason}; correct the file or remove it", path.display())]
+    Unreadable { path: PathBuf, reason: String },
     #[error("the registry's work was cut short: {0}")]
     Task(String),
 }

@@ -3,12 +3,14 @@
 //! Every write is a temporary file, synced, then renamed, so neither a reader nor a power cut sees
 //! half of one. Names that begin with a dot are locks and temporary files.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use jiff::Timestamp;
-use rustix::fs::{FlockOperation, flock, statfs};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, statfs};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -23,9 +25,11 @@ const FILE_LEN_MAX: u64 = 64 * 1024;
 const EXPIRES: &str = "Expires";
 
 /// The directory.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Store {
     path: PathBuf,
+    /// What earlier scans listed; see [`Store::present`].
+    known: Mutex<HashSet<PathBuf>>,
 }
 
 /// Everything at one moment, and when the first part of it ends.
@@ -38,7 +42,7 @@ pub(super) struct Scan {
 impl Store {
     /// Makes the directory if it is missing.
     pub(super) fn open(path: &Path) -> Result<Self, RegistryError> {
-        let store = Self { path: path.to_owned() };
+        let store = Self { path: path.to_owned(), known: Mutex::default() };
         for dir in [store.subnets(), store.nodes()] {
             fs::create_dir_all(&dir).map_err(|source| failed("make", &dir, source))?;
         }
@@ -78,7 +82,7 @@ impl Store {
     pub(super) fn scan(&self) -> Result<Scan, RegistryError> {
         let now = Timestamp::now();
         let mut scan = Scan::default();
-        for (name, path) in entries(&self.subnets())? {
+        for (name, path) in self.present(&self.subnets())? {
             let lease =
                 name.parse::<LeaseKey>().map_err(|error| error.to_string()).and_then(|key| {
                     let (attrs, expires) = load::<LeaseAttrs>(&path)?;
@@ -92,8 +96,14 @@ impl Store {
                 Err(reason) => scan.snapshot.skipped.push(Skipped { name, reason }),
             }
         }
-        for (name, path) in entries(&self.nodes())? {
-            match load::<NodeRecord>(&path) {
+        for (name, path) in self.present(&self.nodes())? {
+            let record = load::<NodeRecord>(&path).and_then(|(node, expires)| {
+                let named = node.id == name;
+                named
+                    .then_some((node, expires))
+                    .ok_or_else(|| "it is the record of another node id".to_owned())
+            });
+            match record {
                 Ok((node, expires)) if scan.lives(expires, now) => scan.snapshot.nodes.push(node),
                 Ok(_) => {}
                 Err(_) if !path.exists() => {}
@@ -114,6 +124,22 @@ impl Store {
         flock(&file, FlockOperation::LockExclusive)
             .map_err(|error| failed("lock", &path, error.into()))?;
         Ok(Locked { store: self, _file: file })
+    }
+
+    /// As [`entries`], and surely all that was there before and still is: tmpfs leaves out of a long
+    /// list a name that is renamed over meanwhile, and a lease being renewed must not look gone.
+    fn present(&self, dir: &Path) -> Result<Vec<(String, PathBuf)>, RegistryError> {
+        let mut found = entries(dir)?;
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let listed: HashSet<PathBuf> = found.iter().map(|(_, path)| path.clone()).collect();
+        known.retain(|path| path.parent() != Some(dir) || listed.contains(path) || path.exists());
+        let left_out =
+            known.iter().filter(|path| path.parent() == Some(dir) && !listed.contains(*path));
+        found.extend(left_out.filter_map(|path| {
+            Some((path.file_name()?.to_string_lossy().into_owned(), path.clone()))
+        }));
+        known.extend(listed);
+        Ok(found)
     }
 
     fn lease_path(&self, key: &LeaseKey) -> PathBuf {
@@ -147,9 +173,18 @@ impl Locked<'_> {
         alive.then_some(Lease { key: *key, attrs, expires })
     }
 
-    /// Whether a file of this lease is there, readable or not.
-    pub(super) fn holds(&self, key: &LeaseKey) -> bool {
-        self.store.lease_path(key).exists()
+    /// Creates a lease unless a file is there already, even one put there by hand this instant, and
+    /// says whether it did. A file that cannot be read is an error: nobody can tell whose it is,
+    /// and whoever waits for it to go must hear why.
+    pub(super) fn create_lease(&self, lease: &Lease) -> Result<bool, RegistryError> {
+        let path = self.store.lease_path(&lease.key);
+        if create(&path, &entry(&lease.attrs, lease.expires)?)? {
+            return Ok(true);
+        }
+        match load::<LeaseAttrs>(&path) {
+            Err(reason) if path.exists() => Err(RegistryError::Unreadable { path, reason }),
+            _ => Ok(false),
+        }
     }
 
     pub(super) fn write_lease(&self, lease: &Lease) -> Result<(), RegistryError> {
@@ -165,7 +200,12 @@ impl Locked<'_> {
         node: &NodeRecord,
         end: Timestamp,
     ) -> Result<(), RegistryError> {
-        replace(&self.store.nodes().join(&node.id), &entry(node, Some(end))?)
+        let path = self.store.nodes().join(&node.id);
+        if !is_file_name(&node.id) {
+            let source = io::Error::other("a node id is letters, digits and dashes");
+            return Err(failed("write", &path, source));
+        }
+        replace(&path, &entry(node, Some(end))?)
     }
 
     pub(super) fn write_config(&self, text: &str) -> Result<(), RegistryError> {
@@ -188,6 +228,11 @@ impl Locked<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether an id can name a file of its own: none hidden, none elsewhere.
+fn is_file_name(id: &str) -> bool {
+    !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 /// Names and paths of the directory's entries.
@@ -230,7 +275,9 @@ fn entry(value: &impl Serialize, expires: Option<Timestamp>) -> Result<String, R
 
 fn read_limited(path: &Path) -> io::Result<String> {
     let mut text = String::new();
-    let file = File::open(path)?;
+    // Without NONBLOCK, opening a FIFO waits for a writer: for ever, and every scan with it.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("not a file"));
     }
@@ -243,14 +290,33 @@ fn read_limited(path: &Path) -> io::Result<String> {
 
 fn replace(path: &Path, text: &str) -> Result<(), RegistryError> {
     let write = || {
-        let dir = path.parent().unwrap_or(Path::new("/"));
-        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
+        let (file, dir) = temporary(path, text)?;
         file.persist(path)?;
-        File::open(dir)?.sync_all()
+        dir.sync_all()
     };
     write().map_err(|source| failed("write", path, source))
+}
+
+/// As [`replace`], but only where there is nothing, and says whether it wrote.
+fn create(path: &Path, text: &str) -> Result<bool, RegistryError> {
+    let write = || {
+        let (file, dir) = temporary(path, text)?;
+        match file.persist_noclobber(path) {
+            Ok(_) => dir.sync_all().map(|()| true),
+            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error.error),
+        }
+    };
+    write().map_err(|source| failed("write", path, source))
+}
+
+/// A synced file with this text beside `path`, and their directory.
+fn temporary(path: &Path, text: &str) -> io::Result<(tempfile::NamedTempFile, File)> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
+    file.write_all(text.as_bytes())?;
+    file.as_file().sync_all()?;
+    Ok((file, File::open(dir)?))
 }
 
 fn remove(path: &Path) -> Result<(), RegistryError> {

@@ -502,3 +502,184 @@ impl Drop for ProvidedRing {
         unsafe { alloc::dealloc(self.entries.as_ptr().cast(), Self::layout()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+
+    use socket2::{Domain, SockRef, Socket, Type};
+
+    use super::*;
+    use crate::sys;
+
+    const MULTISHOT: RingFeatures = RingFeatures { read_multishot: true };
+    /// What Linux 6.1 has.
+    const SINGLE_SHOT: RingFeatures = RingFeatures { read_multishot: false };
+
+    /// A ring between a socket pair, which keeps packets apart as a TUN does, and a UDP socket.
+    struct Fixture {
+        ring: Ring,
+        /// Where the kernel would be, behind the TUN.
+        kernel: Socket,
+        peer: UdpSocket,
+        ours: SocketAddr,
+        bell: File,
+        _tun: Socket,
+    }
+
+    fn fixture(direction: Direction, features: RingFeatures) -> Fixture {
+        let (tun, kernel) = Socket::pair(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+        let [udp, peer] = [0, 1].map(|_| UdpSocket::bind("127.0.0.1:0").unwrap());
+        // The default holds fewer small datagrams than the ring has buffers.
+        SockRef::from(&udp).set_recv_buffer_size(1 << 20).unwrap();
+        let timeout = Some(Duration::from_secs(10));
+        kernel.set_read_timeout(timeout).unwrap();
+        peer.set_read_timeout(timeout).unwrap();
+        let bell = sys::eventfd().unwrap();
+        let files = [tun.as_fd(), udp.as_fd(), bell.as_fd()];
+        let ring = Ring::new(direction, features, 1500, files).unwrap();
+        let ours = udp.local_addr().unwrap();
+        Fixture { ring, kernel, peer, ours, bell: bell.into(), _tun: tun }
+    }
+
+    /// Forwards packets until `count` have gone out, and returns the senders.
+    fn forward(fixture: &mut Fixture, count: usize) -> Vec<Option<IpAddr>> {
+        let to = fixture.peer.local_addr().unwrap();
+        let (mut senders, mut sent) = (Vec::new(), 0);
+        let mut completions = Vec::new();
+        while sent < count {
+            fixture.ring.submit_and_wait().unwrap();
+            fixture.ring.reap(&mut completions).unwrap();
+            for completion in completions.drain(..) {
+                match completion {
+                    Completion::Received(Received { buffer, packet, sender, cut }) => {
+                        assert!(!cut);
+                        senders.push(sender);
+                        match fixture.ring.direction {
+                            Direction::TunToUdp => fixture.ring.send_to(buffer, packet, to),
+                            Direction::UdpToTun => fixture.ring.write(buffer, packet),
+                        }
+                    }
+                    Completion::Sent { buffer, packet, result } => {
+                        assert_eq!(result.unwrap(), packet.len());
+                        fixture.ring.recycle(buffer);
+                        sent += 1;
+                    }
+                    Completion::Woken => panic!("nobody rang"),
+                }
+            }
+        }
+        senders
+    }
+
+    /// Packets of many lengths, each beginning with its number.
+    fn packet(number: usize) -> Vec<u8> {
+        let mut packet = vec![0xab; 4 + number * 7 % 1400];
+        packet[..4].copy_from_slice(&u32::try_from(number).unwrap().to_ne_bytes());
+        packet
+    }
+
+    #[test]
+    fn packets_keep_their_order_and_bytes_from_the_tun() {
+        for features in [MULTISHOT, SINGLE_SHOT] {
+            let mut fixture = fixture(Direction::TunToUdp, features);
+            // Often enough that every buffer comes round a few times.
+            for round in 0..20 {
+                let numbers = round * 50..(round + 1) * 50;
+                for number in numbers.clone() {
+                    fixture.kernel.send(&packet(number)).unwrap();
+                }
+                assert_eq!(forward(&mut fixture, 50), vec![None; 50]);
+                for number in numbers {
+                    let mut bytes = [0; 2048];
+                    let len = fixture.peer.recv(&mut bytes).unwrap();
+                    assert_eq!(bytes[..len], packet(number), "{features:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn packets_keep_their_order_and_bytes_to_the_tun() {
+        let mut fixture = fixture(Direction::UdpToTun, MULTISHOT);
+        for round in 0..20 {
+            let numbers = round * 50..(round + 1) * 50;
+            for number in numbers.clone() {
+                fixture.peer.send_to(&packet(number), fixture.ours).unwrap();
+            }
+            let senders = forward(&mut fixture, 50);
+            assert_eq!(senders, vec![Some("127.0.0.1".parse().unwrap()); 50]);
+            for number in numbers {
+                let mut bytes = [mem::MaybeUninit::new(0); 2048];
+                let len = fixture.kernel.recv(&mut bytes).unwrap();
+                assert_eq!(len, packet(number).len());
+            }
+        }
+    }
+
+    /// The multishot read ends when the buffers do (ENOBUFS), and nothing is lost by that.
+    #[test]
+    fn more_datagrams_than_buffers_all_arrive() {
+        let mut fixture = fixture(Direction::UdpToTun, MULTISHOT);
+        let count = usize::from(BUFFERS) + 100;
+        for _ in 0..count {
+            fixture.peer.send_to(b"small", fixture.ours).unwrap();
+        }
+        let mut completions = Vec::new();
+        let mut received = 0;
+        while received < count {
+            fixture.ring.submit_and_wait().unwrap();
+            fixture.ring.reap(&mut completions).unwrap();
+            for completion in completions.drain(..) {
+                let Completion::Received(Received { buffer, packet, .. }) = completion else {
+                    panic!("nothing was sent: {completion:?}");
+                };
+                assert_eq!(fixture.ring.packet(&buffer, &packet), b"small");
+                fixture.ring.recycle(buffer);
+                received += 1;
+            }
+        }
+    }
+
+    #[test]
+    fn a_datagram_larger_than_the_buffer_is_marked() {
+        let mut fixture = fixture(Direction::UdpToTun, MULTISHOT);
+        fixture.peer.send_to(&[7; 4000], fixture.ours).unwrap();
+        let mut completions = Vec::new();
+        fixture.ring.submit_and_wait().unwrap();
+        fixture.ring.reap(&mut completions).unwrap();
+        let [Completion::Received(received)] = &completions[..] else { panic!("{completions:?}") };
+        assert!(received.cut);
+    }
+
+    #[test]
+    fn the_bell_wakes_it() {
+        let mut fixture = fixture(Direction::TunToUdp, MULTISHOT);
+        fixture.bell.write_all(&1u64.to_ne_bytes()).unwrap();
+        let mut completions = Vec::new();
+        fixture.ring.submit_and_wait().unwrap();
+        fixture.ring.reap(&mut completions).unwrap();
+        assert!(matches!(completions[..], [Completion::Woken]), "{completions:?}");
+    }
+
+    #[test]
+    fn a_refused_send_brings_the_buffer_back_with_its_reason() {
+        let mut fixture = fixture(Direction::TunToUdp, MULTISHOT);
+        fixture.kernel.send(b"packet").unwrap();
+        let mut completions = Vec::new();
+        fixture.ring.submit_and_wait().unwrap();
+        fixture.ring.reap(&mut completions).unwrap();
+        let Some(Completion::Received(received)) = completions.pop() else { panic!() };
+        // An IPv6 address on an IPv4 socket.
+        fixture.ring.send_to(received.buffer, received.packet, "[::1]:9".parse().unwrap());
+        fixture.ring.submit_and_wait().unwrap();
+        fixture.ring.reap(&mut completions).unwrap();
+        let Some(Completion::Sent { buffer, packet, result }) = completions.pop() else { panic!() };
+        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EAFNOSUPPORT));
+        assert_eq!(fixture.ring.packet(&buffer, &packet), b"packet");
+    }
+}
