@@ -274,7 +274,10 @@ pub fn one_line(error: &clap::Error) -> String {
     let told =
         lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
     let told = told.map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: "));
-    let told: Vec<&str> = told.filter(|line| !line.is_empty()).collect();
+    let mut told: Vec<&str> = told.filter(|line| !line.is_empty()).collect();
+    if !text.contains("tip: ") {
+        told.push("see --help");
+    }
     told.join("; ")
 }
 
