@@ -4,23 +4,27 @@
 //! direction. Each thread owns an io_uring, its buffers and its counters; the published
 //! [`RouteTable`] is all that threads share, read once per batch.
 //!
-//! **tun_to_udp.** The kernel routes a container's packet into the TUN device → one endless read
-//! puts it into a buffer → [`packet::IpView`] checks it → time to live left? → one lookup of the
-//! destination → the time to live drops by one → a datagram to the peer, holding nothing but the
-//! packet (flannel's wire format) → the buffer goes back when the send has completed.
+//! **tun_to_udp.** The kernel routes a container's packet into the TUN device, many of one flow as
+//! one super-packet → one endless read puts it into a buffer, behind its virtio header →
+//! [`packet::IpView`] checks it → one lookup of the destination → time to live left? it drops by
+//! one → [`offload::segment`] cuts it → packets of one length to one peer lie one behind the other
+//! and share a send (UDP_SEGMENT); each datagram holds nothing but one packet (flannel's wire
+//! format) → the buffer goes back when the send has completed.
 //!
 //! **udp_to_tun.** One endless receive puts a datagram into a buffer → [`guard::Guard`] judges its
 //! sender and its bytes → time to live left? → the time to live drops by one → a write to the TUN
 //! device, which hands the packet to the kernel's routing → the buffer goes back.
 //!
-//! The payload is copied by the kernel only, between its packets and our buffers: once in, once
-//! out. What is dropped on the way has a counter by reason; senders get the ICMP errors that a
+//! Besides the kernel's copies between its packets and our buffers, the payload is copied once in
+//! tun_to_udp, by the cut, and not at all in udp_to_tun. What is dropped on the way has a counter by reason; senders get the ICMP errors that a
 //! router owes them ([`icmp`]).
 
+mod batch;
 mod buffers;
 pub mod guard;
 pub mod icmp;
 mod io;
+pub mod offload;
 pub mod packet;
 pub mod routes;
 pub mod stats;

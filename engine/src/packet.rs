@@ -13,6 +13,8 @@ pub const IPV6_HEADER_LEN: usize = 40;
 /// Protocol numbers that the engine looks at (IANA).
 pub mod protocol {
     pub const ICMP: u8 = 1;
+    pub const TCP: u8 = 6;
+    pub const UDP: u8 = 17;
     pub const ICMPV6: u8 = 58;
 }
 
@@ -208,10 +210,16 @@ pub fn transport_checksum(
     !fold(pseudo_header + sum(message))
 }
 
+/// The sum of 16-bit words is the same in either byte order but for a swap at the end (RFC 1071
+/// 2 B), so it runs over larger words in the machine's own.
 fn sum(data: &[u8]) -> u64 {
-    let words = data.chunks_exact(2);
-    let odd = words.remainder().first().map_or(0, |byte| u64::from(*byte) << 8);
-    words.map(|word| u64::from(be16(word, 0))).sum::<u64>() + odd
+    let words = data.chunks_exact(4);
+    let mut rest = [0; 4];
+    rest[..words.remainder().len()].copy_from_slice(words.remainder());
+    let word =
+        |bytes: &[u8]| u64::from(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+    let total = words.map(word).sum::<u64>() + word(&rest);
+    u16::from_be(fold(total)).into()
 }
 
 fn fold(mut sum: u64) -> u16 {

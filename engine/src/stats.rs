@@ -27,6 +27,12 @@ counters! {
     TunToUdpPackets => "tun_to_udp_packets",
     /// Their bytes, without the outer headers.
     TunToUdpBytes => "tun_to_udp_bytes",
+    /// System-side sends that carried them; packets / sends is what UDP_SEGMENT saves.
+    TunToUdpSends => "tun_to_udp_sends",
+    /// Super-packets among what the TUN device handed over; each became several packets.
+    TunToUdpSuperPackets => "tun_to_udp_super_packets",
+    /// Sends that the kernel refused to segment, and that went out packet by packet.
+    TunToUdpSegmentRefused => "tun_to_udp_segment_refused",
     /// Times that the thread woke up to packets; packets / batches is the batch size.
     TunToUdpBatches => "tun_to_udp_batches",
     /// Dropped: not a well-formed IP packet.

@@ -7,8 +7,8 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// Opens one queue of a TUN device: packets without a header in front, many queues (tun.rst in the
-/// kernel's documentation). `name` may hold one `%d`, for which the kernel puts the next free
+/// Opens one queue of a TUN device: many queues, each packet behind a `virtio_net_hdr` (tun.rst in
+/// the kernel's documentation). `name` may hold one `%d`, for which the kernel puts the next free
 /// number; the name it gave comes back.
 ///
 /// # Errors
@@ -26,7 +26,8 @@ pub(crate) fn open_tun_queue(name: &str) -> io::Result<(OwnedFd, String)> {
         *to = from.cast_signed();
     }
     #[expect(clippy::cast_possible_truncation, reason = "TUN flags are 16 bits by definition")]
-    let flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE) as libc::c_short;
+    let flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR)
+        as libc::c_short;
     request.ifr_ifru.ifru_flags = flags;
     // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is and outlives the call.
     let answer = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
@@ -36,6 +37,18 @@ pub(crate) fn open_tun_queue(name: &str) -> io::Result<(OwnedFd, String)> {
     let name = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| c.cast_unsigned());
     let name = String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned();
     Ok((file.into(), name))
+}
+
+/// Offers the kernel to take packets of these kinds (TUN_F_…) uncut and unsummed. It applies to the
+/// whole device.
+///
+/// # Errors
+/// EINVAL: this kernel does not know one of the kinds.
+pub(crate) fn set_tun_offload(queue: BorrowedFd<'_>, kinds: libc::c_uint) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    let answer =
+        unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(kinds)) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// A new eventfd(2), which wakes a thread that waits in its ring.

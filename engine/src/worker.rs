@@ -1,7 +1,7 @@
 //! The two threads of a worker: each sleeps in its ring, then reaps what has happened, then acts.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,11 +9,14 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 
+use crate::batch::Batch;
 use crate::buffers::BufferId;
 use crate::guard::{Guard, Verdict};
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
 use crate::io::uring::Ring;
-use crate::io::{Completion, Received};
+use crate::io::{Completion, Received, Sent};
+use crate::offload::VirtioNetHdr;
+use crate::offload::segment::{Cut, finish_checksum};
 use crate::packet::{IpView, decrement_ttl};
 use crate::routes::{Peer, RouteTable, Target};
 use crate::stats::{Counter, ThreadStats};
@@ -56,28 +59,36 @@ impl Context {
     }
 }
 
-/// Runs `act` on every completion until somebody sets `stop` and rings the bell.
+/// One direction of a worker.
+trait Carry {
+    /// Counts the times that packets were found.
+    const BATCHES: Counter;
+
+    /// Acts on one completion.
+    fn act(&mut self, ring: &mut Ring, routes: &RouteTable, completion: Completion);
+
+    /// Hands on what the completions so far have left unfinished.
+    fn flush(&mut self, ring: &mut Ring);
+}
+
+/// Carries packets until somebody sets `stop` and rings the bell.
 ///
 /// # Errors
 /// The source is gone, or the ring is broken.
-fn turn(
-    ring: &mut Ring,
-    context: &Context,
-    batches: Counter,
-    mut act: impl FnMut(&mut Ring, &RouteTable, Completion),
-) -> io::Result<()> {
+fn turn<C: Carry>(ring: &mut Ring, context: &Context, mut carry: C) -> io::Result<()> {
     let mut routes = arc_swap::Cache::new(&*context.routes);
     let mut completions = Vec::with_capacity(Ring::completions_max());
     while !context.stop.load(Ordering::Relaxed) {
         ring.submit_and_wait()?;
         ring.reap(&mut completions)?;
         if completions.iter().any(|completion| matches!(completion, Completion::Received(_))) {
-            context.stats.add(batches, 1);
+            context.stats.add(C::BATCHES, 1);
         }
         let routes: &RouteTable = routes.load();
         for completion in completions.drain(..) {
-            act(ring, routes, completion);
+            carry.act(ring, routes, completion);
         }
+        carry.flush(ring);
     }
     Ok(())
 }
@@ -87,79 +98,137 @@ fn turn(
 pub(crate) struct TunToUdp {
     context: Context,
     limit: RateLimit,
+    /// The send that the next packet may join.
+    batch: Option<Batch>,
+    /// Whether the kernel has not yet refused to segment.
+    segments: bool,
 }
 
 impl TunToUdp {
     pub(crate) fn new(context: Context) -> Self {
-        Self { context, limit: RateLimit::new(Instant::now()) }
+        Self { context, limit: RateLimit::new(Instant::now()), batch: None, segments: true }
     }
 
     /// # Errors
     /// See [`turn`].
-    pub(crate) fn run(mut self, ring: &mut Ring) -> io::Result<()> {
+    pub(crate) fn run(self, ring: &mut Ring) -> io::Result<()> {
         let context = self.context.clone();
-        turn(
-            ring,
-            &context,
-            Counter::TunToUdpBatches,
-            |ring, routes, completion| match completion {
-                Completion::Received(received) => self.received(ring, routes, received),
-                Completion::Sent { buffer, packet, result } => {
-                    self.sent(ring, routes, &buffer, &packet, &result);
-                    ring.recycle(buffer);
-                }
-                Completion::Woken => {}
-            },
-        )
+        turn(ring, &context, self)
     }
 
-    fn received(&mut self, ring: &mut Ring, routes: &RouteTable, received: Received) {
+    fn received(&mut self, ring: &mut Ring, routes: &RouteTable, received: &Received) {
         let Received { buffer, packet, .. } = received;
-        let bytes = ring.packet_mut(&buffer, &packet);
-        match forward(routes, bytes) {
-            Forward::To(peer) => {
-                decrement_ttl(bytes);
-                return ring.send_to(buffer, packet, peer.endpoint);
-            }
+        let Some(header) = VirtioNetHdr::parse(ring.packet(buffer, packet)) else {
+            return self.context.stats.add(Counter::TunToUdpMalformed, 1);
+        };
+        let at = packet.start + VirtioNetHdr::LEN..packet.end;
+        let bytes = ring.packet_mut(buffer, &at);
+        let peer = match forward(routes, bytes) {
+            Forward::To(peer) => peer,
             Forward::Drop(counter, icmp) => {
                 self.context.stats.add(counter, 1);
                 if let Some(error) = icmp {
-                    self.answer(error, ring.packet(&buffer, &packet));
+                    self.answer(error, bytes);
+                }
+                return;
+            }
+        };
+        decrement_ttl(bytes);
+        match Cut::plan(&header, bytes) {
+            Ok(None) if finish_checksum(&header, bytes).is_ok() => {
+                self.append(ring, (buffer, &at), peer.endpoint, at.len(), |packet, out| {
+                    out.copy_from_slice(packet);
+                });
+            }
+            Ok(Some(cut)) => {
+                self.context.stats.add(Counter::TunToUdpSuperPackets, 1);
+                for number in 0..cut.count() {
+                    let len = cut.len_of(number);
+                    self.append(ring, (buffer, &at), peer.endpoint, len, |packet, out| {
+                        cut.write(packet, number, out);
+                    });
                 }
             }
+            Ok(None) | Err(_) => self.context.stats.add(Counter::TunToUdpMalformed, 1),
         }
-        ring.recycle(buffer);
     }
 
-    fn sent(
+    /// Has `write` make a datagram of `len` bytes out of a received packet, in the open batch or
+    /// in a new one.
+    fn append(
         &mut self,
-        ring: &Ring,
-        routes: &RouteTable,
-        buffer: &BufferId,
-        packet: &Range<usize>,
-        result: &io::Result<usize>,
+        ring: &mut Ring,
+        packet: (&BufferId, &Range<usize>),
+        peer: SocketAddr,
+        len: usize,
+        write: impl FnOnce(&[u8], &mut [u8]),
     ) {
-        let stats = &self.context.stats;
-        let Err(error) = result else {
-            stats.add(Counter::TunToUdpPackets, 1);
-            stats.add(Counter::TunToUdpBytes, packet.len() as u64);
-            return;
+        let joins = self.batch.as_ref().is_some_and(|it| self.segments && it.takes(peer, len));
+        if !joins {
+            self.flush(ring);
+            self.batch = ring.take_buffer().map(|buffer| Batch::new(buffer, peer, len));
+        }
+        let Some(batch) = &mut self.batch else {
+            return self.context.stats.add(Counter::TunToUdpFull, 1);
         };
-        match error.raw_os_error() {
-            Some(libc::EMSGSIZE) => self.too_big(routes, ring.packet(buffer, packet)),
-            Some(libc::EAGAIN | libc::ENOBUFS) => stats.add(Counter::TunToUdpFull, 1),
-            _ => stats.add(Counter::TunToUdpSendFailed, 1),
+        let at = batch.reserve(len);
+        let (from, out) = ring.two_packets(packet, (&batch.buffer, &at));
+        write(from, out);
+    }
+
+    fn sent(&mut self, ring: &Ring, routes: &RouteTable, sent: &Sent) {
+        let packets = ring.packet(&sent.buffer, &sent.packets);
+        let several = packets.len() > sent.segment_len;
+        let count = packets.len().div_ceil(sent.segment_len.max(1)) as u64;
+        let error = match &sent.result {
+            Ok(()) => return self.count_sent(packets.len(), count),
+            Err(error) => error.raw_os_error(),
+        };
+        match error {
+            // One of them is too large for the path, or the kernel cannot cut: one by one, each
+            // has its own answer.
+            Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO) if several => {
+                self.context.stats.add(Counter::TunToUdpSegmentRefused, 1);
+                if error != Some(libc::EMSGSIZE) && std::mem::take(&mut self.segments) {
+                    tracing::warn!(
+                        "the kernel refuses UDP_SEGMENT ({}); packets go out one by one",
+                        io::Error::from_raw_os_error(error.unwrap_or_default())
+                    );
+                }
+                packets.chunks(sent.segment_len).for_each(|packet| self.send_one(routes, packet));
+            }
+            Some(libc::EMSGSIZE) => self.too_big(routes, packets),
+            Some(libc::EAGAIN | libc::ENOBUFS) => {
+                self.context.stats.add(Counter::TunToUdpFull, count);
+            }
+            _ => self.context.stats.add(Counter::TunToUdpSendFailed, count),
+        }
+    }
+
+    fn count_sent(&self, bytes: usize, packets: u64) {
+        self.context.stats.add(Counter::TunToUdpSends, 1);
+        self.context.stats.add(Counter::TunToUdpPackets, packets);
+        self.context.stats.add(Counter::TunToUdpBytes, bytes as u64);
+    }
+
+    fn send_one(&mut self, routes: &RouteTable, packet: &[u8]) {
+        let Some(peer) = peer_of(routes, packet) else {
+            return self.context.stats.add(Counter::TunToUdpNoRoute, 1);
+        };
+        match self.context.udp.send(packet, peer.endpoint) {
+            Ok(_) => self.count_sent(packet.len(), 1),
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                self.too_big(routes, packet);
+            }
+            Err(_) => self.context.stats.add(Counter::TunToUdpSendFailed, 1),
         }
     }
 
     /// The path to the peer is smaller than our MTU. A sender that forbids fragments is told what
     /// fits; for others the outer packet is cut, as the kernel would do with the inner one.
     fn too_big(&mut self, routes: &RouteTable, packet: &[u8]) {
-        let stats = &self.context.stats;
-        let (Ok(view), udp) = (IpView::check(packet), &self.context.udp) else {
-            return;
-        };
-        let Some(Target::Peer(peer)) = routes.lookup(view.destination()) else {
+        let (stats, udp) = (&self.context.stats, &self.context.udp);
+        let (Ok(view), Some(peer)) = (IpView::check(packet), peer_of(routes, packet)) else {
             return stats.add(Counter::TunToUdpNoRoute, 1);
         };
         let Ok(path) = udp.path_mtu(peer.endpoint) else {
@@ -188,6 +257,30 @@ impl TunToUdp {
     }
 }
 
+impl Carry for TunToUdp {
+    const BATCHES: Counter = Counter::TunToUdpBatches;
+
+    fn act(&mut self, ring: &mut Ring, routes: &RouteTable, completion: Completion) {
+        match completion {
+            Completion::Received(received) => {
+                self.received(ring, routes, &received);
+                ring.recycle(received.buffer);
+            }
+            Completion::Sent(sent) => {
+                self.sent(ring, routes, &sent);
+                ring.recycle(sent.buffer);
+            }
+            Completion::Woken => {}
+        }
+    }
+
+    fn flush(&mut self, ring: &mut Ring) {
+        if let Some(Batch { buffer, peer, segment_len, len, .. }) = self.batch.take() {
+            ring.send_to(buffer, 0..len, segment_len, peer);
+        }
+    }
+}
+
 /// What becomes of a packet from the TUN.
 enum Forward<'a> {
     To(&'a Peer),
@@ -207,6 +300,14 @@ fn forward<'a>(routes: &'a RouteTable, packet: &[u8]) -> Forward<'a> {
     Forward::To(peer)
 }
 
+/// Where a packet goes by the routes as they are now.
+fn peer_of<'a>(routes: &'a RouteTable, packet: &[u8]) -> Option<&'a Peer> {
+    match routes.lookup(IpView::check(packet).ok()?.destination())? {
+        Target::Peer(peer) => Some(peer),
+        Target::Local => None,
+    }
+}
+
 /// Carries packets from peers to the containers.
 #[derive(Debug)]
 pub(crate) struct UdpToTun {
@@ -221,21 +322,9 @@ impl UdpToTun {
 
     /// # Errors
     /// See [`turn`].
-    pub(crate) fn run(mut self, ring: &mut Ring) -> io::Result<()> {
+    pub(crate) fn run(self, ring: &mut Ring) -> io::Result<()> {
         let context = self.context.clone();
-        turn(
-            ring,
-            &context,
-            Counter::UdpToTunBatches,
-            |ring, routes, completion| match completion {
-                Completion::Received(received) => self.received(ring, routes, received),
-                Completion::Sent { buffer, packet, result } => {
-                    self.written(&packet, &result);
-                    ring.recycle(buffer);
-                }
-                Completion::Woken => {}
-            },
-        )
+        turn(ring, &context, self)
     }
 
     fn received(&mut self, ring: &mut Ring, routes: &RouteTable, received: Received) {
@@ -264,11 +353,11 @@ impl UdpToTun {
         ring.recycle(buffer);
     }
 
-    fn written(&self, packet: &Range<usize>, result: &io::Result<usize>) {
+    fn written(&self, sent: &Sent) {
         let stats = &self.context.stats;
-        if result.is_ok() {
+        if sent.result.is_ok() {
             stats.add(Counter::UdpToTunPackets, 1);
-            stats.add(Counter::UdpToTunBytes, packet.len() as u64);
+            stats.add(Counter::UdpToTunBytes, sent.packets.len() as u64);
         } else {
             stats.add(Counter::UdpToTunWriteFailed, 1);
         }
@@ -289,4 +378,21 @@ impl UdpToTun {
             let _ = self.context.udp.send(answer, peer.endpoint);
         }
     }
+}
+
+impl Carry for UdpToTun {
+    const BATCHES: Counter = Counter::UdpToTunBatches;
+
+    fn act(&mut self, ring: &mut Ring, routes: &RouteTable, completion: Completion) {
+        match completion {
+            Completion::Received(received) => self.received(ring, routes, received),
+            Completion::Sent(sent) => {
+                self.written(&sent);
+                ring.recycle(sent.buffer);
+            }
+            Completion::Woken => {}
+        }
+    }
+
+    fn flush(&mut self, _ring: &mut Ring) {}
 }

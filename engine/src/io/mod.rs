@@ -23,10 +23,21 @@ pub(crate) enum Direction {
 pub(crate) enum Completion {
     /// A packet came in.
     Received(Received),
-    /// A packet went out, or could not; the buffer is ours again.
-    Sent { buffer: BufferId, packet: Range<usize>, result: io::Result<usize> },
+    /// A buffer went out, or could not; it is ours again.
+    Sent(Sent),
     /// Somebody rang the wake-up bell.
     Woken,
+}
+
+/// A buffer that went out, or could not.
+#[derive(Debug)]
+pub(crate) struct Sent {
+    pub(crate) buffer: BufferId,
+    /// Where in the buffer the packets are.
+    pub(crate) packets: Range<usize>,
+    /// Bytes of each packet; the last one may have fewer.
+    pub(crate) segment_len: usize,
+    pub(crate) result: io::Result<()>,
 }
 
 /// A packet that came in.

@@ -1,13 +1,13 @@
-//! A thread's io_uring: one endless read that fills buffers, sends from the same buffers, and a
-//! bell to wake it.
+//! A thread's io_uring: one endless read that fills buffers, sends from buffers, and a bell to
+//! wake it.
 //!
 //! What the kernel does for us: the source is armed once (multishot) and takes a buffer of the
 //! provided ring for each packet, until none is left (ENOBUFS) or something breaks; then it is
 //! armed again. Sends with MSG_DONTWAIT and writes with RWF_NOWAIT end while they are submitted, so
 //! packets keep their order without links between entries.
 //!
-//! A buffer is in one place at a time: with the kernel in the provided ring, with the caller as a
-//! [`BufferId`], or with the kernel in a send.
+//! A buffer is in one place at a time: with the kernel in the provided ring, free, with the caller
+//! as a [`BufferId`], or with the kernel in a send.
 
 use std::alloc::{self, Layout};
 use std::fmt;
@@ -24,25 +24,36 @@ use io_uring::types::{BufRingEntry, CancelBuilder, Fixed, RecvMsgOut, Timespec};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use socket2::SockAddr;
 
-use super::{Completion, Direction, Received};
+use super::{Completion, Direction, Received, Sent};
 use crate::buffers::{BufferId, BufferPool};
+use crate::offload::{VirtioNetHdr, WHOLE};
 
-/// Buffers of a ring. More only spill the cache; fewer end the multishot read more often.
-const BUFFERS: u16 = 256;
+/// Buffers that super-packets from the TUN come in; more of this size only spill the cache.
+const TUN_BUFFERS: u16 = 32;
+/// Buffers that datagrams come in; fewer end the multishot receive more often.
+const UDP_BUFFERS: u16 = 256;
+/// Buffers that datagrams to peers go out from. A super-packet of 64 KiB fills one and begins the
+/// next, and may leave an unfinished one behind.
+const SEND_BUFFERS: u16 = 3 * TUN_BUFFERS;
+/// The largest super-packet: its length is a 16-bit field of its IP header.
+const SUPER_PACKET_LEN: usize = 65_535;
 /// Where a kernel lacks READ_MULTISHOT (before 6.7): reads in flight. More would wake in vain.
 const READS_IN_FLIGHT: u32 = 4;
 /// Room in front of a received datagram for `io_uring_recvmsg_out` and the sender's address.
 const DATAGRAM_HEADROOM: usize = RECVMSG_OUT_LEN + SENDER_LEN;
 const RECVMSG_OUT_LEN: usize = 16;
 const SENDER_LEN: usize = size_of::<libc::sockaddr_in6>();
-/// Entries for submission: each buffer may be in a send, besides the reads and the bell.
+/// Entries for submission: each buffer may be in a send, besides the receives and the bell.
 const SUBMISSIONS: u32 = 512;
 /// A buffer causes at most two completions between two reaps: received, sent.
 const COMPLETIONS: u32 = 1024;
 
-const _: () = assert!(BUFFERS.is_power_of_two());
-const _: () = assert!(BUFFERS as u32 + READS_IN_FLIGHT < SUBMISSIONS);
-const _: () = assert!(2 * BUFFERS as u32 + READS_IN_FLIGHT < COMPLETIONS);
+const _: () = assert!(TUN_BUFFERS.is_power_of_two() && UDP_BUFFERS.is_power_of_two());
+const _: () = assert!((TUN_BUFFERS + SEND_BUFFERS) as u32 + READS_IN_FLIGHT < SUBMISSIONS);
+const _: () = assert!(UDP_BUFFERS as u32 + READS_IN_FLIGHT < SUBMISSIONS);
+const _: () = assert!(2 * (TUN_BUFFERS + SEND_BUFFERS) as u32 + READS_IN_FLIGHT < COMPLETIONS);
+const _: () = assert!(2 * UDP_BUFFERS as u32 + READS_IN_FLIGHT < COMPLETIONS);
+const _: () = assert!(DATAGRAM_HEADROOM >= VirtioNetHdr::LEN);
 
 /// How long a closing ring waits for the kernel to let go of its buffers.
 const CANCEL_TIMEOUT: Timespec = Timespec::new().sec(1);
@@ -84,7 +95,10 @@ pub(crate) struct Ring {
     ring: IoUring,
     provided: ProvidedRing,
     pool: BufferPool,
+    /// By buffer.
     sends: Box<[SendSlot]>,
+    /// Buffers for sends that are in none.
+    free: Vec<u16>,
     /// What multishot receives are shaped by; the kernel reads it when armed.
     receive_shape: Box<libc::msghdr>,
     bell_count: Box<u64>,
@@ -102,7 +116,7 @@ impl fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring for the calling thread, and for no other (SINGLE_ISSUER). Packets of `packet_len`
+    /// A ring for the calling thread, and for no other (SINGLE_ISSUER). Datagrams of `packet_len`
     /// bytes fit the buffers. `tun`, `udp` and `bell` (an eventfd) must be open until here only:
     /// the ring holds references of its own.
     ///
@@ -122,9 +136,15 @@ impl Ring {
         ring.submitter()
             .register_files(&[source.as_raw_fd(), sink.as_raw_fd(), bell.as_raw_fd()])
             .map_err(explain)?;
-        let pool = BufferPool::new(BUFFERS, DATAGRAM_HEADROOM + packet_len);
-        let mut provided = ProvidedRing::register(&ring).map_err(explain)?;
-        for index in 0..BUFFERS {
+        let (receive, send, len) = match direction {
+            Direction::TunToUdp => {
+                (TUN_BUFFERS, SEND_BUFFERS, VirtioNetHdr::LEN + SUPER_PACKET_LEN)
+            }
+            Direction::UdpToTun => (UDP_BUFFERS, 0, DATAGRAM_HEADROOM + packet_len),
+        };
+        let pool = BufferPool::new(receive + send, len);
+        let mut provided = ProvidedRing::register(&ring, receive).map_err(explain)?;
+        for index in 0..receive {
             provided.add(index, &pool);
         }
         provided.publish();
@@ -135,7 +155,8 @@ impl Ring {
             ring,
             provided,
             pool,
-            sends: (0..BUFFERS).map(|_| SendSlot::empty()).collect(),
+            sends: (0..receive + send).map(|_| SendSlot::empty()).collect(),
+            free: (receive..receive + send).collect(),
             receive_shape,
             bell_count: Box::new(0),
             direction,
@@ -224,36 +245,76 @@ impl Ring {
         unsafe { slice::from_raw_parts_mut(start.add(at.start), at.len()) }
     }
 
-    /// Queues a datagram to a peer. The buffer comes back as [`Completion::Sent`].
-    pub(crate) fn send_to(&mut self, buffer: BufferId, packet: Range<usize>, peer: SocketAddr) {
-        assert!(packet.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
+    /// Two packets in two buffers, the second one to be changed.
+    pub(crate) fn two_packets(
+        &mut self,
+        (from, from_at): (&BufferId, &Range<usize>),
+        (to, to_at): (&BufferId, &Range<usize>),
+    ) -> (&[u8], &mut [u8]) {
+        assert!(from != to, "an id is never given out twice");
+        let inside = from_at.end.max(to_at.end) <= self.pool.buffer_len();
+        assert!(inside, "a packet lies inside its buffer");
+        let (from, to) = (self.pool.start(from.index()), self.pool.start(to.index()));
+        // SAFETY: as in `packet`, for each; and they do not overlap, being in two buffers.
+        unsafe {
+            (
+                slice::from_raw_parts(from.add(from_at.start), from_at.len()),
+                slice::from_raw_parts_mut(to.add(to_at.start), to_at.len()),
+            )
+        }
+    }
+
+    /// A free buffer to send from; `None` while all are in sends.
+    pub(crate) fn take_buffer(&mut self) -> Option<BufferId> {
+        self.free.pop().map(BufferId::new)
+    }
+
+    /// Queues datagrams to a peer that lie one behind the other, each of `segment_len` bytes but
+    /// the last, which may have fewer. The buffer comes back as [`Completion::Sent`].
+    pub(crate) fn send_to(
+        &mut self,
+        buffer: BufferId,
+        packets: Range<usize>,
+        segment_len: usize,
+        peer: SocketAddr,
+    ) {
+        assert!(packets.end <= self.pool.buffer_len(), "packets lie inside their buffer");
         let index = buffer.index();
-        let start = self.pool.start(index).wrapping_add(packet.start);
-        let message = self.sends[usize::from(index)].fill(start, packet, peer);
+        let start = self.pool.start(index).wrapping_add(packets.start);
+        let message = self.sends[usize::from(index)].fill(start, packets, segment_len, peer);
         let flags = libc::MSG_DONTWAIT.cast_unsigned();
         let entry = opcode::SendMsg::new(SINK, message).flags(flags).build();
-        // SAFETY: the message, its address and its one iovec live in `self.sends`, the packet in
+        // SAFETY: the message and all that it points to live in `self.sends`, the packets in
         // `self.pool`; neither moves or is freed before the ring closes, and neither is touched
         // before the completion brings the buffer back.
         unsafe { self.push(&entry.user_data(SEND | u64::from(index))) }
     }
 
-    /// Queues a packet to the TUN. The buffer comes back as [`Completion::Sent`].
+    /// Queues a received datagram to the TUN, as a whole packet. The buffer comes back as
+    /// [`Completion::Sent`].
     pub(crate) fn write(&mut self, buffer: BufferId, packet: Range<usize>) {
+        let header = packet.start - VirtioNetHdr::LEN..packet.start;
+        self.packet_mut(&buffer, &header).copy_from_slice(&WHOLE);
         assert!(packet.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
         let index = buffer.index();
-        let start = self.pool.start(index).wrapping_add(packet.start);
-        let len = len_u32(packet.len());
-        self.sends[usize::from(index)].packet = packet;
+        let start = self.pool.start(index).wrapping_add(header.start);
+        let len = len_u32(packet.end - header.start);
+        let slot = &mut self.sends[usize::from(index)];
+        slot.segment_len = packet.len();
+        slot.packets = packet;
         let entry = opcode::Write::new(SINK, start, len).rw_flags(libc::RWF_NOWAIT).build();
         // SAFETY: the packet lives in `self.pool` and is not touched before the completion brings
         // the buffer back.
         unsafe { self.push(&entry.user_data(SEND | u64::from(index))) }
     }
 
-    /// Gives a buffer back to the source.
+    /// Gives a buffer back to where it came from: the source, or the free ones.
     pub(crate) fn recycle(&mut self, buffer: BufferId) {
-        self.provided.add(buffer.index(), &self.pool);
+        if buffer.index() < self.provided.len {
+            self.provided.add(buffer.index(), &self.pool);
+        } else {
+            self.free.push(buffer.index());
+        }
     }
 
     fn arm(&mut self) {
@@ -403,8 +464,20 @@ struct SendSlot {
     message: libc::msghdr,
     iovec: libc::iovec,
     peer: SockAddr,
-    packet: Range<usize>,
+    segment_control: SegmentControl,
+    packets: Range<usize>,
+    segment_len: usize,
 }
+
+/// The control message UDP_SEGMENT (udp(7)), laid out as CMSG_DATA wants it.
+#[repr(C)]
+struct SegmentControl {
+    header: libc::cmsghdr,
+    segment_len: u16,
+    padding: [u16; 3],
+}
+
+const _: () = assert!(size_of::<SegmentControl>() == 24, "CMSG_SPACE of two bytes");
 
 impl SendSlot {
     fn empty() -> Self {
@@ -413,60 +486,85 @@ impl SendSlot {
             message: unsafe { mem::zeroed() },
             iovec: libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 },
             peer: SockAddr::from(SocketAddr::from(([0; 4], 0))),
-            packet: 0..0,
+            segment_control: SegmentControl {
+                header: libc::cmsghdr {
+                    cmsg_len: size_of::<libc::cmsghdr>() + size_of::<u16>(),
+                    cmsg_level: libc::SOL_UDP,
+                    cmsg_type: libc::UDP_SEGMENT,
+                },
+                segment_len: 0,
+                padding: [0; 3],
+            },
+            packets: 0..0,
+            segment_len: 0,
         }
     }
 
     fn fill(
         &mut self,
         start: *mut u8,
-        packet: Range<usize>,
+        packets: Range<usize>,
+        segment_len: usize,
         to: SocketAddr,
     ) -> *const libc::msghdr {
         self.peer = to.into();
-        self.iovec = libc::iovec { iov_base: start.cast(), iov_len: packet.len() };
-        self.packet = packet;
+        self.iovec = libc::iovec { iov_base: start.cast(), iov_len: packets.len() };
         self.message.msg_name = self.peer.as_ptr().cast_mut().cast();
         self.message.msg_namelen = self.peer.len();
         self.message.msg_iov = &raw mut self.iovec;
         self.message.msg_iovlen = 1;
+        // One packet goes without: there is nothing to cut, and nothing that could be refused.
+        let control = (packets.len() > segment_len).then_some(&raw mut self.segment_control);
+        self.message.msg_control = control.map_or(ptr::null_mut(), <*mut SegmentControl>::cast);
+        self.message.msg_controllen = control.map_or(0, |_| size_of::<SegmentControl>());
+        #[expect(clippy::cast_possible_truncation, reason = "a segment is an IP packet")]
+        let segment_field = segment_len as u16;
+        self.segment_control.segment_len = segment_field;
+        self.packets = packets;
+        self.segment_len = segment_len;
         &raw const self.message
     }
 
     fn done(&mut self, index: u16, result: i32) -> Completion {
-        let packet = mem::take(&mut self.packet);
-        Completion::Sent { buffer: BufferId::new(index), packet, result: outcome(result) }
+        Completion::Sent(Sent {
+            buffer: BufferId::new(index),
+            packets: mem::take(&mut self.packets),
+            segment_len: self.segment_len,
+            result: outcome(result).map(drop),
+        })
     }
 }
 
 /// The ring of buffers that the kernel takes from (io_uring_register_buf_ring(3)).
 struct ProvidedRing {
     entries: NonNull<BufRingEntry>,
+    /// How many there are, a power of two.
+    len: u16,
     tail: u16,
 }
 
 impl ProvidedRing {
     const PAGE: usize = 4096;
 
-    fn layout() -> Layout {
-        let len = usize::from(BUFFERS) * size_of::<BufRingEntry>();
+    fn layout(len: u16) -> Layout {
+        let len = usize::from(len) * size_of::<BufRingEntry>();
         Layout::from_size_align(len.next_multiple_of(Self::PAGE), Self::PAGE)
             .expect("a page is a valid alignment")
     }
 
-    fn register(ring: &IoUring) -> io::Result<Self> {
+    fn register(ring: &IoUring, len: u16) -> io::Result<Self> {
         // SAFETY: the layout is not empty.
-        let memory = unsafe { alloc::alloc_zeroed(Self::layout()) };
+        let memory = unsafe { alloc::alloc_zeroed(Self::layout(len)) };
         let Some(entries) = NonNull::new(memory.cast::<BufRingEntry>()) else {
             return Err(io::ErrorKind::OutOfMemory.into());
         };
-        let provided = Self { entries, tail: 0 };
+        let provided = Self { entries, len, tail: 0 };
         // SAFETY: the memory is page-aligned, has room for the entries, and lives until after the
         // ring is closed: it is freed by our Drop, and `Ring` drops its IoUring first.
         unsafe {
             ring.submitter().register_buf_ring_with_flags(
                 entries.as_ptr().addr() as u64,
-                BUFFERS,
+                len,
                 GROUP,
                 0,
             )?;
@@ -476,10 +574,10 @@ impl ProvidedRing {
 
     /// Puts a buffer at the end of the ring. The kernel sees it after [`Self::publish`].
     fn add(&mut self, index: u16, pool: &BufferPool) {
-        let at = usize::from(self.tail & (BUFFERS - 1));
-        // SAFETY: `at` is below BUFFERS, and the kernel does not read entries at or behind the
-        // published tail. There is room: a ring of BUFFERS entries, and each buffer is in it at
-        // most once, since adding takes its BufferId.
+        let at = usize::from(self.tail & (self.len - 1));
+        // SAFETY: `at` is below `len`, and the kernel does not read entries at or behind the
+        // published tail. There is room: only buffers below `len` are added, and each is in the
+        // ring at most once, since adding takes its BufferId.
         let entry = unsafe { &mut *self.entries.as_ptr().add(at) };
         entry.set_addr(pool.start(index).expose_provenance() as u64);
         entry.set_len(len_u32(pool.buffer_len()));
@@ -499,7 +597,7 @@ impl ProvidedRing {
 impl Drop for ProvidedRing {
     fn drop(&mut self) {
         // SAFETY: allocated by `register` with this layout, and the kernel has let go of it.
-        unsafe { alloc::dealloc(self.entries.as_ptr().cast(), Self::layout()) }
+        unsafe { alloc::dealloc(self.entries.as_ptr().cast(), Self::layout(self.len)) }
     }
 }
 
@@ -560,13 +658,16 @@ mod tests {
                         assert!(!cut);
                         senders.push(sender);
                         match fixture.ring.direction {
-                            Direction::TunToUdp => fixture.ring.send_to(buffer, packet, to),
+                            Direction::TunToUdp => {
+                                let len = packet.len();
+                                fixture.ring.send_to(buffer, packet, len, to);
+                            }
                             Direction::UdpToTun => fixture.ring.write(buffer, packet),
                         }
                     }
-                    Completion::Sent { buffer, packet, result } => {
-                        assert_eq!(result.unwrap(), packet.len());
-                        fixture.ring.recycle(buffer);
+                    Completion::Sent(sent_one) => {
+                        sent_one.result.unwrap();
+                        fixture.ring.recycle(sent_one.buffer);
                         sent += 1;
                     }
                     Completion::Woken => panic!("nobody rang"),
@@ -616,7 +717,7 @@ mod tests {
             for number in numbers {
                 let mut bytes = [mem::MaybeUninit::new(0); 2048];
                 let len = fixture.kernel.recv(&mut bytes).unwrap();
-                assert_eq!(len, packet(number).len());
+                assert_eq!(len, VirtioNetHdr::LEN + packet(number).len());
             }
         }
     }
@@ -625,7 +726,7 @@ mod tests {
     #[test]
     fn more_datagrams_than_buffers_all_arrive() {
         let mut fixture = fixture(Direction::UdpToTun, MULTISHOT);
-        let count = usize::from(BUFFERS) + 100;
+        let count = usize::from(UDP_BUFFERS) + 100;
         for _ in 0..count {
             fixture.peer.send_to(b"small", fixture.ours).unwrap();
         }
@@ -675,11 +776,34 @@ mod tests {
         fixture.ring.reap(&mut completions).unwrap();
         let Some(Completion::Received(received)) = completions.pop() else { panic!() };
         // An IPv6 address on an IPv4 socket.
-        fixture.ring.send_to(received.buffer, received.packet, "[::1]:9".parse().unwrap());
+        let len = received.packet.len();
+        fixture.ring.send_to(received.buffer, received.packet, len, "[::1]:9".parse().unwrap());
         fixture.ring.submit_and_wait().unwrap();
         fixture.ring.reap(&mut completions).unwrap();
-        let Some(Completion::Sent { buffer, packet, result }) = completions.pop() else { panic!() };
-        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EAFNOSUPPORT));
-        assert_eq!(fixture.ring.packet(&buffer, &packet), b"packet");
+        let Some(Completion::Sent(sent)) = completions.pop() else { panic!() };
+        assert_eq!(sent.result.unwrap_err().raw_os_error(), Some(libc::EAFNOSUPPORT));
+        assert_eq!(fixture.ring.packet(&sent.buffer, &sent.packets), b"packet");
+    }
+
+    #[test]
+    fn one_send_carries_many_datagrams() {
+        let mut fixture = fixture(Direction::TunToUdp, MULTISHOT);
+        let to = fixture.peer.local_addr().unwrap();
+        let buffer = fixture.ring.take_buffer().unwrap();
+        let packets = fixture.ring.packet_mut(&buffer, &(0..2500));
+        for (number, segment) in (0u8..).zip(packets.chunks_mut(1000)) {
+            segment.fill(number);
+        }
+        fixture.ring.send_to(buffer, 0..2500, 1000, to);
+        let mut completions = Vec::new();
+        fixture.ring.submit_and_wait().unwrap();
+        fixture.ring.reap(&mut completions).unwrap();
+        let Some(Completion::Sent(sent)) = completions.pop() else { panic!() };
+        sent.result.unwrap();
+        for (number, len) in [(0, 1000), (1, 1000), (2, 500)] {
+            let mut bytes = [0; 2048];
+            assert_eq!(fixture.peer.recv(&mut bytes).unwrap(), len);
+            assert_eq!(bytes[..len], vec![number; len]);
+        }
     }
 }
