@@ -33,7 +33,7 @@ fn guard_strict(bencher: Bencher<'_, '_>, peers: u32) {
             let host = hosts.next().unwrap_or(1);
             (outer_address(host), packet(host, 0, 64))
         })
-        .bench_local_values(|(sender, packet)| guard.judge(&table, sender, &packet, false));
+        .bench_local_values(|(sender, packet)| guard.judge(&table, sender, &packet));
 }
 
 #[divan::bench]

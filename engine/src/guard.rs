@@ -48,19 +48,12 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Judges one datagram by its outer sender and its bytes. `cut` says that the kernel had more
-    /// bytes than fitted the buffer.
-    pub fn judge(
-        &self,
-        routes: &RouteTable,
-        sender: IpAddr,
-        datagram: &[u8],
-        cut: bool,
-    ) -> Verdict {
+    /// Judges one datagram by its outer sender and its bytes.
+    pub fn judge(&self, routes: &RouteTable, sender: IpAddr, datagram: &[u8]) -> Verdict {
         if self.mode != GuardMode::Off && !routes.knows_sender(sender) {
             return Verdict::UnknownSender;
         }
-        if cut || datagram.len() > self.mtu {
+        if datagram.len() > self.mtu {
             return Verdict::Oversized;
         }
         let Ok(packet) = IpView::check(datagram) else {
@@ -118,7 +111,7 @@ mod tests {
     fn verdict(mode: GuardMode, sender: &str, source: &str, destination: &str) -> Verdict {
         let packet = udp(source, destination, 62, b"x");
         let guard = Guard { mode, mtu: MTU };
-        guard.judge(&routes(), sender.parse().unwrap(), &packet, false)
+        guard.judge(&routes(), sender.parse().unwrap(), &packet)
     }
 
     #[test]
@@ -150,25 +143,24 @@ mod tests {
         let off = Guard { mode: GuardMode::Off, mtu: MTU };
         let sender = "192.0.2.9".parse().unwrap();
         let packet = udp("1.2.3.4", "5.6.7.8", 62, b"x");
-        assert_eq!(off.judge(&routes(), sender, &packet, false), Verdict::Deliver);
-        assert_eq!(off.judge(&routes(), sender, &packet[..27], false), Verdict::Malformed);
+        assert_eq!(off.judge(&routes(), sender, &packet), Verdict::Deliver);
+        assert_eq!(off.judge(&routes(), sender, &packet[..27]), Verdict::Malformed);
     }
 
     #[test]
     fn shape_comes_before_addresses() {
         let guard = Guard { mode: GuardMode::Strict, mtu: MTU };
         let sender = "192.0.2.2".parse().unwrap();
-        let judge = |packet: &[u8], cut| guard.judge(&routes(), sender, packet, cut);
+        let judge = |packet: &[u8]| guard.judge(&routes(), sender, packet);
         let mut packet = udp("10.42.2.9", "10.42.1.9", 62, &[0; MTU - 28]);
-        assert_eq!(judge(&packet, false), Verdict::Deliver);
-        assert_eq!(judge(&packet, true), Verdict::Oversized);
+        assert_eq!(judge(&packet), Verdict::Deliver);
         packet[13] ^= 1;
-        assert_eq!(judge(&packet, false), Verdict::Malformed, "header checksum");
+        assert_eq!(judge(&packet), Verdict::Malformed, "header checksum");
         let larger = udp("10.42.2.9", "10.42.1.9", 62, &[0; MTU - 27]);
-        assert_eq!(judge(&larger, false), Verdict::Oversized);
+        assert_eq!(judge(&larger), Verdict::Oversized);
         for ttl in [0, 1] {
             let packet = udp("10.42.2.9", "10.42.1.9", ttl, b"x");
-            assert_eq!(judge(&packet, false), Verdict::TtlExpired);
+            assert_eq!(judge(&packet), Verdict::TtlExpired);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::packet::{
-    IPV4_HEADER_LEN, IPV6_HEADER_LEN, IpView, Ipv4View, Ipv6View, checksum, protocol,
+    IPV4_HEADER_LEN, IPV6_HEADER_LEN, IpView, Ipv4View, Ipv6View, checksum, length_field, protocol,
     transport_checksum,
 };
 
@@ -150,12 +150,6 @@ fn copy_address(address: IpAddr, out: &mut [u8]) {
         IpAddr::V4(ip) => out[..4].copy_from_slice(&ip.octets()),
         IpAddr::V6(ip) => out[..16].copy_from_slice(&ip.octets()),
     }
-}
-
-fn length_field(length: usize) -> [u8; 2] {
-    #[expect(clippy::cast_possible_truncation, reason = "at most ICMP_ERROR_LEN_MAX")]
-    let length = length as u16;
-    length.to_be_bytes()
 }
 
 fn is_one_host(address: IpAddr) -> bool {

@@ -11,12 +11,14 @@
 //! and share a send (UDP_SEGMENT); each datagram holds nothing but one packet (flannel's wire
 //! format) → the buffer goes back when the send has completed.
 //!
-//! **udp_to_tun.** One endless receive puts a datagram into a buffer → [`guard::Guard`] judges its
-//! sender and its bytes → time to live left? → the time to live drops by one → a write to the TUN
-//! device, which hands the packet to the kernel's routing → the buffer goes back.
+//! **udp_to_tun.** One endless receive puts a datagram into a buffer, or many of one length one
+//! behind the other (UDP_GRO) → [`guard::Guard`] judges each by its sender and its bytes → time to
+//! live left? it drops by one → [`offload::coalesce`] joins neighbours of one TCP flow, in place →
+//! one write each to the TUN device, which hands them to the kernel's routing → the buffer goes back
+//! when the last write has completed.
 //!
-//! Besides the kernel's copies between its packets and our buffers, the payload is copied once in
-//! tun_to_udp, by the cut, and not at all in udp_to_tun. What is dropped on the way has a counter by reason; senders get the ICMP errors that a
+//! Besides the kernel's copies between its packets and our buffers, the payload is copied once
+//! each way: by the cut, and, where packets are joined, by moving up. What is dropped on the way has a counter by reason; senders get the ICMP errors that a
 //! router owes them ([`icmp`]).
 
 mod batch;
@@ -255,9 +257,8 @@ impl Job {
         let name = thread::current().name().unwrap_or("engine").to_owned();
         let mut watch = DeathWatch { on_failure: self.on_failure, reason: None };
         let files = [self.context.tun.as_fd(), self.context.udp.as_fd(), bell.as_fd()];
-        let packet_len = self.context.guard.mtu;
         // Made here, since only the thread that makes a ring may use it.
-        let mut ring = match Ring::new(self.direction, self.features, packet_len, files) {
+        let mut ring = match Ring::new(self.direction, self.features, files) {
             Ok(ring) => ring,
             Err(error) => return drop(self.started.send(Err(error))),
         };

@@ -201,13 +201,30 @@ pub fn transport_checksum(
     protocol: u8,
     message: &[u8],
 ) -> u16 {
+    let pseudo_header = pseudo_header_sum(source, destination, protocol, message.len());
+    !fold(u64::from(pseudo_header) + sum(message))
+}
+
+/// The folded sum of the pseudo-header of a transport message of `len` bytes: what the checksum
+/// field holds where the rest is left to a device.
+pub(crate) fn pseudo_header_sum(
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    len: usize,
+) -> u16 {
     let address = |ip: IpAddr| match ip {
         IpAddr::V4(ip) => sum(&ip.octets()),
         IpAddr::V6(ip) => sum(&ip.octets()),
     };
-    let pseudo_header =
-        address(source) + address(destination) + u64::from(protocol) + message.len() as u64;
-    !fold(pseudo_header + sum(message))
+    fold(address(source) + address(destination) + u64::from(protocol) + len as u64)
+}
+
+/// A length in a header of 16 bits.
+pub(crate) fn length_field(len: usize) -> [u8; 2] {
+    #[expect(clippy::cast_possible_truncation, reason = "no part of an IP packet is longer")]
+    let len = len as u16;
+    len.to_be_bytes()
 }
 
 /// The sum of 16-bit words is the same in either byte order but for a swap at the end (RFC 1071
@@ -231,7 +248,7 @@ fn fold(mut sum: u64) -> u16 {
     folded
 }
 
-fn be16(bytes: &[u8], at: usize) -> u16 {
+pub(crate) fn be16(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])
 }
 

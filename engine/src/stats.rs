@@ -51,8 +51,10 @@ counters! {
     TunToUdpSendFailed => "tun_to_udp_send_failed",
     /// Packets written to the TUN device.
     UdpToTunPackets => "udp_to_tun_packets",
-    /// Their bytes.
+    /// Their bytes, those of a super-packet with one set of headers.
     UdpToTunBytes => "udp_to_tun_bytes",
+    /// Writes that carried several packets of one flow as one.
+    UdpToTunSuperPackets => "udp_to_tun_super_packets",
     /// Times that the thread woke up to datagrams.
     UdpToTunBatches => "udp_to_tun_batches",
     /// Dropped: not a well-formed IP packet.

@@ -47,6 +47,8 @@ impl UdpSocket {
         force_buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)?;
         let socket = Self { socket, local };
         socket.set_dont_fragment(true)?;
+        // Datagrams of one length that come in a row are then received as one (UDP_GRO, udp(7)).
+        sys::set_option(socket.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1)?;
         socket.socket.bind(&local.into())?;
         Ok(socket)
     }

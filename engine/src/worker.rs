@@ -14,8 +14,9 @@ use crate::buffers::BufferId;
 use crate::guard::{Guard, Verdict};
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
 use crate::io::uring::Ring;
-use crate::io::{Completion, Received, Sent};
+use crate::io::{Completion, Received, Sent, Written};
 use crate::offload::VirtioNetHdr;
+use crate::offload::coalesce::Run;
 use crate::offload::segment::{Cut, finish_checksum};
 use crate::packet::{IpView, decrement_ttl};
 use crate::routes::{Peer, RouteTable, Target};
@@ -270,7 +271,7 @@ impl Carry for TunToUdp {
                 self.sent(ring, routes, &sent);
                 ring.recycle(sent.buffer);
             }
-            Completion::Woken => {}
+            Completion::Written(_) | Completion::Woken => {}
         }
     }
 
@@ -327,20 +328,44 @@ impl UdpToTun {
         turn(ring, &context, self)
     }
 
-    fn received(&mut self, ring: &mut Ring, routes: &RouteTable, received: Received) {
-        let Received { buffer, packet, sender, cut } = received;
-        let bytes = ring.packet_mut(&buffer, &packet);
+    fn received(&mut self, ring: &mut Ring, routes: &RouteTable, received: &Received) {
+        let Received { buffer, packet, segment_len, sender } = received;
+        let mut open: Option<(usize, Run)> = None;
+        let mut start = packet.start;
+        // Once at least, so that an empty datagram is counted too.
+        loop {
+            let end = (start + segment_len.max(&1)).min(packet.end);
+            let bytes = ring.packet_mut(buffer, &(start..end));
+            if self.admit(routes, *sender, bytes) {
+                let begin = open.as_ref().map_or(start, |(begin, _)| *begin);
+                let area = ring.packet_mut(buffer, &(begin..end));
+                let joined = open.as_mut().is_some_and(|(_, run)| run.join(area, start - begin));
+                if !joined {
+                    let run = Run::new(&area[start - begin..]);
+                    write_run(ring, buffer, open.replace((start, run)));
+                }
+            }
+            start = end;
+            if start >= packet.end {
+                break;
+            }
+        }
+        write_run(ring, buffer, open);
+    }
+
+    /// Whether a datagram is to be delivered; if so, its time to live has dropped.
+    fn admit(&mut self, routes: &RouteTable, sender: Option<IpAddr>, bytes: &mut [u8]) -> bool {
         let verdict = match sender {
-            Some(sender) => self.context.guard.judge(routes, sender, bytes, cut),
+            Some(sender) => self.context.guard.judge(routes, sender, bytes),
             None => Verdict::UnknownSender,
         };
         let counter = match verdict {
             Verdict::Deliver => {
                 decrement_ttl(bytes);
-                return ring.write(buffer, packet);
+                return true;
             }
             Verdict::TtlExpired => {
-                self.time_exceeded(routes, ring.packet(&buffer, &packet));
+                self.time_exceeded(routes, bytes);
                 Counter::UdpToTunTtlExpired
             }
             Verdict::Malformed => Counter::UdpToTunMalformed,
@@ -350,16 +375,18 @@ impl UdpToTun {
             Verdict::ForeignDestination => Counter::UdpToTunForeignDestination,
         };
         self.context.stats.add(counter, 1);
-        ring.recycle(buffer);
+        false
     }
 
-    fn written(&self, sent: &Sent) {
+    fn written(&self, written: &Written) {
         let stats = &self.context.stats;
-        if sent.result.is_ok() {
-            stats.add(Counter::UdpToTunPackets, 1);
-            stats.add(Counter::UdpToTunBytes, sent.packets.len() as u64);
-        } else {
-            stats.add(Counter::UdpToTunWriteFailed, 1);
+        if written.result.is_err() {
+            return stats.add(Counter::UdpToTunWriteFailed, written.packets as u64);
+        }
+        stats.add(Counter::UdpToTunPackets, written.packets as u64);
+        stats.add(Counter::UdpToTunBytes, written.len as u64);
+        if written.packets > 1 {
+            stats.add(Counter::UdpToTunSuperPackets, 1);
         }
     }
 
@@ -385,14 +412,22 @@ impl Carry for UdpToTun {
 
     fn act(&mut self, ring: &mut Ring, routes: &RouteTable, completion: Completion) {
         match completion {
-            Completion::Received(received) => self.received(ring, routes, received),
-            Completion::Sent(sent) => {
-                self.written(&sent);
-                ring.recycle(sent.buffer);
+            Completion::Received(received) => {
+                self.received(ring, routes, &received);
+                ring.recycle(received.buffer);
             }
-            Completion::Woken => {}
+            Completion::Written(written) => self.written(&written),
+            Completion::Sent(_) | Completion::Woken => {}
         }
     }
 
     fn flush(&mut self, _ring: &mut Ring) {}
+}
+
+/// Queues a run that is complete, where there is one: the run and where it begins.
+fn write_run(ring: &mut Ring, buffer: &BufferId, run: Option<(usize, Run)>) {
+    let Some((start, run)) = run else { return };
+    let at = start..start + run.byte_len();
+    let header = run.finish(ring.packet_mut(buffer, &at));
+    ring.write(buffer, at, header, run.count());
 }

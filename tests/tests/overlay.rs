@@ -4,8 +4,8 @@ use std::fs;
 use std::thread;
 
 use anyhow::Result;
-use weft_daemon::lab::{Bytes, PingOptions, ping};
-use weft_tests::{base, bring_up, counter, hosts, overlay, until};
+use weft_daemon::lab::{Bytes, Cancel, Patience, PingOptions, ping, transfer};
+use weft_tests::{DEADLINE, base, bring_up, counter, hosts, overlay, until};
 
 /// Two hops in the kernels, two in the engines: what flannel shows.
 const TTL_ACROSS: u8 = 60;
@@ -93,6 +93,9 @@ fn transfers_keep_their_hash_in_both_directions_at_once() -> Result<()> {
     for host in 0..2 {
         let moved = counter(&lab, host, "tun_to_udp_packets")?;
         assert!(moved > 64 << 20 >> 11, "the engine moved {moved} packets only");
+        for super_packets in ["tun_to_udp_super_packets", "udp_to_tun_super_packets"] {
+            assert!(counter(&lab, host, super_packets)? > 0, "{super_packets}");
+        }
         assert_eq!(counter(&lab, host, "udp_to_tun_malformed")?, 0);
         assert_eq!(counter(&lab, host, "udp_to_tun_foreign_source")?, 0);
     }
@@ -124,6 +127,9 @@ fn both_families_cross_an_ipv4_underlay() -> Result<()> {
         assert!(report.replies.iter().all(|reply| reply.ttl == TTL_ACROSS), "{report:?}");
         let expired = ping(&from.netns, address.ip(), &PingOptions { ttl: Some(3), ..how })?;
         assert!(expired.errors.iter().any(|line| line.contains("exceeded")), "{expired:?}");
+        let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
+        let moved = transfer(&from.netns, &to.netns, address.ip(), Bytes(8 << 20), &patience)?;
+        assert!(moved.intact(), "{moved:?}");
     }
     lab.remove()
 }

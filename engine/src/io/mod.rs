@@ -23,8 +23,10 @@ pub(crate) enum Direction {
 pub(crate) enum Completion {
     /// A packet came in.
     Received(Received),
-    /// A buffer went out, or could not; it is ours again.
+    /// A buffer went out to a peer, or could not; it is ours again.
     Sent(Sent),
+    /// A write to the TUN ended.
+    Written(Written),
     /// Somebody rang the wake-up bell.
     Woken,
 }
@@ -40,14 +42,23 @@ pub(crate) struct Sent {
     pub(crate) result: io::Result<()>,
 }
 
+/// A write to the TUN that ended. Its buffer is still the ring's.
+#[derive(Debug)]
+pub(crate) struct Written {
+    /// Packets in it, and their bytes as one.
+    pub(crate) packets: usize,
+    pub(crate) len: usize,
+    pub(crate) result: io::Result<()>,
+}
+
 /// A packet that came in.
 #[derive(Debug)]
 pub(crate) struct Received {
     pub(crate) buffer: BufferId,
-    /// Where in the buffer the packet is.
+    /// Where in the buffer the packet is, or several, one behind the other.
     pub(crate) packet: Range<usize>,
+    /// Bytes of each of them; the last one may have fewer.
+    pub(crate) segment_len: usize,
     /// Who sent it; `None` from the TUN.
     pub(crate) sender: Option<IpAddr>,
-    /// It was larger than the buffer, and its end is lost.
-    pub(crate) cut: bool,
 }

@@ -1,9 +1,10 @@
-//! Super-packets: what the kernel hands over in place of many packets of one flow.
+//! Super-packets: what the kernel hands over, and takes back, in place of many packets of one flow.
 //!
 //! With IFF_VNET_HDR each packet from and to the TUN stands behind a [`VirtioNetHdr`], which says
-//! how it is to be cut ([`segment`]) and which checksum is still to be computed. To the TUN all
-//! packets go whole and finished, behind [`WHOLE`].
+//! how it is to be cut ([`segment`]) or was put together ([`coalesce`]), and which checksum is still
+//! to be computed.
 
+pub mod coalesce;
 pub mod segment;
 
 /// The header of a packet that wants nothing done.
@@ -16,6 +17,9 @@ pub struct VirtioNetHdr {
     /// The checksum field holds the pseudo-header's sum only.
     pub needs_checksum: bool,
     pub gso: Gso,
+    /// Bytes of headers in front of the payload. Only a hint, and wrong on packets that the kernel
+    /// has forwarded to us.
+    pub header_len: u16,
     /// Payload bytes of each segment; the last one may have fewer.
     pub segment_len: u16,
     /// Where the transport header begins, and with it the checksummed bytes.
@@ -57,10 +61,28 @@ impl VirtioNetHdr {
                 5 => Gso::Udp,
                 other => Gso::Unknown(other),
             },
-            // Field 2, the length of the headers, is wrong for packets that were forwarded.
+            header_len: field(2),
             segment_len: field(4),
             checksum_start: field(6),
             checksum_offset: field(8),
         })
+    }
+
+    /// The header's bytes, to stand in front of a packet to the TUN.
+    pub fn to_bytes(self) -> [u8; Self::LEN] {
+        let mut bytes = WHOLE;
+        bytes[0] = if self.needs_checksum { Self::NEEDS_CSUM } else { 0 };
+        bytes[1] = match self.gso {
+            Gso::None => 0,
+            Gso::Tcp4 => 1,
+            Gso::Tcp6 => 4,
+            Gso::Udp => 5,
+            Gso::Unknown(other) => other,
+        };
+        let fields = [self.header_len, self.segment_len, self.checksum_start, self.checksum_offset];
+        for (at, field) in bytes[2..].chunks_exact_mut(2).zip(fields) {
+            at.copy_from_slice(&field.to_ne_bytes());
+        }
+        bytes
     }
 }

@@ -6,7 +6,9 @@
 use std::net::IpAddr;
 
 use super::{Gso, VirtioNetHdr};
-use crate::packet::{IPV6_HEADER_LEN, IpView, Malformed, checksum, protocol, transport_checksum};
+use crate::packet::{
+    IPV6_HEADER_LEN, IpView, Malformed, checksum, length_field, protocol, transport_checksum,
+};
 
 /// Lengths of the fixed transport headers.
 const TCP_HEADER_LEN: usize = 20;
@@ -130,7 +132,8 @@ impl Cut {
         let field = self.transport_start + self.checksum_offset();
         out[field..field + 2].fill(0);
         let message = &out[self.transport_start..];
-        let sum = never_zero(transport_checksum(self.source, self.destination, protocol, message));
+        let sum = transport_checksum(self.source, self.destination, protocol, message);
+        let sum = if self.transport == Transport::Udp { never_zero(sum) } else { sum };
         out[field..field + 2].copy_from_slice(&sum.to_be_bytes());
     }
 
@@ -186,13 +189,8 @@ fn adapt_ip(out: &mut [u8], number: usize) {
     out[10..12].copy_from_slice(&sum.to_be_bytes());
 }
 
-fn length_field(len: usize) -> [u8; 2] {
-    #[expect(clippy::cast_possible_truncation, reason = "a segment is a part of one IP packet")]
-    let len = len as u16;
-    len.to_be_bytes()
-}
-
-/// In UDP a checksum of zero says that there is none (RFC 768); in TCP both zeros mean the same.
+/// In UDP a checksum of zero says that there is none (RFC 768); elsewhere both zeros mean the same,
+/// and the kernel's skb_checksum_help() does not tell them apart.
 fn never_zero(sum: u16) -> u16 {
     if sum == 0 { 0xffff } else { sum }
 }
@@ -281,6 +279,7 @@ mod tests {
                 (true, true) => Gso::Tcp6,
                 (false, _) => Gso::Udp,
             },
+            header_len: 0,
             segment_len: it.segment_len,
             checksum_start: u16::try_from(start).unwrap(),
             checksum_offset: u16::try_from(offset).unwrap(),
