@@ -123,8 +123,8 @@ impl fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring for the calling thread, and for no other (SINGLE_ISSUER). `tun`, `udp` and `bell` (an eventfd) must be open until here only:
-    /// the ring holds references of its own.
+    /// A ring for the calling thread, and for no other (SINGLE_ISSUER). `tun`, `udp` and `bell` (an
+    /// eventfd) must be open until here only: the ring holds references of its own.
     ///
     /// # Errors
     /// The kernel refused the ring or one of its parts; the text says what mends it.
@@ -257,7 +257,7 @@ impl Ring {
 
     /// The packet in a buffer.
     pub(crate) fn packet(&self, buffer: &BufferId, at: &Range<usize>) -> &[u8] {
-        assert!(at.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
+        self.assert_inside(at);
         let start = self.pool.start(buffer.index());
         // SAFETY: the bytes are inside the buffer (asserted), initialised since the pool was made,
         // and the caller's alone: it holds the only BufferId, which `recycle` and `send` take
@@ -267,7 +267,7 @@ impl Ring {
 
     /// As [`Self::packet`], to be changed.
     pub(crate) fn packet_mut(&mut self, buffer: &BufferId, at: &Range<usize>) -> &mut [u8] {
-        assert!(at.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
+        self.assert_inside(at);
         let hold = self.holds.get(usize::from(buffer.index()));
         assert!(hold.is_none_or(|it| it.written_to <= at.start), "the kernel reads there");
         let start = self.pool.start(buffer.index());
@@ -283,8 +283,8 @@ impl Ring {
         (to, to_at): (&BufferId, &Range<usize>),
     ) -> (&[u8], &mut [u8]) {
         assert!(from != to, "an id is never given out twice");
-        let inside = from_at.end.max(to_at.end) <= self.pool.buffer_len();
-        assert!(inside, "a packet lies inside its buffer");
+        self.assert_inside(from_at);
+        self.assert_inside(to_at);
         let (from, to) = (self.pool.start(from.index()), self.pool.start(to.index()));
         // SAFETY: as in `packet`, for each; and they do not overlap, being in two buffers.
         unsafe {
@@ -309,7 +309,7 @@ impl Ring {
         segment_len: usize,
         peer: SocketAddr,
     ) {
-        assert!(packets.end <= self.pool.buffer_len(), "packets lie inside their buffer");
+        self.assert_inside(&packets);
         let index = buffer.index();
         let start = self.pool.start(index).wrapping_add(packets.start);
         let message = self.sends[usize::from(index)].fill(start, packets, segment_len, peer);
@@ -331,7 +331,7 @@ impl Ring {
         header: [u8; VirtioNetHdr::LEN],
         packets: usize,
     ) {
-        assert!(packet.end <= self.pool.buffer_len(), "a packet lies inside its buffer");
+        self.assert_inside(&packet);
         let slot = self.free.pop().expect("each datagram has a slot: see WRITES");
         let hold = &mut self.holds[usize::from(buffer.index())];
         hold.writes += 1;
@@ -366,6 +366,11 @@ impl Ring {
         if hold.is_over() {
             self.provided.add(index, &self.pool);
         }
+    }
+
+    fn assert_inside(&self, at: &Range<usize>) {
+        let inside = at.start <= at.end && at.end <= self.pool.buffer_len();
+        assert!(inside, "a packet lies inside its buffer");
     }
 
     fn arm(&mut self) {
