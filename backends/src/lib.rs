@@ -12,7 +12,7 @@ use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::UnboundedReceiver;
 use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
 
-pub use weft_engine::GuardMode;
+pub use weft_engine::{DscpMode, Feature, GuardMode, IoKind, SourcePort, Tuning};
 
 /// One way to carry overlay packets between hosts.
 ///
@@ -74,11 +74,13 @@ impl fmt::Display for BackendKind {
 }
 
 /// The operator's choices that backends follow.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Options {
     pub guard: GuardMode,
     /// Workers of the packet engine, at least 1.
     pub workers: usize,
+    /// How the packet engine goes about it.
+    pub tuning: Tuning,
 }
 
 /// A backend, and what it reports between calls.
@@ -141,6 +143,8 @@ pub struct DesiredPeer {
     pub lease: Lease,
     /// Where its packets may come from, besides its public addresses.
     pub other_addresses: Vec<IpAddr>,
+    /// Whether it is a weft node, by its record in the registry.
+    pub is_weft: bool,
 }
 
 /// What a reconciliation came to.
@@ -162,6 +166,10 @@ pub enum BackendEvent {
 pub struct BackendStatus {
     /// The peers that packets go to: where to, and what lies there.
     pub peers: Vec<(IpAddr, Vec<IpNetwork>)>,
+    /// How the packet engine does input and output, where it carries the packets.
+    pub io: Option<String>,
+    /// What the kernel does for many packets at once, by name, and whether it is in use.
+    pub offloads: BTreeMap<String, bool>,
     /// By name; they begin at zero with each [`Backend::start`].
     pub counters: BTreeMap<String, u64>,
 }

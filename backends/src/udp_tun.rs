@@ -12,7 +12,9 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::{self, UnboundedSender};
 use weft_control::{Lease, LeaseAttrs, NetworkConfig};
-use weft_engine::{Counter, Engine, EngineConfig, EngineHandle, Peer, RouteTable, overhead};
+use weft_engine::{
+    Counter, EcnMode, Engine, EngineConfig, EngineHandle, Feature, Peer, RouteTable, overhead,
+};
 
 use crate::netlink::{Link, Netlink, ROUTE_PROTOCOL};
 use crate::{
@@ -84,6 +86,7 @@ impl Backend for UdpTun {
             listen: SocketAddr::new(underlay, self.port()?),
             guard: self.options.guard,
             tunnel_addresses: tunnel_addresses(lease).collect(),
+            tuning: self.options.tuning.clone(),
         })?;
         let device = engine.device().to_owned();
         self.configure(&device, lease)?;
@@ -139,8 +142,11 @@ impl Backend for UdpTun {
         };
         let counter =
             |counter: &Counter| (counter.name().to_owned(), running.engine.counter(*counter));
+        let offload = |it: &Feature| (it.name().to_owned(), running.engine.has(*it));
         BackendStatus {
             peers: running.peers.clone(),
+            io: Some(running.engine.io().name().to_owned()),
+            offloads: Feature::ALL.iter().map(offload).collect(),
             counters: Counter::ALL.iter().map(counter).collect(),
         }
     }
@@ -241,5 +247,7 @@ fn peer(desired: &DesiredPeer, underlay: IpAddr, port: u16) -> Option<Peer> {
         endpoint: SocketAddr::new(*endpoint, port),
         outer,
         subnets: desired.lease.key.networks().collect(),
+        // flannel would lose the marks.
+        ecn: if desired.is_weft { EcnMode::Normal } else { EcnMode::Compatibility },
     })
 }

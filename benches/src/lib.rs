@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnetwork::{IpNetwork, Ipv4Network};
 use weft_engine::packet::checksum;
-use weft_engine::{Peer, RouteTable};
+use weft_engine::{EcnMode, Peer, RouteTable};
 
 /// The first address of the overlay, 10.0.0.0; subnets of 256 addresses follow one another.
 const OVERLAY: u32 = 0x0a00_0000;
@@ -31,6 +31,7 @@ pub fn route_table(peers: u32) -> RouteTable {
         endpoint: SocketAddr::new(outer_address(host), 8285),
         outer: vec![outer_address(host)],
         subnets: vec![subnet(host)],
+        ecn: EcnMode::Compatibility,
     };
     RouteTable::new(&[subnet(0)], (1..=peers).map(peer).collect())
 }

@@ -4,6 +4,7 @@
 //! `settings` decides what they come to.
 
 mod arguments;
+mod engine;
 mod settings;
 
 use std::ffi::OsString;
@@ -12,19 +13,18 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use ipnetwork::IpNetwork;
 use tracing_subscriber::EnvFilter;
-use weft_backends::{BackendKind, GuardMode};
 
+pub use engine::EngineFlags;
 pub use settings::{FlagError, Note, Settings};
 
 const PROGRAM: &str = "weftd";
 
 /// The flags that flannel does not have; their variables begin with WEFT_.
-const WEFT_FLAGS: [&str; 9] = [
+const WEFT_FLAGS: [&str; 14] = [
     "registry",
     "network",
     "state-dir",
@@ -33,11 +33,13 @@ const WEFT_FLAGS: [&str; 9] = [
     "guard",
     "peer-source",
     "workers",
+    "io",
+    "offload",
+    "udp-source-port",
+    "busy-poll",
+    "dscp",
     "log-level",
 ];
-
-/// Workers beyond this get no queue: the kernel's limit for one TUN device (MAX_TAP_QUEUES).
-const MAX_WORKERS: usize = 256;
 
 /// What the command line and the environment say, each value by itself.
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -133,26 +135,6 @@ pub struct InterfaceFlags {
     /// The IPv6 address that other nodes send to [default: the interface's]
     #[arg(long, value_name = "IP")]
     pub public_ipv6: Option<Ipv6Addr>,
-}
-
-/// How packets are carried.
-#[derive(Debug, Clone, PartialEq, Args)]
-#[command(next_help_heading = "Engine")]
-pub struct EngineFlags {
-    /// The backend where the network config names none [default: udp-tun]
-    #[arg(long, value_name = "NAME", value_parser = backend())]
-    pub backend: Option<BackendKind>,
-    /// What is checked of received packets: strict (sender, inner source and
-    /// inner destination), peer (sender and inner destination) or off
-    #[arg(long, value_name = "MODE", default_value = "strict", value_parser = guard())]
-    #[arg(hide_possible_values = true, verbatim_doc_comment)]
-    pub guard: GuardMode,
-    /// A further address that the node of this public IP sends from; repeatable
-    #[arg(long, value_name = "PUBLICIP=ADDR", value_parser = peer_source)]
-    pub peer_source: Vec<(IpAddr, IpAddr)>,
-    /// Workers of the packet engine, 1 to 256 [default: one a core]
-    #[arg(long, value_name = "N", value_parser = workers)]
-    pub workers: Option<usize>,
 }
 
 /// Rules in the kernel's firewall.
@@ -367,33 +349,6 @@ fn cidr(text: &str) -> Result<IpNetwork, &'static str> {
     network.ok_or("give a network with its length, as in 10.42.0.0/16")
 }
 
-fn backend() -> impl TypedValueParser<Value = BackendKind> {
-    let udp_tun = PossibleValue::new("udp-tun").alias("udp");
-    PossibleValuesParser::new([udp_tun, "vxlan".into(), "host-gw".into()])
-        .try_map(|name| BackendKind::from_config(&name).ok_or("no such backend"))
-}
-
-fn guard() -> impl TypedValueParser<Value = GuardMode> {
-    PossibleValuesParser::new(["strict", "peer", "off"]).try_map(|name| match name.as_str() {
-        "strict" => Ok(GuardMode::Strict),
-        "peer" => Ok(GuardMode::Peer),
-        "off" => Ok(GuardMode::Off),
-        _ => Err("no such mode"),
-    })
-}
-
-fn peer_source(text: &str) -> Result<(IpAddr, IpAddr), &'static str> {
-    let pair = text
-        .split_once('=')
-        .and_then(|(public, address)| Some((public.parse().ok()?, address.parse().ok()?)));
-    pair.ok_or("give two addresses, as in 192.0.2.7=198.51.100.7")
-}
-
-fn workers(text: &str) -> Result<usize, String> {
-    let workers = text.parse().ok().filter(|workers| (1..=MAX_WORKERS).contains(workers));
-    workers.ok_or_else(|| format!("give a number from 1 to {MAX_WORKERS}"))
-}
-
 fn log_level(text: &str) -> Result<String, String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
     // The filter would take a misspelt level for the name of a module, and log nothing else.
@@ -447,7 +402,7 @@ mod tests {
         ("log_backtrace_at", "main.go:10"),
     ];
 
-    const WEFT: [(&str, &str); 9] = [
+    const WEFT: [(&str, &str); 14] = [
         ("registry", "dir:/srv/registry"),
         ("network", "10.42.0.0/16"),
         ("state-dir", "/srv/state"),
@@ -456,6 +411,11 @@ mod tests {
         ("guard", "peer"),
         ("peer-source", "192.0.2.7=198.51.100.7"),
         ("workers", "3"),
+        ("io", "mmsg"),
+        ("offload", "udp-gro=off"),
+        ("udp-source-port", "fixed"),
+        ("busy-poll", "50"),
+        ("dscp", "copy"),
         ("log-level", "warn,weft_engine=trace"),
     ];
 
@@ -646,6 +606,12 @@ mod tests {
             (&["--peer-source=192.0.2.7"], &["192.0.2.7=198.51.100.7"]),
             (&["--workers=0"], &["from 1 to 256"]),
             (&["--workers=257"], &["from 1 to 256"]),
+            (&["--io=epoll"], &["'epoll'", "auto, uring, mmsg"]),
+            (&["--offload=udp-gro"], &["udp-gro=off"]),
+            (&["--offload=udp-gro=on"], &["udp-gro=off"]),
+            (&["--offload=gro=off"], &["no offload is called gro", "udp-gro", "tun-tso"]),
+            (&["--busy-poll=1s"], &["'1s'"]),
+            (&["--busy-poll=100001"], &["100001"]),
             (&["--log-level=inof"], &["\"inof\" is no level", "info"]),
         ];
         for (args, told) in cases {
@@ -658,10 +624,7 @@ mod tests {
     }
 
     #[test]
-    fn values_of_wefts_own_flags() {
-        let found = flags(&["--backend", "udp", "-guard=off", "-peer-source=::1=::2"]).engine;
-        assert_eq!((found.backend, found.guard), (Some(BackendKind::UdpTun), GuardMode::Off));
-        assert_eq!(found.peer_source, [("::1".parse().unwrap(), "::2".parse().unwrap())]);
+    fn log_levels_are_as_tracing_has_them() {
         assert_eq!(flags(&[]).logging.log_level, "info");
         assert_eq!(flags(&["-log-level=DEBUG"]).logging.log_level, "DEBUG");
     }

@@ -1,7 +1,7 @@
 //! The daemon while it forwards: one loop that waits for whatever changes, and makes everything
 //! follow.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -155,8 +155,10 @@ impl Forwarding<'_> {
     fn desired(&self, snapshot: &Snapshot, own: &Lease) -> (Desired, BTreeSet<String>) {
         let peers = peers(self.config, own, &snapshot.leases);
         let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
+        let mut weft_nodes: HashSet<IpAddr> = HashSet::new();
         for record in &snapshot.nodes {
             for public in record.public_addresses() {
+                weft_nodes.insert(public);
                 others.entry(public).or_default().extend(&record.addresses);
             }
         }
@@ -164,10 +166,11 @@ impl Forwarding<'_> {
             others.entry(*public).or_default().push(*address);
         }
         let desired = peers.accepted.into_iter().map(|lease| {
-            let publics = lease.attrs.public_addresses();
+            let publics: Vec<IpAddr> = lease.attrs.public_addresses().collect();
+            let is_weft = publics.iter().any(|ip| weft_nodes.contains(ip));
             let other_addresses =
-                publics.filter_map(|ip| others.get(&ip)).flatten().copied().collect();
-            DesiredPeer { lease, other_addresses }
+                publics.iter().filter_map(|ip| others.get(ip)).flatten().copied().collect();
+            DesiredPeer { lease, other_addresses, is_weft }
         });
         let desired = Desired { lease: own.clone(), peers: desired.collect() };
         let refused = peers.refused.iter().map(|(key, why)| format!("lease {key} refused: {why}"));
@@ -240,6 +243,8 @@ impl Forwarding<'_> {
             lease_expires: turn.lease.expires.map(|at| at.to_string()),
             peers: peers.map(|(public_ip, subnets)| PeerStatus { subnets, public_ip }).collect(),
             problems: turn.problems.iter().cloned().collect(),
+            io: backend.io,
+            offloads: backend.offloads,
             counters: backend.counters,
         }
     }

@@ -50,7 +50,11 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
     loop {
         let (config, kind) = wait_for_config(&registry, settings, &mut said).await?;
         let interface = choose_interface(settings, &config).await?;
-        let options = Options { guard: settings.guard, workers: settings.workers };
+        let options = Options {
+            guard: settings.guard,
+            workers: settings.workers,
+            tuning: settings.tuning.clone(),
+        };
         let opened = weft_backends::open(kind, &config, &interface, options).map(Overlay::new);
         let mut overlay = match opened {
             Ok(overlay) => overlay,

@@ -50,6 +50,11 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Leases that are in the registry but not forwarded to, and what else could not be done.
     pub problems: Vec<String>,
+    /// How the packet engine does input and output: "uring" or "mmsg".
+    pub io: Option<String>,
+    /// What the kernel does for many packets at once, by the names of `--offload`, and whether it is
+    /// in use: switched off, refused, or never there is `false`.
+    pub offloads: BTreeMap<String, bool>,
     /// The backend's counters by name, summed over workers.
     pub counters: BTreeMap<String, u64>,
 }

@@ -50,9 +50,18 @@ pub struct Guard {
 impl Guard {
     /// Judges one datagram by its outer sender and its bytes.
     pub fn judge(&self, routes: &RouteTable, sender: IpAddr, datagram: &[u8]) -> Verdict {
-        if self.mode != GuardMode::Off && !routes.knows_sender(sender) {
+        let verdict = self.judge_packet(routes, sender, datagram);
+        let is_bad = !matches!(verdict, Verdict::Deliver | Verdict::TtlExpired);
+        // A packet from nowhere is told apart from a wrong one of a peer's. A source that is the
+        // sender's has proven in `strict` that it is a peer, so only what fails pays for this.
+        let unproven = is_bad || self.mode == GuardMode::Peer;
+        if unproven && self.mode != GuardMode::Off && !routes.knows_sender(sender) {
             return Verdict::UnknownSender;
         }
+        verdict
+    }
+
+    fn judge_packet(&self, routes: &RouteTable, sender: IpAddr, datagram: &[u8]) -> Verdict {
         if datagram.len() > self.mtu {
             return Verdict::Oversized;
         }
@@ -62,8 +71,8 @@ impl Guard {
         if !packet.header_is_intact() {
             return Verdict::Malformed;
         }
-        let to_us = routes.lookup(packet.destination()) == Some(Target::Local);
-        if self.mode != GuardMode::Off && !to_us {
+        if self.mode != GuardMode::Off && routes.lookup(packet.destination()) != Some(Target::Local)
+        {
             return Verdict::ForeignDestination;
         }
         if self.mode == GuardMode::Strict && !may_come_from(routes, packet.source(), sender) {
@@ -88,6 +97,7 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
+    use crate::ecn::EcnMode;
     use crate::packet::tests::udp;
     use crate::routes::Peer;
 
@@ -98,6 +108,7 @@ mod tests {
             endpoint: SocketAddr::new(public.parse().unwrap(), 8285),
             outer: vec![public.parse().unwrap(), other.parse().unwrap()],
             subnets: vec![subnet.parse().unwrap()],
+            ecn: EcnMode::Compatibility,
         };
         RouteTable::new(
             &["10.42.1.0/24".parse().unwrap()],

@@ -1,28 +1,32 @@
 //! weft's data plane: moves packets between a TUN device and UDP sockets.
 //!
 //! Each worker has one queue of the TUN device and one socket, served by two threads, one a
-//! direction. Each thread owns an io_uring, its buffers and its counters; the published
-//! [`RouteTable`] is all that threads share, read once per batch.
+//! direction. Each thread owns its buffers, its counters and its way to do input and output: an
+//! io_uring, or plain system calls where there is none. The published [`RouteTable`] is all that
+//! threads share, read once per batch.
 //!
 //! **tun_to_udp.** The kernel routes a container's packet into the TUN device, many of one flow as
-//! one super-packet → one endless read puts it into a buffer, behind its virtio header →
-//! [`packet::IpView`] checks it → one lookup of the destination → time to live left? it drops by
-//! one → [`offload::segment`] cuts it → packets of one length to one peer lie one behind the other
-//! and share a send (UDP_SEGMENT); each datagram holds nothing but one packet (flannel's wire
-//! format) → the buffer goes back when the send has completed.
+//! one super-packet → a read puts it into a buffer, behind its virtio header → [`packet::IpView`]
+//! checks it → one lookup of the destination → time to live left? it drops by one →
+//! [`offload::segment`] cuts it → packets of one length to one peer lie one behind the other and
+//! share a send (UDP_SEGMENT); each datagram holds nothing but one packet (flannel's wire format) →
+//! the buffer goes back when the send has completed.
 //!
-//! **udp_to_tun.** One endless receive puts a datagram into a buffer, or many of one length one
-//! behind the other (UDP_GRO) → [`guard::Guard`] judges each by its sender and its bytes → time to
-//! live left? it drops by one → [`offload::coalesce`] joins neighbours of one TCP flow, in place →
-//! one write each to the TUN device, which hands them to the kernel's routing → the buffer goes back
-//! when the last write has completed.
+//! **udp_to_tun.** A receive puts a datagram into a buffer, or many of one length one behind the
+//! other (UDP_GRO) → [`guard::Guard`] judges each by its sender and its bytes → time to live left?
+//! it drops by one → [`offload::coalesce`] joins neighbours of one flow → one write each to the TUN
+//! device, gathered from wherever the payloads lie, which hands them to the kernel's routing → the
+//! buffers go back.
 //!
-//! Besides the kernel's copies between its packets and our buffers, the payload is copied once
-//! each way: by the cut, and, where packets are joined, by moving up. What is dropped on the way has a counter by reason; senders get the ICMP errors that a
-//! router owes them ([`icmp`]).
+//! Besides the kernel's copies between its packets and our buffers, the payload is copied once on
+//! its way out, by the cut, and on its way in only where it is small, when packets are joined. What
+//! is dropped on the way has a counter by reason; senders get the ICMP errors that a router owes
+//! them ([`icmp`]).
 
 mod batch;
 mod buffers;
+pub mod ecn;
+pub mod features;
 pub mod guard;
 pub mod icmp;
 mod io;
@@ -33,7 +37,9 @@ pub mod stats;
 #[expect(unsafe_code, reason = "the fence: system calls that no crate wraps safely")]
 mod sys;
 mod tun;
+mod tun_to_udp;
 mod udp;
+mod udp_to_tun;
 mod worker;
 
 use std::fmt;
@@ -44,21 +50,28 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Sender};
 
+pub use ecn::{DscpMode, EcnMode};
+pub use features::Feature;
 pub use guard::GuardMode;
 pub use routes::{Peer, RouteTable};
 pub use stats::Counter;
 
+use features::Features;
 use guard::Guard;
-use io::Direction;
-use io::uring::{Ring, RingFeatures};
+use io::mmsg::Mmsg;
+use io::uring::{self, Ring};
+use io::{Direction, Io};
 use stats::ThreadStats;
 use tun::TunDevice;
+use tun_to_udp::TunToUdp;
 use udp::UdpSocket;
-use worker::{Context, TunToUdp, UdpToTun};
+use udp_to_tun::UdpToTun;
+use worker::{Context, turn};
 
 /// What an engine is made of.
 #[derive(Debug, Clone)]
@@ -74,13 +87,70 @@ pub struct EngineConfig {
     pub guard: GuardMode,
     /// Our addresses on the device, at most one of each family: ICMP errors come from there.
     pub tunnel_addresses: Vec<IpAddr>,
+    pub tuning: Tuning,
+}
+
+/// How an engine goes about it. The default is right for most hosts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tuning {
+    /// The way to do input and output; `None` for the best that is to be had.
+    pub io: Option<IoKind>,
+    /// Features not to be used.
+    pub off: Vec<Feature>,
+    pub source_port: SourcePort,
+    /// How long a thread looks for more packets before it sleeps. Anything but zero costs a core
+    /// a thread while packets come, for shorter round trips.
+    pub busy_poll: Duration,
+    pub dscp: DscpMode,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            io: None,
+            off: Vec::new(),
+            source_port: SourcePort::Flow,
+            busy_poll: Duration::ZERO,
+            dscp: DscpMode::Clear,
+        }
+    }
+}
+
+/// A way to do input and output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IoKind {
+    /// io_uring: many packets a system call.
+    Uring,
+    /// recvmmsg(2) and its like, which every kernel has and every sandbox allows.
+    Mmsg,
+}
+
+impl IoKind {
+    /// The name in flags, logs and status.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Uring => "uring",
+            Self::Mmsg => "mmsg",
+        }
+    }
+}
+
+/// Which port datagrams are sent from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourcePort {
+    /// One of several, the same for all packets of a flow, so that a peer's cores share the work.
+    Flow,
+    /// The port that we listen on, for firewalls that let nothing else through.
+    Fixed,
 }
 
 /// Why an engine did not come up.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    #[error("cannot use io_uring: {0}")]
+    #[error("cannot use io_uring: {0}; --io auto does without")]
     Ring(#[source] std::io::Error),
+    #[error("cannot prepare a worker thread for packets: {0}")]
+    Io(#[source] std::io::Error),
     #[error("cannot make the TUN device {name}: {source}{}", device_hint(source))]
     Device { name: String, source: std::io::Error },
     #[error("cannot listen on UDP {address}: {source}{}", listen_hint(source))]
@@ -97,26 +167,36 @@ pub type OnFailure = Arc<dyn Fn(String) + Send + Sync>;
 #[derive(Debug)]
 pub struct Engine {
     config: EngineConfig,
-    features: RingFeatures,
+    io: IoKind,
+    features: Arc<Features>,
     device: TunDevice,
     sockets: Vec<UdpSocket>,
+    /// Empty where each worker sends from its own.
+    sources: Arc<[UdpSocket]>,
 }
 
 impl Engine {
     /// Opens the sockets and makes the device, up and with its MTU.
     ///
     /// # Errors
-    /// The port is taken, the privilege is missing, or io_uring is not to be had. Nothing is left
-    /// behind.
+    /// The port is taken, the privilege is missing, or io_uring was asked for and is not to be had.
+    /// Nothing is left behind.
     pub fn open(config: EngineConfig) -> Result<Self, EngineError> {
-        let features = RingFeatures::probe().map_err(EngineError::Ring)?;
+        let features = Features::without(&config.tuning.off);
+        let io = choose_io(config.tuning.io, &features)?;
         let address = config.listen;
-        let sockets = UdpSocket::bind_group(address, config.workers)
-            .map_err(|source| EngineError::Listen { address, source })?;
+        let listen_error = |source| EngineError::Listen { address, source };
+        let sockets = UdpSocket::bind_group(address, config.workers, &features);
+        let sockets = sockets.map_err(listen_error)?;
+        let sources = match config.tuning.source_port {
+            SourcePort::Flow => UdpSocket::bind_sources(address.ip()).map_err(listen_error)?,
+            SourcePort::Fixed => Arc::new([]),
+        };
         let device_error = |source| EngineError::Device { name: config.device.clone(), source };
-        let device = TunDevice::open(&config.device, config.workers).map_err(device_error)?;
+        let device = TunDevice::open(&config.device, config.workers, &features);
+        let device = device.map_err(device_error)?;
         device.bring_up(config.mtu).map_err(device_error)?;
-        Ok(Self { config, features, device, sockets })
+        Ok(Self { config, io, features: Arc::new(features), device, sockets, sources })
     }
 
     /// The name that the device got.
@@ -135,6 +215,8 @@ impl Engine {
     ) -> Result<EngineHandle, EngineError> {
         tracing::debug!(features = ?self.features, config = ?self.config, "engine starts");
         let mut handle = EngineHandle {
+            io: self.io,
+            features: Arc::clone(&self.features),
             routes: Arc::new(ArcSwap::from_pointee(routes)),
             stop: Arc::new(AtomicBool::new(false)),
             threads: Vec::new(),
@@ -144,20 +226,29 @@ impl Engine {
             self.device.into_queues().into_iter().zip(self.sockets).enumerate()
         {
             let (tun, udp) = (Arc::new(tun), Arc::new(udp));
+            let sockets = if self.sources.is_empty() {
+                Arc::from([udp.try_clone().map_err(EngineError::Thread)?])
+            } else {
+                Arc::clone(&self.sources)
+            };
             for direction in [Direction::TunToUdp, Direction::UdpToTun] {
                 let context = Context {
                     tun: Arc::clone(&tun),
                     udp: Arc::clone(&udp),
+                    sockets: Arc::clone(&sockets),
+                    features: Arc::clone(&self.features),
                     routes: Arc::clone(&handle.routes),
                     stats: Arc::new(ThreadStats::default()),
                     stop: Arc::clone(&handle.stop),
                     guard: Guard { mode: self.config.guard, mtu: self.config.mtu.into() },
                     tunnel_addresses: self.config.tunnel_addresses.clone(),
                     overhead: overhead(self.config.listen.ip()),
+                    dscp: self.config.tuning.dscp,
+                    busy_poll: self.config.tuning.busy_poll,
                 };
                 let job = Job {
                     direction,
-                    features: self.features,
+                    io: self.io,
                     context,
                     started: started.clone(),
                     on_failure: Arc::clone(&on_failure),
@@ -166,7 +257,7 @@ impl Engine {
             }
         }
         for outcome in outcomes.iter().take(handle.threads.len()) {
-            outcome.map_err(EngineError::Ring)?;
+            outcome.map_err(EngineError::Io)?;
         }
         Ok(handle)
     }
@@ -180,8 +271,31 @@ pub const fn overhead(underlay: IpAddr) -> u32 {
     }
 }
 
+/// The way to do input and output: the one asked for, else the best.
+fn choose_io(wish: Option<IoKind>, features: &Features) -> Result<IoKind, EngineError> {
+    let probed = match wish {
+        Some(IoKind::Mmsg) => return Ok(IoKind::Mmsg),
+        Some(IoKind::Uring) | None => uring::probe(),
+    };
+    match (probed, wish) {
+        (Ok(read_multishot), _) => {
+            if !read_multishot {
+                features.fall(Feature::MultishotRead);
+            }
+            Ok(IoKind::Uring)
+        }
+        (Err(error), Some(_)) => Err(EngineError::Ring(error)),
+        (Err(error), None) => {
+            tracing::info!("packets go by recvmmsg and sendmsg, since {error}");
+            Ok(IoKind::Mmsg)
+        }
+    }
+}
+
 /// A running engine. Dropping it stops the workers and closes the device.
 pub struct EngineHandle {
+    io: IoKind,
+    features: Arc<Features>,
     routes: Arc<ArcSwap<RouteTable>>,
     stop: Arc<AtomicBool>,
     threads: Vec<Running>,
@@ -197,6 +311,16 @@ impl EngineHandle {
     /// Replaces the routes; the next batch of every worker uses the new ones.
     pub fn publish(&self, routes: RouteTable) {
         self.routes.store(Arc::new(routes));
+    }
+
+    /// How input and output are done.
+    pub fn io(&self) -> IoKind {
+        self.io
+    }
+
+    /// Whether a feature is in use.
+    pub fn has(&self, feature: Feature) -> bool {
+        self.features.has(feature)
     }
 
     /// A counter, summed over all threads.
@@ -231,7 +355,7 @@ struct Running {
 /// Everything that a thread needs to begin.
 struct Job {
     direction: Direction,
-    features: RingFeatures,
+    io: IoKind,
     context: Context,
     started: Sender<std::io::Result<()>>,
     on_failure: OnFailure,
@@ -254,21 +378,40 @@ impl Job {
     }
 
     fn run(self, bell: &OwnedFd) {
+        let files = self.context.files(self.direction, bell.as_fd());
+        // Made here, since only the thread that makes a ring may use it.
+        match self.io {
+            IoKind::Uring => {
+                let multishot = self.context.features.has(Feature::MultishotRead);
+                let ring = Ring::new(self.direction, multishot, &files);
+                self.run_on(ring);
+            }
+            IoKind::Mmsg => {
+                let mmsg = Mmsg::new(self.direction, &files);
+                self.run_on(mmsg);
+            }
+        }
+    }
+
+    fn run_on(self, io: std::io::Result<impl Io>) {
         let name = thread::current().name().unwrap_or("engine").to_owned();
         let mut watch = DeathWatch { on_failure: self.on_failure, reason: None };
-        let files = [self.context.tun.as_fd(), self.context.udp.as_fd(), bell.as_fd()];
-        // Made here, since only the thread that makes a ring may use it.
-        let mut ring = match Ring::new(self.direction, self.features, files) {
-            Ok(ring) => ring,
+        let mut io = match io {
+            Ok(io) => io,
             Err(error) => return drop(self.started.send(Err(error))),
         };
         drop(self.started.send(Ok(())));
         watch.reason = Some(format!("{name} panicked"));
-        let ended = match self.direction {
-            Direction::TunToUdp => TunToUdp::new(self.context).run(&mut ring),
-            Direction::UdpToTun => UdpToTun::new(self.context).run(&mut ring),
-        };
+        let ended = carry(&mut io, self.direction, self.context);
         watch.reason = ended.err().map(|error| format!("{name} stopped: {error}"));
+    }
+}
+
+/// Carries packets one way until the engine stops.
+fn carry(io: &mut impl Io, direction: Direction, context: Context) -> std::io::Result<()> {
+    match direction {
+        Direction::TunToUdp => turn(io, &context.clone(), &mut TunToUdp::new(context)),
+        Direction::UdpToTun => turn(io, &context.clone(), &mut UdpToTun::new(context)),
     }
 }
 

@@ -64,6 +64,36 @@ impl<'a> IpView<'a> {
         }
     }
 
+    /// DSCP and ECN (RFC 2474, RFC 3168).
+    pub fn traffic_class(&self) -> u8 {
+        match self {
+            Self::V4(view) => view.0[1],
+            Self::V6(view) => view.0[0] << 4 | view.0[1] >> 4,
+        }
+    }
+
+    /// A number that all packets of one flow share: of addresses, protocol and, unless the packet
+    /// is a fragment, ports.
+    pub fn flow_hash(&self) -> u32 {
+        let (addresses, number, ports) = match self {
+            Self::V4(view) => {
+                let is_fragment = be16(view.0, 6) & 0x3fff != 0;
+                let ports = view.payload().first_chunk().filter(|_| !is_fragment);
+                (&view.0[12..20], view.protocol(), ports)
+            }
+            Self::V6(view) => (&view.0[8..40], view.next_header(), view.payload().first_chunk()),
+        };
+        let has_ports = matches!(number, protocol::TCP | protocol::UDP);
+        let ports = ports.filter(|_| has_ports).map_or(0, |ports| u32::from_ne_bytes(*ports));
+        let words = addresses.chunks_exact(4).filter_map(<[u8]>::first_chunk);
+        let words = words.map(|word| u32::from_ne_bytes(*word));
+        // Multiplicative hashing (Knuth 6.4); the high bits are the good ones.
+        let hash = words
+            .chain([ports, number.into()])
+            .fold(0u32, |hash, word| (hash.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b1));
+        hash ^ hash >> 16
+    }
+
     /// Whether the header is as its sender made it; IPv6 headers carry no checksum.
     pub fn header_is_intact(&self) -> bool {
         match self {
@@ -189,6 +219,21 @@ pub fn decrement_ttl(packet: &mut [u8]) {
     packet[10..12].copy_from_slice(&(!fold(u64::from(sum))).to_be_bytes());
 }
 
+/// Puts another traffic class into a packet that a view has checked; IPv4's checksum follows, as
+/// in [`decrement_ttl`].
+pub(crate) fn set_traffic_class(packet: &mut [u8], class: u8) {
+    if packet[0] >> 4 == 6 {
+        packet[0] = packet[0] & 0xf0 | class >> 4;
+        packet[1] = packet[1] & 0x0f | class << 4;
+        return;
+    }
+    let before = be16(packet, 0);
+    packet[1] = class;
+    let after = be16(packet, 0);
+    let sum = u32::from(!be16(packet, 10)) + u32::from(!before) + u32::from(after);
+    packet[10..12].copy_from_slice(&(!fold(u64::from(sum))).to_be_bytes());
+}
+
 /// The Internet checksum (RFC 1071). Zero over data that carries its own checksum intact.
 pub fn checksum(data: &[u8]) -> u16 {
     !fold(sum(data))
@@ -201,23 +246,19 @@ pub fn transport_checksum(
     protocol: u8,
     message: &[u8],
 ) -> u16 {
-    let pseudo_header = pseudo_header_sum(source, destination, protocol, message.len());
-    !fold(u64::from(pseudo_header) + sum(message))
-}
-
-/// The folded sum of the pseudo-header of a transport message of `len` bytes: what the checksum
-/// field holds where the rest is left to a device.
-pub(crate) fn pseudo_header_sum(
-    source: IpAddr,
-    destination: IpAddr,
-    protocol: u8,
-    len: usize,
-) -> u16 {
     let address = |ip: IpAddr| match ip {
         IpAddr::V4(ip) => sum(&ip.octets()),
         IpAddr::V6(ip) => sum(&ip.octets()),
     };
-    fold(address(source) + address(destination) + u64::from(protocol) + len as u64)
+    let addresses = address(source) + address(destination);
+    !fold(addresses + u64::from(protocol) + message.len() as u64 + sum(message))
+}
+
+/// The folded sum of the pseudo-header of a transport message of `len` bytes, between these
+/// addresses, one behind the other: what the checksum field holds where the rest is left to a
+/// device.
+pub(crate) fn pseudo_header_sum(addresses: &[u8], protocol: u8, len: usize) -> u16 {
+    fold(sum(addresses) + u64::from(protocol) + len as u64)
 }
 
 /// A length in a header of 16 bits.

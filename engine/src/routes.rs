@@ -1,27 +1,32 @@
 //! Which peer an overlay address belongs to: an immutable table, longest prefix first.
 //!
-//! The prefixes of one family are cut into disjoint ranges when the table is built, so a lookup is
-//! one binary search over sorted range starts, whatever the prefix lengths are.
+//! The prefixes of one family are cut into disjoint ranges when the table is built, whatever their
+//! lengths are, so a lookup is the search for one range.
 
 use std::net::{IpAddr, SocketAddr};
 
 use ipnetwork::IpNetwork;
+
+use crate::ecn::EcnMode;
 
 /// A remote host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
     /// Where its datagrams are sent.
     pub endpoint: SocketAddr,
-    /// The addresses that its datagrams may come from.
+    /// Where its datagrams may come from, besides the endpoint's address.
     pub outer: Vec<IpAddr>,
     /// What lies behind it.
     pub subnets: Vec<IpNetwork>,
+    /// Which congestion marks its packets get on the underlay.
+    pub ecn: EcnMode,
 }
 
 impl Peer {
     /// Whether a datagram from `sender` may be this peer's.
     pub fn sends_from(&self, sender: IpAddr) -> bool {
-        self.outer.contains(&sender)
+        // The usual case first: the rest lies elsewhere in memory.
+        self.endpoint.ip() == sender || self.outer.contains(&sender)
     }
 }
 
@@ -69,8 +74,10 @@ impl RouteTable {
                 }),
             }
         }
-        let mut senders: Vec<IpAddr> =
-            peers.iter().flat_map(|peer| peer.outer.iter().copied()).collect();
+        let mut senders: Vec<IpAddr> = peers
+            .iter()
+            .flat_map(|it| it.outer.iter().copied().chain([it.endpoint.ip()]))
+            .collect();
         senders.sort_unstable();
         senders.dedup();
         let mut endpoints: Vec<(IpAddr, usize)> =
@@ -120,15 +127,23 @@ struct Prefix<A> {
 
 /// Disjoint ranges that cover every address from the first start on; each ends where the next one
 /// starts.
+///
+/// The addresses from the first start to the last are divided into about as many equal buckets as
+/// there are ranges, each of which knows its first range. Where prefixes lie evenly, as leases in
+/// a Network do, a bucket holds one range or two, and a lookup is two reads of memory.
 #[derive(Debug)]
 struct Ranges<A> {
-    starts: Vec<A>,
-    slots: Vec<u32>,
+    /// Start and meaning of each, sorted.
+    ranges: Vec<(A, u32)>,
+    /// For each bucket, and for the end, the number of the range that its first address is in.
+    buckets: Vec<u32>,
+    /// The logarithm of a bucket's length.
+    shift: u32,
 }
 
 impl<A> Default for Ranges<A> {
     fn default() -> Self {
-        Self { starts: Vec::new(), slots: Vec::new() }
+        Self { ranges: Vec::new(), buckets: Vec::new(), shift: 0 }
     }
 }
 
@@ -136,19 +151,35 @@ impl<A> Default for Ranges<A> {
 trait Bits: Copy + Ord {
     /// The next address; `None` behind the last one.
     fn successor(self) -> Option<Self>;
+
+    /// Which bucket of `1 << shift` addresses from `first` on this one is in.
+    fn bucket(self, first: Self, shift: u32) -> usize;
+
+    /// The smallest `shift` for which there are at most `buckets` from `first` to this one.
+    fn shift_for(self, first: Self, buckets: usize) -> u32;
 }
 
-impl Bits for u32 {
-    fn successor(self) -> Option<Self> {
-        self.checked_add(1)
-    }
+macro_rules! bits {
+    ($number:ty) => {
+        impl Bits for $number {
+            fn successor(self) -> Option<Self> {
+                self.checked_add(1)
+            }
+
+            fn bucket(self, first: Self, shift: u32) -> usize {
+                usize::try_from(self.saturating_sub(first) >> shift).unwrap_or(usize::MAX)
+            }
+
+            fn shift_for(self, first: Self, buckets: usize) -> u32 {
+                let fits = |shift: &u32| self.bucket(first, *shift) < buckets;
+                (0..Self::BITS).find(fits).unwrap_or(Self::BITS - 1)
+            }
+        }
+    };
 }
 
-impl Bits for u128 {
-    fn successor(self) -> Option<Self> {
-        self.checked_add(1)
-    }
-}
+bits!(u32);
+bits!(u128);
 
 impl<A: Bits> Ranges<A> {
     /// Prefixes nest or are disjoint, never cross; so, sorted by start with the outer one first, a
@@ -164,7 +195,24 @@ impl<A: Bits> Ranges<A> {
             open.push(prefix);
         }
         ranges.close_before(None, &mut open);
+        ranges.fill_buckets();
         ranges
+    }
+
+    fn fill_buckets(&mut self) {
+        let (Some((first, _)), Some((last, _))) = (self.ranges.first(), self.ranges.last()) else {
+            return;
+        };
+        self.shift = last.shift_for(*first, self.ranges.len());
+        let mut last_number = 0;
+        for (number, (start, _)) in (0u32..).zip(&self.ranges) {
+            let bucket = start.bucket(*first, self.shift);
+            // Buckets that begin behind the range before and up to this start, which is in the
+            // middle of its bucket unless it is the very first.
+            self.buckets.resize(bucket + 1, number.saturating_sub(1));
+            last_number = number;
+        }
+        self.buckets.push(last_number);
     }
 
     /// Ends the open prefixes that end before `bound` (all of them, where there is none), each
@@ -180,17 +228,20 @@ impl<A: Bits> Ranges<A> {
 
     fn start(&mut self, at: A, slot: u32) {
         // A prefix that begins where the last range began leaves that range empty.
-        if self.starts.last() == Some(&at) {
-            self.slots.pop();
-            self.starts.pop();
-        }
-        self.starts.push(at);
-        self.slots.push(slot);
+        self.ranges.pop_if(|(start, _)| *start == at);
+        self.ranges.push((at, slot));
     }
 
     fn find(&self, address: A) -> u32 {
-        let behind = self.starts.partition_point(|start| *start <= address);
-        behind.checked_sub(1).map_or(NOWHERE, |at| self.slots[at])
+        let Some((first, _)) = self.ranges.first().filter(|(first, _)| *first <= address) else {
+            return NOWHERE;
+        };
+        let bucket = address.bucket(*first, self.shift).min(self.buckets.len() - 2);
+        let (from, to) = (self.buckets[bucket] as usize, self.buckets[bucket + 1] as usize);
+        // The range where the bucket begins, and those that begin inside of it.
+        let inside = &self.ranges[from..=to];
+        let behind = inside.partition_point(|(start, _)| *start <= address);
+        inside[behind - 1].1
     }
 }
 
@@ -208,6 +259,7 @@ mod tests {
             endpoint: SocketAddr::new(outer.into(), 8285),
             outer: vec![outer.into()],
             subnets: vec![subnet],
+            ecn: EcnMode::Compatibility,
         }
     }
 

@@ -45,7 +45,9 @@ counters! {
     TunToUdpTooBig => "tun_to_udp_too_big",
     /// Sent in outer fragments, the path being smaller and the inner packet's sender not minding.
     TunToUdpFragmented => "tun_to_udp_fragmented",
-    /// Dropped: the socket's send buffer or the device's queue was full.
+    /// Times that sends had to wait for room in the socket's send buffer.
+    TunToUdpStalls => "tun_to_udp_stalls",
+    /// Dropped: the socket's send buffer or the device's queue stayed full.
     TunToUdpFull => "tun_to_udp_full",
     /// Dropped: the kernel refused the send for another reason (no route to the peer, say).
     TunToUdpSendFailed => "tun_to_udp_send_failed",
@@ -55,6 +57,8 @@ counters! {
     UdpToTunBytes => "udp_to_tun_bytes",
     /// Writes that carried several packets of one flow as one.
     UdpToTunSuperPackets => "udp_to_tun_super_packets",
+    /// Writes of several packets as one that the kernel refused, and that went packet by packet.
+    UdpToTunCoalesceRefused => "udp_to_tun_coalesce_refused",
     /// Times that the thread woke up to datagrams.
     UdpToTunBatches => "udp_to_tun_batches",
     /// Dropped: not a well-formed IP packet.
@@ -69,6 +73,8 @@ counters! {
     UdpToTunForeignDestination => "udp_to_tun_foreign_destination",
     /// Dropped: the time to live ran out.
     UdpToTunTtlExpired => "udp_to_tun_ttl_expired",
+    /// Dropped: marked as congested on the way, and the sender would not understand (RFC 6040).
+    UdpToTunCongestion => "udp_to_tun_congestion",
     /// Dropped: the kernel refused the write (the device is down, say).
     UdpToTunWriteFailed => "udp_to_tun_write_failed",
     /// ICMP errors sent.

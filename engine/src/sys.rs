@@ -4,8 +4,14 @@
 
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::mem;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use crate::batch::Transmit;
+use crate::io::message::{CONTROL_LEN, Marks, SENDER_LEN, SendMessage, sender};
 
 /// Opens one queue of a TUN device: many queues, each packet behind a `virtio_net_hdr` (tun.rst in
 /// the kernel's documentation). `name` may hold one `%d`, for which the kernel puts the next free
@@ -60,6 +66,108 @@ pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A msghdr that says nothing.
+pub(crate) fn empty_msghdr() -> libc::msghdr {
+    // SAFETY: msghdr is plain old data, for which all-zero bytes are a value.
+    unsafe { mem::zeroed() }
+}
+
+/// Sends datagrams that lie one behind the other in `packets`; of `transmit` its own range counts
+/// for nothing. Does not block.
+///
+/// # Errors
+/// Those of sendmsg(2); nothing was sent.
+pub(crate) fn send(socket: impl AsFd, packets: &[u8], transmit: &Transmit) -> io::Result<()> {
+    let transmit = Transmit { packets: 0..packets.len(), ..transmit.clone() };
+    let mut message = SendMessage::new();
+    let header = message.fill(packets.as_ptr().cast_mut(), &transmit);
+    // SAFETY: the header points into `message` and to `packets`, both of which outlive the call;
+    // sendmsg reads them only.
+    let answer = unsafe { libc::sendmsg(socket.as_fd().as_raw_fd(), header, libc::MSG_DONTWAIT) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What recvmmsg(2) needs in memory, and what it leaves there.
+pub(crate) struct ReceiveMany {
+    headers: Vec<libc::mmsghdr>,
+    places: Vec<Place>,
+}
+
+/// Where one message's parts go.
+struct Place {
+    packet: libc::iovec,
+    sender: [u8; SENDER_LEN],
+    /// Aligned as cmsg(3) wants it.
+    control: [u64; CONTROL_LEN / 8],
+}
+
+impl ReceiveMany {
+    /// Room for `count` messages.
+    pub(crate) fn new(count: usize) -> Self {
+        let place = || Place {
+            packet: libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 },
+            sender: [0; SENDER_LEN],
+            control: [0; CONTROL_LEN / 8],
+        };
+        let header = || libc::mmsghdr { msg_hdr: empty_msghdr(), msg_len: 0 };
+        Self {
+            headers: iter::repeat_with(header).take(count).collect(),
+            places: iter::repeat_with(place).take(count).collect(),
+        }
+    }
+
+    /// Receives what is there, a message into each buffer, and says how many there are. Does not
+    /// block.
+    ///
+    /// # Errors
+    /// Those of recvmmsg(2); EAGAIN: nothing is there.
+    pub(crate) fn receive<'a>(
+        &mut self,
+        socket: impl AsFd,
+        buffers: impl Iterator<Item = &'a mut [u8]>,
+    ) -> io::Result<usize> {
+        let mut count = 0;
+        for ((header, place), buffer) in self.headers.iter_mut().zip(&mut self.places).zip(buffers)
+        {
+            place.packet =
+                libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+            let header = &mut header.msg_hdr;
+            header.msg_name = place.sender.as_mut_ptr().cast();
+            header.msg_iov = &raw mut place.packet;
+            header.msg_iovlen = 1;
+            header.msg_control = place.control.as_mut_ptr().cast();
+            #[expect(clippy::cast_possible_truncation, reason = "a socket address is short")]
+            let name_len = SENDER_LEN as libc::socklen_t;
+            header.msg_namelen = name_len;
+            header.msg_controllen = CONTROL_LEN;
+            count += 1;
+        }
+        // SAFETY: `count` headers were just pointed at places and buffers that outlive the call,
+        // with their lengths; the buffers are borrowed apart from each other.
+        let answer = unsafe {
+            libc::recvmmsg(
+                socket.as_fd().as_raw_fd(),
+                self.headers.as_mut_ptr(),
+                count,
+                libc::MSG_DONTWAIT,
+                ptr::null_mut(),
+            )
+        };
+        usize::try_from(answer).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Length, sender and marks of a message that the last [`Self::receive`] has counted.
+    pub(crate) fn message(&self, number: usize) -> (usize, IpAddr, Marks) {
+        let (header, place) = (&self.headers[number], &self.places[number]);
+        let words = place.control.iter().flat_map(|word| word.to_ne_bytes());
+        let mut control = [0; CONTROL_LEN];
+        control.iter_mut().zip(words).for_each(|(to, from)| *to = from);
+        let control = &control[..header.msg_hdr.msg_controllen.min(CONTROL_LEN)];
+        let sender = sender(&place.sender).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        (header.msg_len as usize, sender, Marks::parse(control))
+    }
 }
 
 /// setsockopt(2) for options whose value is an `int`.

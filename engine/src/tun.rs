@@ -12,12 +12,15 @@ use std::time::{Duration, Instant};
 
 use tun::AbstractDevice;
 
+use crate::features::{Feature, Features};
 use crate::offload::WHOLE;
 use crate::sys;
 
-/// What is offered to the kernel, best first: TUN_F_CSUM, _TSO4, _TSO6 and _TSO_ECN; before them
-/// _USO4 and _USO6 too (Linux 6.2).
-const OFFLOADS: [libc::c_uint; 3] = [0x6f, 0x0f, 0];
+/// What is offered to the kernel (TUNSETOFFLOAD, include/uapi/linux/if_tun.h): TUN_F_CSUM, without
+/// which there is nothing else; TUN_F_TSO4, _TSO6 and _TSO_ECN; TUN_F_USO4 and _USO6.
+const CSUM: libc::c_uint = 0x01;
+const TSO: libc::c_uint = 0x02 | 0x04 | 0x08;
+const USO: libc::c_uint = 0x20 | 0x40;
 
 /// How long the queues of a process that has just ended may keep a name busy: io_uring lets go of
 /// its files some 20 to 80 ms after the exit.
@@ -40,22 +43,31 @@ impl TunDevice {
     ///
     /// # Errors
     /// What [`sys::open_tun_queue`] says.
-    pub(crate) fn open(name: &str, queues: usize) -> io::Result<Self> {
+    pub(crate) fn open(name: &str, queues: usize, features: &Features) -> io::Result<Self> {
         let (first, name) = open_when_free(name)?;
         let mut device = Self { name, queues: vec![TunQueue(first)] };
         for _ in 1..queues {
             let (queue, _) = sys::open_tun_queue(&device.name)?;
             device.queues.push(TunQueue(queue.into()));
         }
-        device.offer_offloads()?;
+        device.offer_offloads(features);
         Ok(device)
     }
 
-    /// The kernel then hands over super-packets, as large as an IP packet can be.
-    fn offer_offloads(&self) -> io::Result<()> {
-        let offer = |kinds| sys::set_tun_offload(self.queues[0].as_fd(), kinds);
-        let mut outcomes = OFFLOADS.iter().map(|kinds| offer(*kinds));
-        outcomes.find(Result::is_ok).unwrap_or(Ok(()))
+    /// The kernel then hands over super-packets, as large as an IP packet can be. What it does not
+    /// know falls.
+    fn offer_offloads(&self, features: &Features) {
+        loop {
+            let tso = if features.has(Feature::TunTso) { TSO } else { 0 };
+            let uso = if features.has(Feature::TunUso) { USO } else { 0 };
+            let csum = if tso | uso == 0 { 0 } else { CSUM };
+            let offer = sys::set_tun_offload(self.queues[0].as_fd(), csum | tso | uso);
+            match offer {
+                Err(_) if features.fall(Feature::TunUso) || features.fall(Feature::TunTso) => {}
+                // Nothing offered is what a new device has.
+                Ok(()) | Err(_) => return,
+            }
+        }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -96,9 +108,14 @@ fn open_when_free(name: &str) -> io::Result<(File, String)> {
 }
 
 impl TunQueue {
-    /// Hands the kernel one packet, outside of any batch.
-    pub(crate) fn write(&self, packet: &[u8]) -> io::Result<usize> {
-        (&self.0).write_vectored(&[IoSlice::new(&WHOLE), IoSlice::new(packet)])
+    /// Hands the kernel one packet.
+    pub(crate) fn write(&self, packet: &[u8]) -> io::Result<()> {
+        self.write_vectored(&[IoSlice::new(&WHOLE), IoSlice::new(packet)])
+    }
+
+    /// Hands the kernel one packet in pieces, the first of which is its virtio header.
+    pub(crate) fn write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
+        (&self.0).write_vectored(pieces).map(drop)
     }
 }
 

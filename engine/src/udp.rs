@@ -1,4 +1,9 @@
-//! The sockets on the underlay: one a worker, all on one address and port (SO_REUSEPORT).
+//! The sockets on the underlay: one a worker to receive, all on one address and port (SO_REUSEPORT),
+//! and perhaps some on other ports, to send from only.
+//!
+//! The kernel gives all datagrams of one sender's address and port to one socket of the group. So a
+//! peer that sends from several ports, each flow from one, uses several of our workers, and its
+//! flows keep their order.
 //!
 //! They are not connected, so that a peer's ICMP errors do not fail sends to others. They send with
 //! DF set and let the kernel track each path's MTU, so that a smaller path shows as EMSGSIZE here
@@ -7,12 +12,20 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
+use crate::batch::{Outer, Transmit};
+use crate::features::{Feature, Features};
 use crate::sys;
+
+/// Ports that flows are spread over, where they are: so many that they hardly ever all fall to one
+/// of the peer's workers.
+const SOURCE_PORTS: usize = 16;
 
 /// Bytes asked for each socket buffer. flannel's default of 208 KiB loses a tenth of the packets
 /// of one TCP stream.
@@ -35,22 +48,76 @@ impl UdpSocket {
     ///
     /// # Errors
     /// EADDRINUSE: somebody else has the port. EADDRNOTAVAIL: no interface has the address.
-    pub(crate) fn bind_group(local: SocketAddr, count: usize) -> io::Result<Vec<Self>> {
+    pub(crate) fn bind_group(
+        local: SocketAddr,
+        count: usize,
+        features: &Features,
+    ) -> io::Result<Vec<Self>> {
         wait_until_free(local)?;
-        (0..count).map(|_| Self::bind(local)).collect()
+        (0..count).map(|_| Self::bind_to_receive(local, features)).collect()
     }
 
-    fn bind(local: SocketAddr) -> io::Result<Self> {
+    fn bind_to_receive(local: SocketAddr, features: &Features) -> io::Result<Self> {
+        let socket = Self::new(local)?;
+        socket.socket.set_reuse_port(true)?;
+        force_buffer(&socket.socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF)?;
+        let (level, option) = match local.ip() {
+            IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_RECVTOS),
+            IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS),
+        };
+        sys::set_option(socket.as_fd(), level, option, 1)?;
+        // Datagrams of one length that come in a row are then received as one (udp(7)).
+        if features.has(Feature::UdpGro)
+            && sys::set_option(socket.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1).is_err()
+        {
+            features.fall(Feature::UdpGro);
+        }
+        if sys::option(socket.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT).is_err() {
+            features.fall(Feature::UdpSegment);
+        }
+        socket.socket.bind(&local.into())?;
+        Ok(socket)
+    }
+
+    /// Sockets on ports of the kernel's choice, which nobody reads and which take nothing in.
+    ///
+    /// # Errors
+    /// EADDRINUSE: no port is left.
+    pub(crate) fn bind_sources(local: IpAddr) -> io::Result<Arc<[Self]>> {
+        let bind = || {
+            let local = SocketAddr::new(local, 0);
+            let socket = Self::new(local)?;
+            // One instruction (Documentation/networking/filter.rst), BPF_RET: keep no byte.
+            socket.socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)])?;
+            socket.socket.bind(&local.into())?;
+            Ok(socket)
+        };
+        (0..SOURCE_PORTS).map(|_| bind()).collect()
+    }
+
+    fn new(local: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, Some(Protocol::UDP))?;
-        socket.set_reuse_port(true)?;
-        force_buffer(&socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF)?;
         force_buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)?;
         let socket = Self { socket, local };
         socket.set_dont_fragment(true)?;
-        // Datagrams of one length that come in a row are then received as one (UDP_GRO, udp(7)).
-        sys::set_option(socket.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1)?;
-        socket.socket.bind(&local.into())?;
         Ok(socket)
+    }
+
+    /// The same socket again.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { socket: self.socket.try_clone()?, local: self.local })
+    }
+
+    /// Waits until there is room to send.
+    ///
+    /// # Errors
+    /// There was none before the deadline.
+    pub(crate) fn wait_writable(&self, deadline: Instant) -> io::Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        let mut files = [PollFd::new(&self.socket, PollFlags::OUT)];
+        let ready = poll(&mut files, Some(&timeout))?;
+        if ready == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
     }
 
     /// Bytes of an IP packet that the path to this peer carries, as far as the kernel knows.
@@ -67,12 +134,14 @@ impl UdpSocket {
     }
 
     /// Sends one packet, outside of any batch.
-    pub(crate) fn send(&self, packet: &[u8], peer: SocketAddr) -> io::Result<usize> {
-        self.socket.send_to_with_flags(packet, &SockAddr::from(peer), libc::MSG_DONTWAIT)
+    pub(crate) fn send(&self, packet: &[u8], peer: SocketAddr) -> io::Result<()> {
+        let outer = Outer { peer, socket: 0, traffic_class: 0 };
+        let transmit = Transmit { outer, packets: 0..packet.len(), segment_len: packet.len() };
+        sys::send(self, packet, &transmit)
     }
 
     /// Sends one packet in as many fragments as the path needs.
-    pub(crate) fn send_fragmented(&self, packet: &[u8], peer: SocketAddr) -> io::Result<usize> {
+    pub(crate) fn send_fragmented(&self, packet: &[u8], peer: SocketAddr) -> io::Result<()> {
         // The option belongs to the socket, so a packet that the worker's other thread sends in
         // between may lose its DF: no harm is done.
         self.set_dont_fragment(false)?;

@@ -51,6 +51,8 @@ fn the_pure_parts_of_the_engine_stay_pure() {
         "icmp.rs",
         "stats.rs",
         "batch.rs",
+        "ecn.rs",
+        "features.rs",
         "offload/segment.rs",
         "offload/coalesce.rs",
     ] {

@@ -9,9 +9,10 @@ use std::thread;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
-use weft_backends::{BackendKind, GuardMode};
+use weft_backends::{BackendKind, GuardMode, Tuning};
 
-use super::{Flags, LoggingFlags, MAX_WORKERS};
+use super::engine::MAX_WORKERS;
+use super::{Flags, LoggingFlags};
 use crate::interface::Wish;
 
 /// flannel's default, in seconds.
@@ -147,6 +148,8 @@ pub struct Settings {
     pub peer_sources: Vec<(IpAddr, IpAddr)>,
     /// Workers of the packet engine, at least 1.
     pub workers: usize,
+    /// How the packet engine goes about it.
+    pub tuning: Tuning,
     /// Whether subnet.env says that weft masquerades.
     pub ip_masq: bool,
     /// What the operator should know.
@@ -180,6 +183,7 @@ impl Flags {
             },
             backend: self.engine.backend,
             guard: self.engine.guard,
+            tuning: self.engine.tuning(),
             peer_sources: self.engine.peer_source,
             workers: self.engine.workers.unwrap_or_else(default_workers),
             ip_masq: self.firewall.ip_masq,

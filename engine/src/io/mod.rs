@@ -1,13 +1,80 @@
-//! Packet input and output in batches. One implementation so far: [`uring`].
+//! Packet input and output in batches, in two ways that do the same: [`uring`] and [`mmsg`].
 
+pub(crate) mod message;
+pub(crate) mod mmsg;
+#[cfg(test)]
+mod tests;
 #[expect(unsafe_code, reason = "the fence: memory shared with the kernel")]
 pub(crate) mod uring;
 
 use std::io;
 use std::net::IpAddr;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 
+use crate::batch::Transmit;
 use crate::buffers::BufferId;
+use crate::offload::VirtioNetHdr;
+use message::DATAGRAM_LEN_MAX;
+
+/// Buffers that super-packets from the TUN come in; more of this size only spill the cache.
+const TUN_BUFFERS: u16 = 32;
+/// Buffers that datagrams come in, many of one length in each where the kernel joins them (UDP_GRO).
+const UDP_BUFFERS: u16 = 64;
+/// Buffers that datagrams to peers go out from. A super-packet of 64 KiB fills one and begins the
+/// next, and may leave an unfinished one behind.
+const SEND_BUFFERS: u16 = 3 * TUN_BUFFERS;
+/// The largest super-packet: its length is a 16-bit field of its IP header.
+const SUPER_PACKET_LEN_MAX: usize = 65_535;
+
+/// Where a thread's packets come from and go to.
+///
+/// A buffer is in one place at a time: empty and waiting for input, free, with the caller as a
+/// [`BufferId`], or in a send.
+pub(crate) trait Io {
+    /// Hands everything queued to the kernel and looks for input.
+    ///
+    /// # Errors
+    /// The source is gone, or the kernel refuses to go on; nothing more will come of it.
+    fn submit(&mut self, wait: Wait) -> io::Result<()>;
+
+    /// Collects what has happened, in order.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()>;
+
+    /// Bytes in a buffer.
+    fn packet(&self, buffer: &BufferId, at: &Range<usize>) -> &[u8];
+
+    /// As [`Self::packet`], to be changed.
+    fn packet_mut(&mut self, buffer: &BufferId, at: &Range<usize>) -> &mut [u8];
+
+    /// Bytes in two buffers, the second ones to be changed.
+    fn two_packets(
+        &mut self,
+        from: (&BufferId, &Range<usize>),
+        to: (&BufferId, &Range<usize>),
+    ) -> (&[u8], &mut [u8]);
+
+    /// A free buffer to send from; `None` while all are in sends.
+    fn take_buffer(&mut self) -> Option<BufferId>;
+
+    /// Queues a send. The buffer comes back as [`Completion::Sent`], in the order of the sends.
+    fn send(&mut self, buffer: BufferId, transmit: Transmit);
+
+    /// Gives a buffer back to where it came from: input, or the free ones.
+    fn recycle(&mut self, buffer: BufferId);
+}
+
+/// Whether to sleep where there is nothing to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Until something happens.
+    Sleep,
+    /// Not at all.
+    Look,
+}
 
 /// Which way a thread carries packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,47 +85,64 @@ pub(crate) enum Direction {
     UdpToTun,
 }
 
+impl Direction {
+    /// How many buffers input comes in, and how long each is.
+    fn receive_buffers(self) -> (u16, usize) {
+        match self {
+            Self::TunToUdp => (TUN_BUFFERS, VirtioNetHdr::LEN + SUPER_PACKET_LEN_MAX),
+            Self::UdpToTun => (UDP_BUFFERS, DATAGRAM_LEN_MAX),
+        }
+    }
+
+    /// How many buffers there are to send from; as long as those for input.
+    fn send_buffers(self) -> u16 {
+        match self {
+            Self::TunToUdp => SEND_BUFFERS,
+            Self::UdpToTun => 0,
+        }
+    }
+}
+
+/// The files that a thread works on. They must be open until its [`Io`] is made, which holds
+/// references of its own.
+#[derive(Debug, Clone)]
+pub(crate) struct Files<'a> {
+    /// A TUN queue or a UDP socket, by the direction.
+    pub(crate) source: BorrowedFd<'a>,
+    /// An eventfd that somebody rings to wake the thread.
+    pub(crate) bell: BorrowedFd<'a>,
+    /// What [`Transmit::socket`] chooses among; none where only the other way is sent.
+    pub(crate) sockets: Vec<BorrowedFd<'a>>,
+}
+
 /// Something that happened while the thread waited.
 #[derive(Debug)]
 pub(crate) enum Completion {
-    /// A packet came in.
+    /// Packets came in.
     Received(Received),
     /// A buffer went out to a peer, or could not; it is ours again.
     Sent(Sent),
-    /// A write to the TUN ended.
-    Written(Written),
-    /// Somebody rang the wake-up bell.
+    /// Somebody rang the bell.
     Woken,
+}
+
+/// Packets that came in, one behind the other.
+#[derive(Debug)]
+pub(crate) struct Received {
+    pub(crate) buffer: BufferId,
+    pub(crate) packets: Range<usize>,
+    /// Bytes of each of them; the last one may have fewer.
+    pub(crate) segment_len: usize,
+    /// Who sent them; `None` from the TUN.
+    pub(crate) sender: Option<IpAddr>,
+    /// Of the outer header; 0 from the TUN.
+    pub(crate) traffic_class: u8,
 }
 
 /// A buffer that went out, or could not.
 #[derive(Debug)]
 pub(crate) struct Sent {
     pub(crate) buffer: BufferId,
-    /// Where in the buffer the packets are.
-    pub(crate) packets: Range<usize>,
-    /// Bytes of each packet; the last one may have fewer.
-    pub(crate) segment_len: usize,
+    pub(crate) transmit: Transmit,
     pub(crate) result: io::Result<()>,
-}
-
-/// A write to the TUN that ended. Its buffer is still the ring's.
-#[derive(Debug)]
-pub(crate) struct Written {
-    /// Packets in it, and their bytes as one.
-    pub(crate) packets: usize,
-    pub(crate) len: usize,
-    pub(crate) result: io::Result<()>,
-}
-
-/// A packet that came in.
-#[derive(Debug)]
-pub(crate) struct Received {
-    pub(crate) buffer: BufferId,
-    /// Where in the buffer the packet is, or several, one behind the other.
-    pub(crate) packet: Range<usize>,
-    /// Bytes of each of them; the last one may have fewer.
-    pub(crate) segment_len: usize,
-    /// Who sent it; `None` from the TUN.
-    pub(crate) sender: Option<IpAddr>,
 }

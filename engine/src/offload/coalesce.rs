@@ -1,66 +1,154 @@
-//! Neighbours of one TCP flow into one super-packet, in place: the payloads of the later ones move
-//! up behind the first one's.
+//! Neighbours of one flow into one super-packet: the headers of the first, then everybody's payload.
 //!
-//! Only what [`super::segment`] would undo exactly is joined, by the rules of the kernel's own
-//! receive offload (net/ipv4/tcp_offload.c): same flow, same headers but for the sequence, the id
-//! and PSH, contiguous sequence, equal lengths but for the last. The inner checksum is verified
-//! first, since the kernel trusts that of a super-packet.
+//! Only what [`super::segment`] would undo is joined, by the rules of the kernel's own receive
+//! offload (net/ipv4/tcp_offload.c, udp_offload.c): same flow, same headers but for the sequence,
+//! the id and PSH, contiguous sequence, equal lengths but for the last. The inner checksum is
+//! verified first, since the kernel trusts that of a super-packet.
+//!
+//! The payload stays where it is: a [`Run`] holds just the headers, and its owner the places.
 
-use std::net::IpAddr;
-
-use super::{Gso, VirtioNetHdr, WHOLE};
+use super::{Gso, VirtioNetHdr};
 use crate::packet::{
     IPV4_HEADER_LEN, IPV6_HEADER_LEN, IpView, be16, checksum, length_field, protocol,
     pseudo_header_sum, transport_checksum,
 };
 
+/// Packets in one run: what the kernel cuts a UDP super-packet into at most (UDP_MAX_SEGMENTS
+/// before Linux 6.9), and more than 64 KiB hold of TCP's usual segments.
+pub const PACKETS_MAX: usize = 64;
+/// No IP packet is longer.
+const PACKET_LEN_MAX: usize = 65_535;
+/// IPv6 and TCP with all its options.
+const HEADERS_LEN_MAX: usize = IPV6_HEADER_LEN + 60;
+
 /// TCP header without options (RFC 9293 3.1), and what of its flags a joined segment may have.
 const TCP_HEADER_LEN: usize = 20;
 const PSH: u8 = 0x08;
 const ACK: u8 = 0x10;
-/// No IP packet is longer.
-const PACKET_LEN_MAX: usize = 65_535;
+/// The UDP header (RFC 768).
+const UDP_HEADER_LEN: usize = 8;
 
-/// Packets that become one write. It begins as one packet; the caller keeps the bytes.
-#[derive(Debug)]
-pub struct Run {
-    /// Bytes of the packet so far.
-    len: usize,
-    /// Packets in it.
-    count: usize,
-    /// What the next one must look like; `None` once no other may join.
-    open: Option<Segment>,
-    /// Payload bytes of the first packet, and so of all but the last.
-    segment_len: usize,
-}
-
-/// A TCP segment that may be joined with others.
+/// A packet that may be joined with others: all that a run must know of it.
 #[derive(Debug, Clone, Copy)]
-struct Segment {
+pub struct Segment {
+    transport: Transport,
     ip_header_len: usize,
     headers_len: usize,
     payload_len: usize,
     /// IPv4's id; 0 for IPv6.
     id: u16,
+    /// Whether the id means nothing, since nobody may cut the packet (RFC 6864 4.1).
+    is_atomic: bool,
+    /// TCP's; 0 for UDP.
     sequence: u32,
     push: bool,
 }
 
-impl Run {
-    /// A run of one packet, which its view has checked.
-    pub fn new(packet: &[u8]) -> Self {
-        let segment = Segment::parse(packet);
-        Self {
-            len: packet.len(),
-            count: 1,
-            open: segment.filter(|segment| !segment.push),
-            segment_len: segment.map_or(0, |segment| segment.payload_len),
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transport {
+    Tcp,
+    Udp,
+}
+
+/// Packets that become one write. It begins as one packet.
+#[derive(Debug)]
+pub struct Run {
+    headers: [u8; HEADERS_LEN_MAX],
+    /// The last one so far.
+    last: Segment,
+    /// Payload bytes of the first packet, and so of all but the last.
+    segment_len: usize,
+    /// Payload bytes of all packets.
+    payload_len: usize,
+    count: usize,
+    push: bool,
+}
+
+impl Segment {
+    /// `None` where the packet is none, or must not be joined with others: IP options or fragments,
+    /// TCP flags other than ACK and PSH, no payload, no checksum or a wrong one.
+    pub fn parse(packet: &[u8]) -> Option<Self> {
+        let view = IpView::check(packet).ok()?;
+        let (ip_header_len, number, id, is_atomic) = match &view {
+            IpView::V4(view) => {
+                let plain = view.header_len() == IPV4_HEADER_LEN && be16(packet, 6) & 0x3fff == 0;
+                let id = be16(packet, 4);
+                (plain.then_some(IPV4_HEADER_LEN)?, view.protocol(), id, view.dont_fragment())
+            }
+            IpView::V6(view) => (IPV6_HEADER_LEN, view.next_header(), 0, true),
+        };
+        let message = &packet[ip_header_len..];
+        let (transport, header_len) = match number {
+            protocol::TCP => (Transport::Tcp, joinable_tcp(message)?),
+            protocol::UDP => (Transport::Udp, joinable_udp(message)?),
+            _ => return None,
+        };
+        let payload_len = message.len().checked_sub(header_len).filter(|len| *len > 0)?;
+        if transport_checksum(view.source(), view.destination(), number, message) != 0 {
+            return None;
         }
+        let is_tcp = transport == Transport::Tcp;
+        let word = [message[4], message[5], message[6], message[7]];
+        Some(Self {
+            transport,
+            ip_header_len,
+            headers_len: ip_header_len + header_len,
+            payload_len,
+            id,
+            is_atomic,
+            sequence: if is_tcp { u32::from_be_bytes(word) } else { 0 },
+            push: is_tcp && message[13] & PSH != 0,
+        })
     }
 
-    /// Bytes of the packet so far.
-    pub fn byte_len(&self) -> usize {
-        self.len
+    /// Whether this is UDP, and not TCP.
+    pub fn is_udp(&self) -> bool {
+        self.transport == Transport::Udp
+    }
+
+    /// Whether `next` comes right behind this one.
+    fn precedes(&self, next: &Self) -> bool {
+        let follows = next.id == self.id.wrapping_add(1);
+        match self.transport {
+            // Senders whose packets are all atomic may number none of them.
+            Transport::Udp => follows || (self.is_atomic && next.id == self.id),
+            Transport::Tcp => {
+                #[expect(clippy::cast_possible_truncation, reason = "a payload is below 64 KiB")]
+                let sequence = self.sequence.wrapping_add(self.payload_len as u32);
+                let is_v6 = self.ip_header_len == IPV6_HEADER_LEN;
+                next.sequence == sequence && (is_v6 || follows)
+            }
+        }
+    }
+}
+
+/// Length of the header, where it is that of a segment that may be joined.
+fn joinable_tcp(tcp: &[u8]) -> Option<usize> {
+    let header_len = usize::from(tcp.get(12)? >> 4) * 4;
+    let joinable = (TCP_HEADER_LEN..=tcp.len()).contains(&header_len) && tcp[13] & !PSH == ACK;
+    joinable.then_some(header_len)
+}
+
+/// As [`joinable_tcp`]: a length that is true, and a checksum at all.
+fn joinable_udp(udp: &[u8]) -> Option<usize> {
+    let joinable =
+        udp.len() > UDP_HEADER_LEN && usize::from(be16(udp, 4)) == udp.len() && be16(udp, 6) != 0;
+    joinable.then_some(UDP_HEADER_LEN)
+}
+
+impl Run {
+    /// A run of one packet.
+    pub fn new(segment: Segment, packet: &[u8]) -> Self {
+        let mut headers = [0; HEADERS_LEN_MAX];
+        headers[..segment.headers_len].copy_from_slice(&packet[..segment.headers_len]);
+        Self {
+            headers,
+            last: segment,
+            segment_len: segment.payload_len,
+            payload_len: segment.payload_len,
+            count: 1,
+            push: segment.push,
+        }
     }
 
     /// Packets in it, at least one.
@@ -68,138 +156,98 @@ impl Run {
         self.count
     }
 
-    /// Joins the packet that lies at `at` in `area`, at the beginning of which this run lies. Says
-    /// whether it did; if not, nothing has changed.
-    pub fn join(&mut self, area: &mut [u8], at: usize) -> bool {
-        let Some(first) = self.open else { return false };
-        let (ours, next) = area.split_at(at);
-        let Some(segment) = Segment::parse(next) else { return false };
-        if !first.is_followed_by(ours, &segment, next)
-            || segment.payload_len > self.segment_len
-            || self.len + segment.payload_len > PACKET_LEN_MAX
-        {
+    /// Payload bytes of each packet but the last, which may have fewer.
+    pub fn segment_len(&self) -> usize {
+        self.segment_len
+    }
+
+    /// The packet that was the last to join.
+    pub fn last(&self) -> &Segment {
+        &self.last
+    }
+
+    /// Bytes of the packet that they make.
+    pub fn byte_len(&self) -> usize {
+        self.last.headers_len + self.payload_len
+    }
+
+    /// Joins this packet, if it continues the run; if not, nothing changes.
+    pub fn join(&mut self, segment: &Segment, packet: &[u8]) -> bool {
+        let is_ended = self.push
+            || self.last.payload_len < self.segment_len
+            || self.count == PACKETS_MAX
+            || self.byte_len() + segment.payload_len > PACKET_LEN_MAX;
+        if is_ended || segment.payload_len > self.segment_len || !self.continues(segment, packet) {
             return false;
         }
-        let payload = at + segment.headers_len;
-        area.copy_within(payload..payload + segment.payload_len, self.len);
-        self.len += segment.payload_len;
+        self.push = segment.push;
+        self.last = *segment;
+        self.payload_len += segment.payload_len;
         self.count += 1;
-        if segment.push {
-            area[first.ip_header_len + 13] |= PSH;
-        }
-        let ends_here = segment.push || segment.payload_len < self.segment_len;
-        self.open = (!ends_here).then_some(Segment {
-            id: segment.id,
-            sequence: segment.sequence,
-            payload_len: segment.payload_len,
-            ..first
-        });
         true
     }
 
-    /// Makes the headers those of the whole run, of which `packet` holds just the bytes, and
-    /// returns the virtio header to stand in front. A packet that nothing has joined stays as it
-    /// is, for the kernel to verify.
-    pub fn finish(&self, packet: &mut [u8]) -> [u8; VirtioNetHdr::LEN] {
-        if self.count == 1 {
-            return WHOLE;
-        }
-        let is_v6 = packet[0] >> 4 == 6;
-        let start = if is_v6 { IPV6_HEADER_LEN } else { IPV4_HEADER_LEN };
-        if is_v6 {
-            packet[4..6].copy_from_slice(&length_field(self.len - IPV6_HEADER_LEN));
-        } else {
-            packet[2..4].copy_from_slice(&length_field(self.len));
-            packet[10..12].fill(0);
-            let sum = checksum(&packet[..IPV4_HEADER_LEN]);
-            packet[10..12].copy_from_slice(&sum.to_be_bytes());
-        }
-        let (source, destination) = addresses(packet, is_v6);
-        let sum = pseudo_header_sum(source, destination, protocol::TCP, self.len - start);
-        packet[start + 16..start + 18].copy_from_slice(&sum.to_be_bytes());
-        let headers_len = start + usize::from(packet[start + 12] >> 4) * 4;
-        VirtioNetHdr {
-            needs_checksum: true,
-            gso: if is_v6 { Gso::Tcp6 } else { Gso::Tcp4 },
-            header_len: u16::from_be_bytes(length_field(headers_len)),
-            segment_len: u16::from_be_bytes(length_field(self.segment_len)),
-            checksum_start: u16::from_be_bytes(length_field(start)),
-            checksum_offset: 16,
-        }
-        .to_bytes()
-    }
-}
-
-impl Segment {
-    /// `None` where the packet is none, or must not be joined with others: IP options or fragments,
-    /// flags other than ACK and PSH, no payload, a wrong checksum.
-    fn parse(packet: &[u8]) -> Option<Self> {
-        let view = IpView::check(packet).ok()?;
-        let (ip_header_len, next, id) = match &view {
-            IpView::V4(view) => {
-                let plain = view.header_len() == IPV4_HEADER_LEN && be16(packet, 6) & 0x3fff == 0;
-                (plain.then_some(IPV4_HEADER_LEN)?, view.protocol(), be16(packet, 4))
+    fn continues(&self, next: &Segment, packet: &[u8]) -> bool {
+        let (ip, end) = (self.last.ip_header_len, self.last.headers_len);
+        let same = |range: std::ops::Range<usize>| self.headers[range.clone()] == packet[range];
+        let same_shape = next.transport == self.last.transport
+            && (next.ip_header_len, next.headers_len) == (ip, end)
+            && self.last.precedes(next);
+        same_shape
+            && match ip {
+                IPV6_HEADER_LEN => same(0..4) && same(6..IPV6_HEADER_LEN),
+                // All but length, id and checksum.
+                _ => same(0..2) && same(6..10) && same(12..IPV4_HEADER_LEN),
             }
-            IpView::V6(view) => (IPV6_HEADER_LEN, view.next_header(), 0),
-        };
-        let tcp = &packet[ip_header_len..];
-        if next != protocol::TCP || tcp.len() < TCP_HEADER_LEN {
-            return None;
-        }
-        let tcp_header_len = usize::from(tcp[12] >> 4) * 4;
-        let payload_len = tcp.len().checked_sub(tcp_header_len)?;
-        let joinable = tcp_header_len >= TCP_HEADER_LEN && payload_len > 0 && tcp[13] & !PSH == ACK;
-        let (source, destination) = (view.source(), view.destination());
-        if !joinable || transport_checksum(source, destination, protocol::TCP, tcp) != 0 {
-            return None;
-        }
-        Some(Self {
-            ip_header_len,
-            headers_len: ip_header_len + tcp_header_len,
-            payload_len,
-            id,
-            sequence: u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]),
-            push: tcp[13] & PSH != 0,
-        })
+            && same(ip..ip + 4)
+            && match self.last.transport {
+                Transport::Udp => true,
+                // Acknowledgement and data offset; window; urgent pointer and options.
+                Transport::Tcp => {
+                    same(ip + 8..ip + 13) && same(ip + 14..ip + 16) && same(ip + 18..end)
+                }
+            }
     }
 
-    /// Whether `next`, in the packet `theirs`, continues this one, the headers of which are those
-    /// of the packet `ours`.
-    fn is_followed_by(&self, ours: &[u8], next: &Self, theirs: &[u8]) -> bool {
-        let is_v6 = self.ip_header_len == IPV6_HEADER_LEN;
-        #[expect(clippy::cast_possible_truncation, reason = "a payload is below 64 KiB")]
-        let sequence = self.sequence.wrapping_add(self.payload_len as u32);
-        let in_order = next.sequence == sequence && (is_v6 || next.id == self.id.wrapping_add(1));
-        let same = |range: std::ops::Range<usize>| ours[range.clone()] == theirs[range];
-        let same_ip = if is_v6 {
-            same(0..4) && same(6..IPV6_HEADER_LEN)
+    /// The headers of the whole run, and the virtio header to stand in front of them.
+    pub fn finish(&mut self) -> ([u8; VirtioNetHdr::LEN], &[u8]) {
+        let (len, start, end) = (self.byte_len(), self.last.ip_header_len, self.last.headers_len);
+        let headers = &mut self.headers[..end];
+        let is_v6 = start == IPV6_HEADER_LEN;
+        if is_v6 {
+            headers[4..6].copy_from_slice(&length_field(len - IPV6_HEADER_LEN));
         } else {
-            // All but length, id and checksum.
-            same(0..2) && same(6..10) && same(12..IPV4_HEADER_LEN)
+            headers[2..4].copy_from_slice(&length_field(len));
+            headers[10..12].fill(0);
+            let sum = checksum(&headers[..IPV4_HEADER_LEN]);
+            headers[10..12].copy_from_slice(&sum.to_be_bytes());
+        }
+        let (number, checksum_offset) = match self.last.transport {
+            Transport::Tcp => (protocol::TCP, 16),
+            Transport::Udp => (protocol::UDP, 6),
         };
-        let tcp = self.ip_header_len;
-        in_order
-            && next.headers_len == self.headers_len
-            && ours[0] >> 4 == theirs[0] >> 4
-            && same_ip
-            // Ports; acknowledgement and data offset; window; urgent pointer and options.
-            && same(tcp..tcp + 4)
-            && same(tcp + 8..tcp + 13)
-            && same(tcp + 14..tcp + 16)
-            && same(tcp + 18..self.headers_len)
-    }
-}
-
-fn addresses(packet: &[u8], is_v6: bool) -> (IpAddr, IpAddr) {
-    fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
-        let mut out = [0; N];
-        out.copy_from_slice(&bytes[..N]);
-        out
-    }
-    if is_v6 {
-        (array::<16>(&packet[8..]).into(), array::<16>(&packet[24..]).into())
-    } else {
-        (array::<4>(&packet[12..]).into(), array::<4>(&packet[16..]).into())
+        match self.last.transport {
+            Transport::Tcp if self.push => headers[start + 13] |= PSH,
+            Transport::Tcp => {}
+            Transport::Udp => headers[start + 4..][..2].copy_from_slice(&length_field(len - start)),
+        }
+        let addresses = if is_v6 { 8..IPV6_HEADER_LEN } else { 12..IPV4_HEADER_LEN };
+        let sum = pseudo_header_sum(&headers[addresses], number, len - start);
+        headers[start + checksum_offset..][..2].copy_from_slice(&sum.to_be_bytes());
+        let field = |len| u16::from_be_bytes(length_field(len));
+        let header = VirtioNetHdr {
+            needs_checksum: true,
+            gso: match (self.last.transport, is_v6) {
+                (Transport::Tcp, false) => Gso::Tcp4,
+                (Transport::Tcp, true) => Gso::Tcp6,
+                (Transport::Udp, _) => Gso::Udp,
+            },
+            header_len: field(end),
+            segment_len: field(self.segment_len),
+            checksum_start: field(start),
+            checksum_offset: field(checksum_offset),
+        };
+        (header.to_bytes(), headers)
     }
 }
 
@@ -208,19 +256,39 @@ mod tests {
     use etherparse::PacketBuilder;
     use proptest::prelude::*;
 
+    use super::super::WHOLE;
     use super::super::segment::Cut;
     use super::*;
 
     #[derive(Debug, Clone, Copy)]
     struct Shape {
         ipv6: bool,
+        udp: bool,
         port: u16,
         sequence: u32,
         id: u16,
+        dont_fragment: bool,
         len: usize,
         flags: u8,
         window: u16,
+        /// Bytes of TCP options, a multiple of four.
+        options: usize,
+        traffic_class: u8,
     }
+
+    const PLAIN: Shape = Shape {
+        ipv6: false,
+        udp: false,
+        port: 4000,
+        sequence: 1000,
+        id: 7,
+        dont_fragment: true,
+        len: 100,
+        flags: ACK,
+        window: 500,
+        options: 12,
+        traffic_class: 0,
+    };
 
     fn packet(it: Shape) -> Vec<u8> {
         let ip = if it.ipv6 {
@@ -231,55 +299,81 @@ mod tests {
         let mut packet = Vec::new();
         let payload: Vec<u8> =
             (0..it.len).map(|at| u8::try_from((at * 7 + it.len) % 256).unwrap()).collect();
-        let tcp = ip.tcp(it.port, 80, it.sequence, it.window);
-        tcp.write(&mut packet, &payload).unwrap();
-        let start = if it.ipv6 { 40 } else { 20 };
-        packet[start + 13] = it.flags;
-        if !it.ipv6 {
+        if it.udp {
+            ip.udp(it.port, 80).write(&mut packet, &payload).unwrap();
+        } else {
+            let tcp = ip.tcp(it.port, 80, it.sequence, it.window).options_raw(&vec![1; it.options]);
+            tcp.unwrap().write(&mut packet, &payload).unwrap();
+        }
+        let (start, number, field) = match (it.ipv6, it.udp) {
+            (ipv6, true) => (if ipv6 { 40 } else { 20 }, protocol::UDP, 6),
+            (ipv6, false) => (if ipv6 { 40 } else { 20 }, protocol::TCP, 16),
+        };
+        if !it.udp {
+            packet[start + 13] = it.flags;
+        }
+        if it.ipv6 {
+            packet[0] |= it.traffic_class >> 4;
+            packet[1] |= it.traffic_class << 4;
+        } else {
+            packet[1] = it.traffic_class;
             packet[4..6].copy_from_slice(&it.id.to_be_bytes());
+            packet[6] = if it.dont_fragment { 0x40 } else { 0 };
             packet[10..12].fill(0);
             let sum = checksum(&packet[..20]);
             packet[10..12].copy_from_slice(&sum.to_be_bytes());
         }
-        packet[start + 16..start + 18].fill(0);
-        let (source, destination) = addresses(&packet, it.ipv6);
-        let sum = transport_checksum(source, destination, protocol::TCP, &packet[start..]);
-        packet[start + 16..start + 18].copy_from_slice(&sum.to_be_bytes());
+        packet[start + field..][..2].fill(0);
+        let view = IpView::check(&packet).unwrap();
+        let sum = transport_checksum(view.source(), view.destination(), number, &packet[start..]);
+        packet[start + field..][..2].copy_from_slice(&sum.to_be_bytes());
         packet
     }
 
-    /// What the worker does: packets one behind the other, joined where they may be, and written.
-    fn coalesce(packets: &[Vec<u8>]) -> Vec<(usize, [u8; VirtioNetHdr::LEN], Vec<u8>)> {
-        let mut area = packets.concat();
-        let (mut out, mut run, mut at) = (Vec::new(), None::<(usize, Run)>, 0);
+    struct Write {
+        count: usize,
+        header: [u8; VirtioNetHdr::LEN],
+        packet: Vec<u8>,
+    }
+
+    /// What the worker does: packets in a row, joined where they may be, and written.
+    fn coalesce(packets: &[Vec<u8>]) -> Vec<Write> {
+        let mut runs: Vec<(Option<Run>, Vec<&Vec<u8>>)> = Vec::new();
         for packet in packets {
-            let end = at + packet.len();
-            let joined = match &mut run {
-                Some((start, run)) => run.join(&mut area[*start..end], at - *start),
-                None => false,
-            };
-            if !joined {
-                out.extend(run.replace((at, Run::new(&area[at..end]))));
+            let segment = Segment::parse(packet);
+            if let (Some((Some(run), members)), Some(segment)) = (runs.last_mut(), &segment)
+                && run.join(segment, packet)
+            {
+                members.push(packet);
+            } else {
+                runs.push((segment.map(|it| Run::new(it, packet)), vec![packet]));
             }
-            at = end;
         }
-        out.extend(run);
-        out.into_iter()
-            .map(|(start, run)| {
-                let packet = &mut area[start..start + run.byte_len()];
-                (run.count(), run.finish(packet), packet.to_vec())
+        runs.into_iter()
+            .map(|(run, members)| match run {
+                Some(mut run) if run.count() > 1 => {
+                    let (count, len) = (run.count(), run.byte_len());
+                    let (header, headers) = run.finish();
+                    let payloads = members.iter().flat_map(|packet| &packet[headers.len()..]);
+                    let packet: Vec<u8> = headers.iter().chain(payloads).copied().collect();
+                    assert_eq!((count, len), (members.len(), packet.len()));
+                    Write { count, header, packet }
+                }
+                _ => Write { count: 1, header: WHOLE, packet: members[0].clone() },
             })
             .collect()
     }
 
     /// What the kernel would make of a write again.
-    fn segments(header: &[u8; VirtioNetHdr::LEN], packet: &[u8]) -> Vec<Vec<u8>> {
-        let header = VirtioNetHdr::parse(header).unwrap();
-        let Some(cut) = Cut::plan(&header, packet).unwrap() else { return vec![packet.to_vec()] };
+    fn segments(it: &Write) -> Vec<Vec<u8>> {
+        let header = VirtioNetHdr::parse(&it.header).unwrap();
+        let Some(cut) = Cut::plan(&header, &it.packet).unwrap() else {
+            return vec![it.packet.clone()];
+        };
         (0..cut.count())
             .map(|number| {
                 let mut out = vec![0; cut.len_of(number)];
-                cut.write(packet, number, &mut out);
+                cut.write(&it.packet, number, &mut out);
                 out
             })
             .collect()
@@ -287,26 +381,24 @@ mod tests {
 
     /// Mostly what continues the packet before, sometimes not.
     fn flows() -> impl Strategy<Value = Vec<Vec<u8>>> {
-        let step = (0u8..12, prop_oneof![4 => Just(100usize), 1 => 0usize..120], any::<bool>());
-        (any::<(bool, u32, u16)>(), proptest::collection::vec(step, 1..30)).prop_map(
-            |((ipv6, mut sequence, mut id), steps)| {
+        let step = (0u8..20, prop_oneof![4 => Just(101usize), 1 => 0usize..120], any::<bool>());
+        let base = (any::<(bool, bool, u32, u16)>(), 0usize..=10);
+        (base, proptest::collection::vec(step, 1..100)).prop_map(
+            |(((ipv6, udp, mut sequence, mut id), words), steps)| {
                 let mut packets = Vec::new();
                 for (oddity, len, push) in steps {
-                    let mut it = Shape {
-                        ipv6,
-                        port: 4000,
-                        sequence,
-                        id,
-                        len,
-                        flags: if push && oddity > 8 { ACK | PSH } else { ACK },
-                        window: 500,
-                    };
+                    let mut it =
+                        Shape { ipv6, udp, sequence, id, len, options: words * 4, ..PLAIN };
                     match oddity {
                         0 => it.port = 4001,
                         1 => it.sequence = it.sequence.wrapping_add(1),
                         2 => it.flags = 0x19,
                         3 => it.window = 501,
                         4 => it.id = it.id.wrapping_add(7),
+                        6 => it.traffic_class = 3,
+                        7 => it.dont_fragment = false,
+                        8 => it.options = 40 - it.options,
+                        9.. if push && oddity > 16 => it.flags = ACK | PSH,
                         _ => {}
                     }
                     let mut bytes = packet(it);
@@ -327,60 +419,68 @@ mod tests {
         #[test]
         fn cutting_undoes_joining(packets in flows()) {
             let writes = coalesce(&packets);
-            let again: Vec<_> =
-                writes.iter().flat_map(|(_, header, packet)| segments(header, packet)).collect();
+            prop_assert!(writes.iter().all(|write| write.count <= PACKETS_MAX));
+            let again: Vec<_> = writes.iter().flat_map(segments).collect();
             prop_assert_eq!(again, packets);
         }
 
         #[test]
         fn arbitrary_bytes_never_panic(
-            first in proptest::collection::vec(any::<u8>(), 1..80),
-            second in proptest::collection::vec(any::<u8>(), 1..80),
+            first in proptest::collection::vec(any::<u8>(), 0..120),
+            second in proptest::collection::vec(any::<u8>(), 0..120),
         ) {
-            let mut area = [&first[..], &second].concat();
-            let mut run = Run::new(&first);
-            run.join(&mut area, first.len());
-            run.finish(&mut area[..run.byte_len()]);
+            if let (Some(one), Some(two)) = (Segment::parse(&first), Segment::parse(&second)) {
+                let mut run = Run::new(one, &first);
+                run.join(&two, &second);
+                run.finish();
+            }
         }
     }
 
     #[test]
     fn a_flow_becomes_one_write() {
-        for ipv6 in [false, true] {
-            let shape = |number: u32, len, flags| Shape {
+        for (ipv6, udp) in [(false, false), (true, false), (false, true), (true, true)] {
+            let shape = |number: u16, len, flags| Shape {
                 ipv6,
-                port: 4000,
-                sequence: 1000 + number * 1400,
-                id: 7 + u16::try_from(number).unwrap(),
+                udp,
+                sequence: 1000 + u32::from(number) * 1400,
+                id: 7 + number,
                 len,
                 flags,
-                window: 500,
+                ..PLAIN
             };
             let mut packets: Vec<_> = (0..20).map(|n| packet(shape(n, 1400, ACK))).collect();
             packets.push(packet(shape(20, 300, ACK | PSH)));
             let writes = coalesce(&packets);
-            assert_eq!(writes.len(), 1);
-            assert_eq!(writes[0].0, 21);
-            let view = IpView::check(&writes[0].2).unwrap();
-            assert!(view.header_is_intact());
+            assert_eq!(writes.len(), 1, "IPv6 {ipv6}, UDP {udp}");
+            assert_eq!(writes[0].count, 21);
+            assert!(IpView::check(&writes[0].packet).unwrap().header_is_intact());
         }
+    }
+
+    /// Linux numbers none of the packets of an unconnected UDP socket.
+    #[test]
+    fn datagrams_that_nobody_may_cut_need_no_ids() {
+        let datagram = |dont_fragment| packet(Shape { udp: true, id: 0, dont_fragment, ..PLAIN });
+        assert_eq!(coalesce(&[datagram(true), datagram(true), datagram(true)]).len(), 1);
+        assert_eq!(coalesce(&[datagram(false), datagram(false)]).len(), 2);
+    }
+
+    #[test]
+    fn a_datagram_without_checksum_is_left_alone() {
+        let mut datagram = packet(Shape { udp: true, id: 0, ..PLAIN });
+        datagram[26..28].fill(0);
+        assert!(Segment::parse(&datagram).is_none());
     }
 
     #[test]
     fn a_wrong_checksum_is_left_to_the_kernel() {
-        let shape = |sequence, id| Shape {
-            ipv6: false,
-            port: 4000,
-            sequence,
-            id,
-            len: 100,
-            flags: ACK,
-            window: 500,
-        };
-        let mut packets = [packet(shape(0, 0)), packet(shape(100, 1))];
-        packets[1][139] ^= 1;
+        let next = Shape { sequence: PLAIN.sequence + 100, id: 8, ..PLAIN };
+        let mut packets = [packet(PLAIN), packet(next)];
+        let last = packets[1].len() - 1;
+        packets[1][last] ^= 1;
         let writes = coalesce(&packets);
         assert_eq!(writes.len(), 2);
-        assert!(writes.iter().all(|(count, header, _)| *count == 1 && *header == WHOLE));
+        assert!(writes.iter().all(|write| write.count == 1 && write.header == WHOLE));
     }
 }

@@ -1,0 +1,292 @@
+//! From the containers to their peers.
+
+use std::io;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use crate::batch::{Batch, Outer, Transmit};
+use crate::buffers::BufferId;
+use crate::ecn;
+use crate::features::Feature;
+use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
+use crate::io::{Completion, Io, Received, Sent};
+use crate::offload::VirtioNetHdr;
+use crate::offload::segment::{Cut, finish_checksum};
+use crate::packet::{IpView, decrement_ttl};
+use crate::routes::{Peer, RouteTable, Target};
+use crate::stats::Counter;
+use crate::sys;
+use crate::worker::{Carry, Context};
+
+/// No IPv6 link may be smaller (RFC 8200 5), so no sender can be asked for less.
+const IPV6_MTU_MIN: u32 = 1280;
+/// How long sends wait for room in a full socket. Meanwhile packets queue in the TUN device.
+const STALL_MAX: Duration = Duration::from_millis(100);
+
+/// Carries packets from the containers to their peers.
+#[derive(Debug)]
+pub(crate) struct TunToUdp {
+    context: Context,
+    limit: RateLimit,
+    /// The send that the next packet may join.
+    batch: Option<Batch>,
+    /// Sends that found the socket full, none of which another has overtaken.
+    stalled: Vec<Sent>,
+}
+
+impl TunToUdp {
+    pub(crate) fn new(context: Context) -> Self {
+        let limit = RateLimit::new(Instant::now());
+        Self { context, limit, batch: None, stalled: Vec::new() }
+    }
+
+    fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: &Received) {
+        let Received { buffer, packets, .. } = received;
+        let Some(header) = VirtioNetHdr::parse(io.packet(buffer, packets)) else {
+            return self.context.stats.add(Counter::TunToUdpMalformed, 1);
+        };
+        let at = packets.start + VirtioNetHdr::LEN..packets.end;
+        let bytes = io.packet_mut(buffer, &at);
+        let outer = match self.forward(routes, bytes) {
+            Forward::To(outer) => outer,
+            Forward::Drop(counter, icmp) => {
+                self.context.stats.add(counter, 1);
+                if let Some(error) = icmp {
+                    self.answer(error, bytes);
+                }
+                return;
+            }
+        };
+        decrement_ttl(bytes);
+        match Cut::plan(&header, bytes) {
+            Ok(None) if finish_checksum(&header, bytes).is_ok() => {
+                self.append(io, (buffer, &at), outer, at.len(), |packet, out| {
+                    out.copy_from_slice(packet);
+                });
+            }
+            Ok(Some(cut)) => {
+                self.context.stats.add(Counter::TunToUdpSuperPackets, 1);
+                for number in 0..cut.count() {
+                    let len = cut.len_of(number);
+                    self.append(io, (buffer, &at), outer, len, |packet, out| {
+                        cut.write(packet, number, out);
+                    });
+                }
+            }
+            Ok(None) | Err(_) => self.context.stats.add(Counter::TunToUdpMalformed, 1),
+        }
+    }
+
+    /// What becomes of a packet from the TUN.
+    fn forward(&self, routes: &RouteTable, packet: &[u8]) -> Forward {
+        let Ok(view) = IpView::check(packet) else {
+            return Forward::Drop(Counter::TunToUdpMalformed, None);
+        };
+        let Some(Target::Peer(peer)) = routes.lookup(view.destination()) else {
+            return Forward::Drop(Counter::TunToUdpNoRoute, Some(IcmpError::Unreachable));
+        };
+        if view.ttl() <= 1 {
+            return Forward::Drop(Counter::TunToUdpTtlExpired, Some(IcmpError::TimeExceeded));
+        }
+        Forward::To(self.outer(peer, &view))
+    }
+
+    fn outer(&self, peer: &Peer, view: &IpView<'_>) -> Outer {
+        let Context { sockets, dscp, .. } = &self.context;
+        let socket = if sockets.len() > 1 { view.flow_hash() as usize % sockets.len() } else { 0 };
+        let traffic_class = ecn::outer(view.traffic_class(), peer.ecn, *dscp);
+        Outer { peer: peer.endpoint, socket, traffic_class }
+    }
+
+    /// Has `write` make a datagram of `len` bytes out of a received packet, in the open batch or
+    /// in a new one.
+    fn append(
+        &mut self,
+        io: &mut impl Io,
+        packet: (&BufferId, &Range<usize>),
+        outer: Outer,
+        len: usize,
+        write: impl FnOnce(&[u8], &mut [u8]),
+    ) {
+        let joins = self.batch.as_ref().is_some_and(|batch| batch.takes(&outer, len))
+            && self.context.features.has(Feature::UdpSegment);
+        if !joins {
+            self.send_batch(io);
+            self.batch = io.take_buffer().map(|buffer| Batch::new(buffer, outer, len));
+        }
+        let Some(batch) = &mut self.batch else {
+            return self.context.stats.add(Counter::TunToUdpFull, 1);
+        };
+        let at = batch.reserve(len);
+        let (from, out) = io.two_packets(packet, (&batch.buffer, &at));
+        write(from, out);
+    }
+
+    fn send_batch(&mut self, io: &mut impl Io) {
+        if let Some(batch) = self.batch.take() {
+            let (buffer, transmit) = batch.finish();
+            io.send(buffer, transmit);
+        }
+    }
+
+    /// What came of a send. A send that finds the socket full waits, and with it those behind; but
+    /// if one behind it got through, it is lost rather than late: no flow is ever reordered.
+    fn sent(&mut self, io: &mut impl Io, routes: &RouteTable, sent: Sent) {
+        match &sent.result {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return self.stalled.push(sent);
+            }
+            Ok(()) => self.drop_stalled(io),
+            Err(_) => {}
+        }
+        let packets = io.packet(&sent.buffer, &sent.transmit.packets);
+        self.finish(routes, packets, &sent.transmit, sent.result);
+        io.recycle(sent.buffer);
+    }
+
+    fn drop_stalled(&mut self, io: &mut impl Io) {
+        for Sent { buffer, transmit, .. } in self.stalled.drain(..) {
+            self.context.stats.add(Counter::TunToUdpFull, count(&transmit));
+            io.recycle(buffer);
+        }
+    }
+
+    /// Sends again, in order, what found the socket full, for as long as it may take.
+    fn send_stalled(&mut self, io: &mut impl Io, routes: &RouteTable) {
+        let Some(first) = self.stalled.first() else { return };
+        self.context.stats.add(Counter::TunToUdpStalls, 1);
+        let deadline = Instant::now() + STALL_MAX;
+        tracing::trace!(peer = %first.transmit.outer.peer, "the socket is full");
+        for Sent { buffer, transmit, .. } in std::mem::take(&mut self.stalled) {
+            let packets = io.packet(&buffer, &transmit.packets);
+            let socket = &self.context.sockets[transmit.outer.socket];
+            let result = loop {
+                match sys::send(socket, packets, &transmit) {
+                    Err(error)
+                        if error.kind() == io::ErrorKind::WouldBlock
+                            && socket.wait_writable(deadline).is_ok() => {}
+                    result => break result,
+                }
+            };
+            self.finish(routes, packets, &transmit, result);
+            io.recycle(buffer);
+        }
+    }
+
+    /// Counts a send, or does what its error asks for.
+    fn finish(
+        &mut self,
+        routes: &RouteTable,
+        packets: &[u8],
+        transmit: &Transmit,
+        result: io::Result<()>,
+    ) {
+        let several = packets.len() > transmit.segment_len;
+        let Err(error) = result else {
+            return self.count_sent(packets.len(), count(transmit));
+        };
+        match error.raw_os_error() {
+            // One of them is too large for the path, or the kernel cannot cut: one by one, each
+            // has its own answer.
+            Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO) if several => {
+                self.context.stats.add(Counter::TunToUdpSegmentRefused, 1);
+                if error.raw_os_error() != Some(libc::EMSGSIZE) {
+                    self.context.fall(Feature::UdpSegment, &error);
+                }
+                for packet in packets.chunks(transmit.segment_len) {
+                    self.send_one(routes, packet, transmit);
+                }
+            }
+            Some(libc::EMSGSIZE) => self.too_big(routes, packets),
+            Some(libc::EAGAIN | libc::ENOBUFS) => {
+                self.context.stats.add(Counter::TunToUdpFull, count(transmit));
+            }
+            _ => self.context.stats.add(Counter::TunToUdpSendFailed, count(transmit)),
+        }
+    }
+
+    fn count_sent(&self, bytes: usize, packets: u64) {
+        self.context.stats.add(Counter::TunToUdpSends, 1);
+        self.context.stats.add(Counter::TunToUdpPackets, packets);
+        self.context.stats.add(Counter::TunToUdpBytes, bytes as u64);
+    }
+
+    fn send_one(&mut self, routes: &RouteTable, packet: &[u8], transmit: &Transmit) {
+        let one =
+            Transmit { packets: 0..packet.len(), segment_len: packet.len(), ..transmit.clone() };
+        let socket = &self.context.sockets[one.outer.socket];
+        let result = sys::send(socket, packet, &one);
+        self.finish(routes, packet, &one, result);
+    }
+
+    /// The path to the peer is smaller than our MTU. A sender that forbids fragments is told what
+    /// fits; for others the outer packet is cut, as the kernel would do with the inner one.
+    fn too_big(&mut self, routes: &RouteTable, packet: &[u8]) {
+        let (stats, udp) = (&self.context.stats, &self.context.udp);
+        let (Ok(view), Some(peer)) = (IpView::check(packet), peer_of(routes, packet)) else {
+            return stats.add(Counter::TunToUdpNoRoute, 1);
+        };
+        let Ok(path) = udp.path_mtu(peer.endpoint) else {
+            return stats.add(Counter::TunToUdpSendFailed, 1);
+        };
+        let fitting = path.saturating_sub(self.context.overhead);
+        let mtu = if matches!(view, IpView::V6(_)) { fitting.max(IPV6_MTU_MIN) } else { fitting };
+        if view.dont_fragment() && packet.len() > mtu as usize {
+            stats.add(Counter::TunToUdpTooBig, 1);
+            self.answer(IcmpError::TooBig { mtu }, packet);
+        } else if udp.send_fragmented(packet, peer.endpoint).is_ok() {
+            stats.add(Counter::TunToUdpFragmented, 1);
+        } else {
+            stats.add(Counter::TunToUdpSendFailed, 1);
+        }
+    }
+
+    /// Back to a container: through the TUN, on which the backend has allowed our own address as
+    /// a source (accept_local).
+    fn answer(&mut self, error: IcmpError, packet: &[u8]) {
+        let mut out = [0; ICMP_ERROR_LEN_MAX];
+        if let Some(answer) = self.context.icmp(&mut self.limit, error, packet, &mut out) {
+            // A refused error is a lost packet like another; senders cope.
+            let _ = self.context.tun.write(answer);
+        }
+    }
+}
+
+impl<I: Io> Carry<I> for TunToUdp {
+    const BATCHES: Counter = Counter::TunToUdpBatches;
+
+    fn act(&mut self, io: &mut I, routes: &RouteTable, completion: Completion) {
+        match completion {
+            Completion::Received(received) => {
+                self.received(io, routes, &received);
+                io.recycle(received.buffer);
+            }
+            Completion::Sent(sent) => self.sent(io, routes, sent),
+            Completion::Woken => {}
+        }
+    }
+
+    fn flush(&mut self, io: &mut I, routes: &RouteTable) {
+        self.send_stalled(io, routes);
+        self.send_batch(io);
+    }
+}
+
+/// What becomes of a packet from the TUN.
+enum Forward {
+    To(Outer),
+    Drop(Counter, Option<IcmpError>),
+}
+
+/// Where a packet goes by the routes as they are now.
+fn peer_of<'a>(routes: &'a RouteTable, packet: &[u8]) -> Option<&'a Peer> {
+    match routes.lookup(IpView::check(packet).ok()?.destination())? {
+        Target::Peer(peer) => Some(peer),
+        Target::Local => None,
+    }
+}
+
+/// Packets in a send.
+fn count(transmit: &Transmit) -> u64 {
+    transmit.packets.len().div_ceil(transmit.segment_len.max(1)) as u64
+}
