@@ -2,6 +2,8 @@
 
 use std::cell::UnsafeCell;
 
+use crate::sys;
+
 /// One buffer. Whoever holds the id owns the buffer's bytes: it can't be copied, and the ring
 /// takes it back before the kernel may write there again.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,8 +33,7 @@ impl BufferPool {
     /// `count` buffers of at least `len` bytes.
     pub(crate) fn new(count: u16, len: usize) -> Self {
         let buffer_len = len.next_multiple_of(Self::ALIGN);
-        let memory = (0..usize::from(count) * buffer_len).map(|_| UnsafeCell::new(0)).collect();
-        Self { memory, buffer_len }
+        Self { memory: sys::zeroed_cells(usize::from(count) * buffer_len), buffer_len }
     }
 
     /// Bytes in each buffer.

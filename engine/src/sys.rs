@@ -2,6 +2,7 @@
 //!
 //! With `io/uring.rs` the only home of `unsafe`.
 
+use std::cell::UnsafeCell;
 use std::fs::File;
 use std::io;
 use std::iter;
@@ -66,6 +67,14 @@ pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Bytes that the kernel may write to as well. Pages that nobody touches take no memory.
+pub(crate) fn zeroed_cells(len: usize) -> Box<[UnsafeCell<u8>]> {
+    let bytes = Box::into_raw(vec![0u8; len].into_boxed_slice());
+    // SAFETY: the box was just given up, and UnsafeCell<u8> has the layout of u8
+    // (repr(transparent)).
+    unsafe { Box::from_raw(bytes as *mut [UnsafeCell<u8>]) }
 }
 
 /// A msghdr that says nothing.

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use tun::AbstractDevice;
 
 use crate::features::{Feature, Features};
-use crate::offload::WHOLE;
 use crate::sys;
 
 /// What is offered to the kernel (TUNSETOFFLOAD, include/uapi/linux/if_tun.h): TUN_F_CSUM, without
@@ -108,13 +107,8 @@ fn open_when_free(name: &str) -> io::Result<(File, String)> {
 }
 
 impl TunQueue {
-    /// Hands the kernel one packet.
-    pub(crate) fn write(&self, packet: &[u8]) -> io::Result<()> {
-        self.write_vectored(&[IoSlice::new(&WHOLE), IoSlice::new(packet)])
-    }
-
-    /// Hands the kernel one packet in pieces, the first of which is its virtio header.
-    pub(crate) fn write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
+    /// Hands the kernel one packet, in pieces, behind its virtio header.
+    pub(crate) fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
         (&self.0).write_vectored(pieces).map(drop)
     }
 }

@@ -1,6 +1,6 @@
 //! From the containers to their peers.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -10,8 +10,8 @@ use crate::ecn;
 use crate::features::Feature;
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
 use crate::io::{Completion, Io, Received, Sent};
-use crate::offload::VirtioNetHdr;
 use crate::offload::segment::{Cut, finish_checksum};
+use crate::offload::{VirtioNetHdr, WHOLE};
 use crate::packet::{IpView, decrement_ttl};
 use crate::routes::{Peer, RouteTable, Target};
 use crate::stats::Counter;
@@ -247,7 +247,8 @@ impl TunToUdp {
         let mut out = [0; ICMP_ERROR_LEN_MAX];
         if let Some(answer) = self.context.icmp(&mut self.limit, error, packet, &mut out) {
             // A refused error is a lost packet like another; senders cope.
-            let _ = self.context.tun.write(answer);
+            let pieces = [IoSlice::new(&WHOLE), IoSlice::new(answer)];
+            let _ = self.context.tun.write(&pieces);
         }
     }
 }

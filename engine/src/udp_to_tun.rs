@@ -2,74 +2,45 @@
 
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
-use std::ops::Range;
 use std::time::Instant;
 
-use crate::buffers::BufferId;
 use crate::ecn;
 use crate::features::Feature;
 use crate::guard::Verdict;
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
 use crate::io::{Completion, Io, Received};
-use crate::offload::coalesce::{PACKETS_MAX, Run, Segment};
+use crate::offload::coalesce::{Run, Segment};
+use crate::offload::segment::Cut;
+use crate::offload::{VirtioNetHdr, WHOLE};
 use crate::packet::{IpView, decrement_ttl};
 use crate::routes::{RouteTable, Target};
 use crate::stats::Counter;
 use crate::worker::{Carry, Context};
-
-/// Payloads shorter than this are copied together: below it the kernel's walk over many pieces
-/// costs more than the copy.
-const GATHER_MIN: usize = 512;
-/// The most that such payloads come to.
-const COPIED_MAX: usize = PACKETS_MAX * GATHER_MIN;
-/// Pieces of a write: the virtio header, the run's headers, and the payloads.
-const PIECES_MAX: usize = 2 + PACKETS_MAX;
 
 /// Carries packets from peers to the containers.
 #[derive(Debug)]
 pub(crate) struct UdpToTun {
     context: Context,
     limit: RateLimit,
-    /// Buffers that hold packets which are not written yet.
-    held: Vec<BufferId>,
-    /// Packets that the next one may join, and where they are.
-    run: Option<Run>,
-    parts: Vec<Part>,
-    copied: Box<[u8]>,
-}
-
-/// A packet in one of the buffers held.
-#[derive(Debug)]
-struct Part {
-    /// The buffer's place in `held`.
-    buffer: usize,
-    at: Range<usize>,
+    /// Packets that the next one may join.
+    run: Run,
 }
 
 impl UdpToTun {
     pub(crate) fn new(context: Context) -> Self {
-        Self {
-            context,
-            limit: RateLimit::new(Instant::now()),
-            held: Vec::new(),
-            run: None,
-            parts: Vec::with_capacity(PACKETS_MAX),
-            copied: vec![0; COPIED_MAX].into_boxed_slice(),
-        }
+        Self { context, limit: RateLimit::new(Instant::now()), run: Run::default() }
     }
 
-    fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: Received) {
+    fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: &Received) {
         let Received { buffer, packets, segment_len, sender, traffic_class } = received;
-        let place = self.held.len();
-        self.held.push(buffer);
         let mut start = packets.start;
         // Once at least, so that an empty datagram is counted too.
         loop {
-            let at = start..(start + segment_len.max(1)).min(packets.end);
+            let at = start..(start + segment_len.max(&1)).min(packets.end);
             start = at.end;
-            let bytes = io.packet_mut(&self.held[place], &at);
-            if self.admit(routes, sender, traffic_class, bytes) {
-                self.deliver(io, Part { buffer: place, at });
+            let packet = io.packet_mut(buffer, &at);
+            if self.admit(routes, *sender, *traffic_class, packet) {
+                self.deliver(packet);
             }
             if start >= packets.end {
                 break;
@@ -110,88 +81,34 @@ impl UdpToTun {
     }
 
     /// Joins a packet to the open run, or begins a new one with it.
-    fn deliver(&mut self, io: &impl Io, part: Part) {
-        let packet = part.bytes(io, &self.held);
-        let segment = Segment::parse(packet).filter(|it| self.context.features.has(feature(it)));
-        let joined = match (&mut self.run, &segment) {
-            (Some(run), Some(segment)) => run.join(segment, packet),
-            _ => false,
-        };
-        if joined {
-            return self.parts.push(part);
+    fn deliver(&mut self, packet: &[u8]) {
+        let segment = Segment::parse(packet);
+        let segment = segment.filter(|it| self.context.features.has(feature(it.is_udp())));
+        if segment.is_some_and(|segment| self.run.join(&segment, packet)) {
+            return;
         }
-        self.write_run(io);
+        self.write_run();
         match segment {
-            Some(segment) => {
-                self.run = Some(Run::new(segment, packet));
-                self.parts.push(part);
-            }
-            None => self.write_one(packet),
+            Some(segment) => self.run.begin(&segment, packet),
+            None => write_one(&self.context, packet),
         }
     }
 
     /// Hands the open run to the kernel, if there is one.
-    fn write_run(&mut self, io: &impl Io) {
-        let Some(mut run) = self.run.take() else { return };
-        let written = if run.count() > 1 { self.write_joined(io, &mut run) } else { Ok(false) };
-        if !matches!(written, Ok(true)) {
-            let before = self.context.stats.get(Counter::UdpToTunPackets);
-            for part in &self.parts {
-                self.write_one(part.bytes(io, &self.held));
+    fn write_run(&mut self) {
+        let (count, feature) = (self.run.count(), feature(self.run.is_udp()));
+        let Some(bytes) = self.run.finish() else { return };
+        match self.context.tun.write(&[IoSlice::new(bytes)]) {
+            Ok(()) => {
+                count_written(&self.context, bytes.len() - VirtioNetHdr::LEN, count);
+                if count > 1 {
+                    self.context.stats.add(Counter::UdpToTunSuperPackets, 1);
+                }
             }
-            // Where the kernel takes them one by one, it was the joining that it refused.
-            let any_taken = self.context.stats.get(Counter::UdpToTunPackets) > before;
-            if let Err(error) = written
-                && any_taken
-            {
-                self.context.stats.add(Counter::UdpToTunCoalesceRefused, 1);
-                self.context.fall(feature(run.last()), &error);
-            }
-        }
-        self.parts.clear();
-    }
-
-    /// `false` is for no attempt, never for a failure.
-    fn write_joined(&mut self, io: &impl Io, run: &mut Run) -> io::Result<bool> {
-        let (packets, len, segment_len) = (run.count(), run.byte_len(), run.segment_len());
-        let (virtio_header, headers) = run.finish();
-        let payloads = self.parts.iter().map(|it| &it.bytes(io, &self.held)[headers.len()..]);
-        let mut pieces = [IoSlice::new(&[]); PIECES_MAX];
-        pieces[0] = IoSlice::new(&virtio_header);
-        pieces[1] = IoSlice::new(headers);
-        let mut count = 2;
-        if segment_len < GATHER_MIN {
-            let mut copied = 0;
-            for payload in payloads {
-                self.copied[copied..copied + payload.len()].copy_from_slice(payload);
-                copied += payload.len();
-            }
-            pieces[2] = IoSlice::new(&self.copied[..copied]);
-            count = 3;
-        } else {
-            for payload in payloads {
-                pieces[count] = IoSlice::new(payload);
-                count += 1;
-            }
-        }
-        self.context.tun.write_vectored(&pieces[..count])?;
-        self.context.stats.add(Counter::UdpToTunSuperPackets, 1);
-        self.count_written(packets, len);
-        Ok(true)
-    }
-
-    fn write_one(&self, packet: &[u8]) {
-        match self.context.tun.write(packet) {
-            Ok(()) => self.count_written(1, packet.len()),
-            Err(_) => self.context.stats.add(Counter::UdpToTunWriteFailed, 1),
+            Err(_) if count == 1 => self.context.stats.add(Counter::UdpToTunWriteFailed, 1),
+            Err(refusal) => write_apart(&self.context, bytes, feature, &refusal),
         }
     }
-
-    fn count_written(&self, packets: usize, bytes: usize) {
-        self.context.stats.add(Counter::UdpToTunPackets, packets as u64);
-        self.context.stats.add(Counter::UdpToTunBytes, bytes as u64);
-    }
-
     /// Back over the network, to whoever has the inner source.
     fn time_exceeded(&mut self, routes: &RouteTable, packet: &[u8]) {
         let Ok(view) = IpView::check(packet) else {
@@ -214,26 +131,51 @@ impl<I: Io> Carry<I> for UdpToTun {
 
     fn act(&mut self, io: &mut I, routes: &RouteTable, completion: Completion) {
         match completion {
-            Completion::Received(received) => self.received(io, routes, received),
+            Completion::Received(received) => {
+                self.received(io, routes, &received);
+                io.recycle(received.buffer);
+            }
             Completion::Sent(_) | Completion::Woken => {}
         }
     }
 
-    fn flush(&mut self, io: &mut I, _routes: &RouteTable) {
-        self.write_run(io);
-        for buffer in self.held.drain(..) {
-            io.recycle(buffer);
-        }
+    fn flush(&mut self, _io: &mut I, _routes: &RouteTable) {
+        self.write_run();
     }
 }
 
-impl Part {
-    fn bytes<'a>(&self, io: &'a impl Io, held: &[BufferId]) -> &'a [u8] {
-        io.packet(&held[self.buffer], &self.at)
+/// What lets a packet be joined with others.
+fn feature(is_udp: bool) -> Feature {
+    if is_udp { Feature::UdpCoalesce } else { Feature::TcpCoalesce }
+}
+
+fn write_one(context: &Context, packet: &[u8]) {
+    match context.tun.write(&[IoSlice::new(&WHOLE), IoSlice::new(packet)]) {
+        Ok(()) => count_written(context, packet.len(), 1),
+        Err(_) => context.stats.add(Counter::UdpToTunWriteFailed, 1),
     }
 }
 
-/// What lets this packet be joined with others.
-fn feature(segment: &Segment) -> Feature {
-    if segment.is_udp() { Feature::UdpCoalesce } else { Feature::TcpCoalesce }
+/// Writes packets one by one that the kernel refuses as one. Where it takes them so, it was the
+/// joining that it refused, and the engine gives that up.
+fn write_apart(context: &Context, bytes: &[u8], feature: Feature, refusal: &io::Error) {
+    let before = context.stats.get(Counter::UdpToTunPackets);
+    let packet = &bytes[VirtioNetHdr::LEN..];
+    let cut = VirtioNetHdr::parse(bytes).and_then(|it| Cut::plan(&it, packet).ok().flatten());
+    let Some(cut) = cut else { return };
+    let mut one = vec![0; cut.len_of(0)];
+    for number in 0..cut.count() {
+        let len = cut.len_of(number);
+        cut.write(packet, number, &mut one[..len]);
+        write_one(context, &one[..len]);
+    }
+    if context.stats.get(Counter::UdpToTunPackets) > before {
+        context.stats.add(Counter::UdpToTunCoalesceRefused, 1);
+        context.fall(feature, refusal);
+    }
+}
+
+fn count_written(context: &Context, bytes: usize, packets: usize) {
+    context.stats.add(Counter::UdpToTunPackets, packets as u64);
+    context.stats.add(Counter::UdpToTunBytes, bytes as u64);
 }

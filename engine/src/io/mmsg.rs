@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use super::{Completion, Direction, Files, Io, Received, Sent, Wait};
+use super::{Completion, Direction, Files, Io, RECEIVE_BUFFERS, Received, Sent, Wait, Window};
 use crate::batch::Transmit;
 use crate::buffers::BufferId;
 use crate::sys::{self, ReceiveMany};
@@ -28,7 +28,7 @@ pub(crate) struct Mmsg {
     /// Buffers that wait for input, and those to send from that are in no send.
     empty: Vec<u16>,
     free: Vec<u16>,
-    receive_count: u16,
+    window: Window,
     receive_many: ReceiveMany,
     queued: Vec<(BufferId, Transmit)>,
     done: Vec<Completion>,
@@ -44,8 +44,8 @@ impl Mmsg {
     /// # Errors
     /// No more files may be opened, or the source cannot be read without blocking.
     pub(crate) fn new(direction: Direction, files: &Files<'_>) -> io::Result<Self> {
-        let (receive, len) = direction.receive_buffers();
-        let count = receive + direction.send_buffers();
+        let count = RECEIVE_BUFFERS + direction.send_buffers();
+        let len = direction.input_len_max();
         let source = files.source.try_clone_to_owned()?;
         rustix::io::ioctl_fionbio(&source, true)?;
         Ok(Self {
@@ -58,12 +58,12 @@ impl Mmsg {
                 .map(|socket| socket.try_clone_to_owned())
                 .collect::<io::Result<_>>()?,
             buffers: (0..count).map(|_| vec![0; len].into_boxed_slice()).collect(),
-            empty: (0..receive).collect(),
-            free: (receive..count).collect(),
-            receive_count: receive,
-            receive_many: ReceiveMany::new(receive.into()),
+            empty: (0..RECEIVE_BUFFERS).rev().collect(),
+            free: (RECEIVE_BUFFERS..count).rev().collect(),
+            window: Window::new(),
+            receive_many: ReceiveMany::new(RECEIVE_BUFFERS.into()),
             queued: Vec::with_capacity(count.into()),
-            done: Vec::with_capacity(usize::from(receive + count)),
+            done: Vec::with_capacity(usize::from(RECEIVE_BUFFERS + count)),
         })
     }
 
@@ -85,7 +85,8 @@ impl Mmsg {
     }
 
     fn read(&mut self) -> io::Result<()> {
-        while let Some(index) = self.empty.last() {
+        let last = self.empty.len().saturating_sub(self.window.packets.into());
+        while let Some(index) = self.empty.get(last..).and_then(<[u16]>::last) {
             let buffer = &mut self.buffers[usize::from(*index)][..];
             let len = rustix::io::read(&self.source, buffer)?;
             self.done.extend(self.empty.pop().map(|index| {
@@ -102,10 +103,12 @@ impl Mmsg {
     }
 
     fn receive_datagrams(&mut self) -> io::Result<()> {
+        // In order, since they are borrowed in order; the lowest ones are used again and again.
         self.empty.sort_unstable();
         let mut indices = self.empty.iter().copied().peekable();
         let buffers = self.buffers.iter_mut().zip(0u16..);
         let empty = buffers.filter(|(_, at)| indices.next_if_eq(at).is_some());
+        let empty = empty.take(self.window.packets.into());
         let count =
             self.receive_many.receive(&self.source, empty.map(|(bytes, _)| &mut bytes[..]))?;
         for (number, index) in self.empty.drain(..count).enumerate() {
@@ -150,6 +153,12 @@ impl Io for Mmsg {
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
+        let received = self.done.iter().filter_map(|completion| match completion {
+            Completion::Received(received) => Some(received.packets.len()),
+            Completion::Sent(_) | Completion::Woken => None,
+        });
+        let (packets, bytes) = received.fold((0, 0), |(n, sum), len| (n + 1, sum + len));
+        self.window.adapt(packets, bytes);
         out.append(&mut self.done);
         Ok(())
     }
@@ -184,7 +193,7 @@ impl Io for Mmsg {
 
     fn recycle(&mut self, buffer: BufferId) {
         let index = buffer.index();
-        if index < self.receive_count { self.empty.push(index) } else { self.free.push(index) }
+        if index < RECEIVE_BUFFERS { self.empty.push(index) } else { self.free.push(index) }
     }
 }
 

@@ -17,13 +17,17 @@ use crate::buffers::BufferId;
 use crate::offload::VirtioNetHdr;
 use message::DATAGRAM_LEN_MAX;
 
-/// Buffers that super-packets from the TUN come in; more of this size only spill the cache.
-const TUN_BUFFERS: u16 = 32;
-/// Buffers that datagrams come in, many of one length in each where the kernel joins them (UDP_GRO).
-const UDP_BUFFERS: u16 = 64;
+/// Buffers that input comes in, each with room for the largest: enough for a large batch of small
+/// packets. See [`Window`] for large ones.
+const RECEIVE_BUFFERS: u16 = 128;
+/// Bytes of input taken at once, or little more: about what stays in a core's own cache until it has
+/// been carried on.
+const WINDOW_LEN: usize = 256 << 10;
+/// Packets that a window has room for at least, however large.
+const WINDOW_MIN: u16 = 4;
 /// Buffers that datagrams to peers go out from. A super-packet of 64 KiB fills one and begins the
-/// next, and may leave an unfinished one behind.
-const SEND_BUFFERS: u16 = 3 * TUN_BUFFERS;
+/// next, and may leave an unfinished one behind. Memory that is never touched costs nothing.
+const SEND_BUFFERS: u16 = 2 * RECEIVE_BUFFERS + 1;
 /// The largest super-packet: its length is a 16-bit field of its IP header.
 const SUPER_PACKET_LEN_MAX: usize = 65_535;
 
@@ -86,11 +90,11 @@ pub(crate) enum Direction {
 }
 
 impl Direction {
-    /// How many buffers input comes in, and how long each is.
-    fn receive_buffers(self) -> (u16, usize) {
+    /// Bytes of the largest input.
+    fn input_len_max(self) -> usize {
         match self {
-            Self::TunToUdp => (TUN_BUFFERS, VirtioNetHdr::LEN + SUPER_PACKET_LEN_MAX),
-            Self::UdpToTun => (UDP_BUFFERS, DATAGRAM_LEN_MAX),
+            Self::TunToUdp => VirtioNetHdr::LEN + SUPER_PACKET_LEN_MAX,
+            Self::UdpToTun => DATAGRAM_LEN_MAX,
         }
     }
 
@@ -99,6 +103,28 @@ impl Direction {
         match self {
             Self::TunToUdp => SEND_BUFFERS,
             Self::UdpToTun => 0,
+        }
+    }
+}
+
+/// How many buffers to offer for input at a time: many for small packets, so that a system call
+/// yields a large batch; few for large ones, so that they are still in the cache when they are
+/// carried on.
+#[derive(Debug)]
+struct Window {
+    packets: u16,
+}
+
+impl Window {
+    fn new() -> Self {
+        Self { packets: RECEIVE_BUFFERS }
+    }
+
+    /// Adapts to the size of what just came in: this many packets of so many bytes in all.
+    fn adapt(&mut self, packets: usize, bytes: usize) {
+        if let Some(len) = bytes.checked_div(packets) {
+            let fitting = u16::try_from(WINDOW_LEN / len.max(1)).unwrap_or(u16::MAX);
+            self.packets = fitting.clamp(WINDOW_MIN, RECEIVE_BUFFERS);
         }
     }
 }
