@@ -23,6 +23,8 @@ macro_rules! counters {
 }
 
 counters! {
+    /// Packets that the TUN device handed over; a super-packet is one.
+    TunToUdpReads => "tun_to_udp_reads",
     /// Packets sent to peers.
     TunToUdpPackets => "tun_to_udp_packets",
     /// Their bytes, without the outer headers.
@@ -55,6 +57,8 @@ counters! {
     UdpToTunPackets => "udp_to_tun_packets",
     /// Their bytes, those of a super-packet with one set of headers.
     UdpToTunBytes => "udp_to_tun_bytes",
+    /// Writes that carried them; packets / writes is what coalescing saves.
+    UdpToTunWrites => "udp_to_tun_writes",
     /// Writes that carried several packets of one flow as one.
     UdpToTunSuperPackets => "udp_to_tun_super_packets",
     /// Writes of several packets as one that the kernel refused, and that went packet by packet.

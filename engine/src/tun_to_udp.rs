@@ -42,6 +42,7 @@ impl TunToUdp {
 
     fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: &Received) {
         let Received { buffer, packets, .. } = received;
+        self.context.stats.add(Counter::TunToUdpReads, 1);
         let Some(header) = VirtioNetHdr::parse(io.packet(buffer, packets)) else {
             return self.context.stats.add(Counter::TunToUdpMalformed, 1);
         };

@@ -176,6 +176,7 @@ fn write_apart(context: &Context, bytes: &[u8], feature: Feature, refusal: &io::
 }
 
 fn count_written(context: &Context, bytes: usize, packets: usize) {
+    context.stats.add(Counter::UdpToTunWrites, 1);
     context.stats.add(Counter::UdpToTunPackets, packets as u64);
     context.stats.add(Counter::UdpToTunBytes, bytes as u64);
 }

@@ -1,0 +1,164 @@
+//! Transfers keep their bytes whatever the kernel does or does not do for many packets at once: both
+//! ways of input and output, features switched off in turn, a wire that loses packets.
+
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::{Result, ensure};
+use weft_daemon::lab::{Bytes, Cancel, Container, Lab, Patience, transfer};
+use weft_tests::{DEADLINE, bring_up, counter, hosts, plain_wire, run_tool};
+
+const KINDS: [&str; 7] = [
+    "tun-tso",
+    "tun-uso",
+    "udp-segment",
+    "udp-gro",
+    "tcp-coalesce",
+    "udp-coalesce",
+    "multishot-read",
+];
+
+/// Every pair of kinds is off together in exactly one of these: the lines of the Fano plane.
+const LINES: [[usize; 3]; 7] =
+    [[0, 1, 2], [0, 3, 4], [0, 5, 6], [1, 3, 5], [1, 4, 6], [2, 3, 6], [2, 4, 5]];
+
+/// What one direction carries in all, in the cases that matter most, and in the others.
+const FULL: u64 = 64 << 20;
+const SHORT: u64 = 4 << 20;
+
+fn off(kinds: impl IntoIterator<Item = usize>) -> String {
+    let kinds: Vec<String> = kinds.into_iter().map(|at| format!("{}=off", KINDS[at])).collect();
+    format!("--offload={}", kinds.join(","))
+}
+
+/// Two hosts whose daemons have these flags.
+fn overlay(flags: &[&str]) -> Result<Lab> {
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, flags)?;
+    Ok(lab)
+}
+
+/// Moves `total` bytes each way at once, over 1, 4 and 50 connections.
+fn transfers_are_intact(lab: &Lab, total: u64) -> Result<()> {
+    let ends = [lab.container(0)?, lab.container(1)?];
+    for streams in [1, 4, 50] {
+        thread::scope(|scope| {
+            let both = [(ends[0], ends[1]), (ends[1], ends[0])];
+            let running: Vec<_> = (0..streams)
+                .flat_map(|_| both)
+                .map(|(from, to)| scope.spawn(move || one(from, to, total / streams)))
+                .collect();
+            running.into_iter().try_for_each(|it| it.join().expect("a transfer panicked"))
+        })?;
+    }
+    Ok(())
+}
+
+fn one(from: &Arc<Container>, to: &Arc<Container>, bytes: u64) -> Result<()> {
+    let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
+    let moved = transfer(&from.netns, &to.netns, to.address()?, Bytes(bytes), &patience)?;
+    ensure!(moved.intact(), "{bytes} bytes arrived as others: {moved:?}");
+    Ok(())
+}
+
+#[test]
+fn with_uring() -> Result<()> {
+    let lab = overlay(&["--io=uring"])?;
+    transfers_are_intact(&lab, FULL)?;
+    assert_eq!(lab.status(0)?.io.as_deref(), Some("uring"));
+    assert!(lab.status(0)?.offloads.values().all(|on| *on), "{:?}", lab.status(0)?.offloads);
+    assert!(counter(&lab, 0, "tun_to_udp_super_packets")? > 0);
+    assert!(counter(&lab, 0, "udp_to_tun_super_packets")? > 0);
+    lab.remove()
+}
+
+#[test]
+fn with_mmsg() -> Result<()> {
+    let lab = overlay(&["--io=mmsg"])?;
+    transfers_are_intact(&lab, FULL)?;
+    assert_eq!(lab.status(0)?.io.as_deref(), Some("mmsg"));
+    assert!(counter(&lab, 0, "tun_to_udp_super_packets")? > 0);
+    assert!(counter(&lab, 0, "udp_to_tun_super_packets")? > 0);
+    lab.remove()
+}
+
+#[test]
+fn with_what_linux_6_1_has() -> Result<()> {
+    let lab = overlay(&["--io=uring", &off([1, 6])])?;
+    transfers_are_intact(&lab, FULL)?;
+    let offloads = lab.status(0)?.offloads;
+    let fallen: Vec<&str> =
+        offloads.iter().filter(|(_, on)| !**on).map(|(name, _)| name.as_str()).collect();
+    assert_eq!(fallen, ["multishot-read", "tun-uso", "udp-coalesce"]);
+    lab.remove()
+}
+
+#[test]
+fn with_nothing() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let lab = overlay(&[io, &off(0..KINDS.len())])?;
+        transfers_are_intact(&lab, 2 * SHORT)?;
+        assert_eq!(counter(&lab, 0, "tun_to_udp_super_packets")?, 0);
+        assert_eq!(counter(&lab, 0, "udp_to_tun_super_packets")?, 0);
+        let packets = counter(&lab, 0, "tun_to_udp_packets")?;
+        assert_eq!(counter(&lab, 0, "tun_to_udp_sends")?, packets);
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn with_every_pair_off() -> Result<()> {
+    for (io, line) in ["--io=uring", "--io=mmsg"].into_iter().cycle().zip(LINES) {
+        let lab = overlay(&[io, &off(line)])?;
+        transfers_are_intact(&lab, SHORT)?;
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+/// On a plain wire each datagram arrives by itself; they are joined all the same.
+#[test]
+fn on_a_plain_wire() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let lab = overlay(&[io])?;
+        plain_wire(&lab)?;
+        transfers_are_intact(&lab, FULL / 2)?;
+        assert!(counter(&lab, 0, "udp_to_tun_super_packets")? > 0);
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn over_a_wire_that_loses_one_in_a_hundred() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let lab = overlay(&[io])?;
+        plain_wire(&lab)?;
+        for host in 0..2 {
+            let netns = &lab.host(host).netns;
+            run_tool(netns, "nft", &["add table inet loss"])?;
+            let chain = "add chain inet loss in { type filter hook input priority 0; }";
+            run_tool(netns, "nft", &[chain])?;
+            let rule =
+                "add rule inet loss in udp dport 8285 numgen random mod 100 == 0 counter drop";
+            run_tool(netns, "nft", &[rule])?;
+        }
+        transfers_are_intact(&lab, SHORT)?;
+        let dropped = run_tool(&lab.host(0).netns, "nft", &["list chain inet loss in"])?;
+        assert!(dropped.contains("packets") && !dropped.contains("packets 0 "), "{dropped}");
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+/// Else the pairs above would not be all pairs.
+#[test]
+fn the_kinds_are_all_there_are() -> Result<()> {
+    let lab = overlay(&[])?;
+    let known: Vec<String> = lab.status(0)?.offloads.into_keys().collect();
+    let mut kinds = KINDS.to_vec();
+    kinds.sort_unstable();
+    assert_eq!(known, kinds);
+    lab.remove()
+}
