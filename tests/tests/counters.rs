@@ -1,0 +1,72 @@
+//! Counters are exact: against what crosses the underlay, and against the TUN device's own.
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use weft_daemon::lab::{Bytes, Lab};
+use weft_daemon::netns::NetNs;
+use weft_tests::{bring_up, counter, hosts, plain_wire, run_tool, until};
+
+/// Outer IPv4 and UDP headers.
+const OVERHEAD: u64 = 28;
+
+/// Counts datagrams that come in from the underlay, as the kernel sees them there.
+fn count_datagrams(netns: &NetNs) -> Result<()> {
+    run_tool(netns, "nft", &["add table inet count"])?;
+    let chain = "add chain inet count in { type filter hook prerouting priority -300; }";
+    run_tool(netns, "nft", &[chain])?;
+    run_tool(netns, "nft", &["add rule inet count in iifname eth0 udp dport 8285 counter"])?;
+    Ok(())
+}
+
+/// Packets, and their bytes from the outer IP header on.
+fn counted(netns: &NetNs) -> Result<(u64, u64)> {
+    let text = run_tool(netns, "nft", &["-j", "list chain inet count in"])?;
+    let answer: Value = serde_json::from_str(&text)?;
+    let parts = answer["nftables"].as_array().context("no list")?;
+    let rule = parts.iter().find_map(|part| part.get("rule")).context("no rule")?;
+    let exprs = rule["expr"].as_array().context("no expressions")?;
+    let counter = exprs.iter().find_map(|it| it.get("counter")).context("no counter")?;
+    let number = |name: &str| counter[name].as_u64().context("no number");
+    Ok((number("packets")?, number("bytes")?))
+}
+
+/// A number that the kernel keeps of the overlay's device.
+fn link(lab: &Lab, host: usize, way: &str, name: &str) -> Result<u64> {
+    let device = lab.status(host)?.device.context("no device")?;
+    let links = lab.host(host).netns.ip_json(&["-s", "link", "show", "dev", &device])?;
+    links[0]["stats64"][way][name].as_u64().with_context(|| format!("no {way} {name}: {links}"))
+}
+
+#[test]
+fn they_agree_with_the_wire_and_with_the_device() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let mut lab = hosts(2)?;
+        plain_wire(&lab)?;
+        for host in 0..2 {
+            count_datagrams(&lab.host(host).netns)?;
+        }
+        bring_up(&mut lab, &[io])?;
+        for (from, to) in [(0, 1), (1, 0)] {
+            assert!(lab.transfer(from, to, Bytes(16 << 20))?.intact());
+        }
+        for (from, to) in [(0, 1), (1, 0)] {
+            let ours = |host, name| counter(&lab, host, name);
+            // What was last sent may still be under way.
+            until("all that was sent has come in", || {
+                Ok(ours(from, "tun_to_udp_packets")? == ours(to, "udp_to_tun_packets")?)
+            })?;
+            let (packets, bytes) = counted(&lab.host(to).netns)?;
+            let sent = ours(from, "tun_to_udp_packets")?;
+            assert_eq!(packets, sent, "{io}");
+            assert_eq!(bytes, ours(from, "tun_to_udp_bytes")? + OVERHEAD * sent, "{io}");
+
+            assert_eq!(link(&lab, to, "rx", "packets")?, ours(to, "udp_to_tun_writes")?, "{io}");
+            assert_eq!(link(&lab, to, "rx", "bytes")?, ours(to, "udp_to_tun_bytes")?, "{io}");
+            assert_eq!(link(&lab, from, "tx", "packets")?, ours(from, "tun_to_udp_reads")?);
+            assert!(ours(to, "udp_to_tun_super_packets")? > 0);
+            assert!(ours(to, "udp_to_tun_writes")? < ours(to, "udp_to_tun_packets")?);
+        }
+        lab.remove()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,153 @@
+//! Many flows at once: none is reordered, all workers take part, and a change of the routes under
+//! load loses nothing.
+
+use std::fs;
+use std::net::{SocketAddr, UdpSocket};
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use weft_daemon::lab::Lab;
+use weft_tests::{DEADLINE, bring_up, hosts, plain_wire, until};
+
+const FLOWS: u16 = 16;
+const FIRST_PORT: u16 = 20_000;
+
+/// A sender and a receiver for each flow, in the containers of two hosts.
+fn flows(lab: &Lab, from: usize, to: usize) -> Result<Vec<(UdpSocket, UdpSocket)>> {
+    let (near, far) = (lab.container(from)?, lab.container(to)?);
+    (0..FLOWS)
+        .map(|flow| {
+            let target = SocketAddr::new(far.address()?, FIRST_PORT + flow);
+            let receiver = far.netns.run(|| UdpSocket::bind(target))??;
+            let sender = near.netns.run(|| UdpSocket::bind("0.0.0.0:0"))??;
+            sender.connect(target)?;
+            receiver.set_read_timeout(Some(Duration::from_secs(1)))?;
+            Ok((sender, receiver))
+        })
+        .collect()
+}
+
+/// Datagrams of a few sizes, so that some may share a send and a write, and others may not.
+fn datagram(number: u32) -> Vec<u8> {
+    let mut bytes = vec![0x5a; [64, 64, 64, 1200, 1200, 9][number as usize % 6]];
+    bytes[..4].copy_from_slice(&number.to_be_bytes());
+    bytes
+}
+
+/// Receives until nothing has come for a while; how many came, each in its order.
+fn receive_in_order(receiver: &UdpSocket) -> Result<u32> {
+    let (mut bytes, mut next, mut count) = ([0; 2048], 0, 0);
+    while let Ok(len) = receiver.recv(&mut bytes) {
+        let number = u32::from_be_bytes(*bytes.first_chunk().context("too short")?);
+        ensure!(number >= next, "{number} came behind {}", next - 1);
+        ensure!(bytes[..len] == datagram(number), "{number} has other bytes");
+        next = number + 1;
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// How often each thread of the engine has gone to sleep, by its name: one that carries packets
+/// does so all the time.
+fn sleeps(lab: &Lab, host: usize) -> Result<Vec<(String, u64)>> {
+    let tasks = format!("/proc/{}/task", lab.status(host)?.pid);
+    let mut found = Vec::new();
+    for task in fs::read_dir(tasks)? {
+        let path = task?.path();
+        let name = fs::read_to_string(path.join("comm"))?.trim().to_owned();
+        if name.starts_with("tun_to_udp") || name.starts_with("udp_to_tun") {
+            found.push((name, voluntary_switches(&path)?));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn voluntary_switches(task: &Path) -> Result<u64> {
+    let status = fs::read_to_string(task.join("status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    Ok(line.context("no such line")?.trim().parse()?)
+}
+
+#[test]
+fn no_flow_is_reordered_and_every_worker_takes_part() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let mut lab = hosts(2)?;
+        plain_wire(&lab)?;
+        bring_up(&mut lab, &[io, "--workers=2"])?;
+        let before = [sleeps(&lab, 0)?, sleeps(&lab, 1)?];
+        let received = thread::scope(|scope| {
+            let mut receiving = Vec::new();
+            for (from, to) in [(0, 1), (1, 0)] {
+                let (senders, receivers): (Vec<_>, Vec<_>) =
+                    flows(&lab, from, to)?.into_iter().unzip();
+                receiving.extend(
+                    receivers.into_iter().map(|it| scope.spawn(move || receive_in_order(&it))),
+                );
+                scope.spawn(move || {
+                    for number in 0..3000 {
+                        for sender in &senders {
+                            // A full queue loses datagrams, which is no matter here.
+                            let _ = sender.send(&datagram(number));
+                        }
+                    }
+                });
+            }
+            receiving.into_iter().map(|it| it.join().expect("a receiver panicked")).collect()
+        });
+        let received: Result<Vec<u32>> = received;
+        assert!(received?.into_iter().all(|count| count > 100), "{io}");
+        for (host, before) in before.into_iter().enumerate() {
+            let after = sleeps(&lab, host)?;
+            assert_eq!(after.len(), 4);
+            for ((name, before), (_, after)) in before.iter().zip(&after) {
+                assert!(after > before, "{name} of host {host} has carried nothing");
+            }
+        }
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+/// Far below what the engine carries, so that nothing but the change itself could lose any.
+#[test]
+fn routes_change_under_load_without_a_loss() -> Result<()> {
+    const COUNT: u32 = 20_000;
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &[])?;
+    let (sender, receiver) = flows(&lab, 0, 1)?.swap_remove(0);
+    let received = thread::scope(|scope| {
+        let receiving = scope.spawn(|| receive_in_order(&receiver));
+        let sending = scope.spawn(|| {
+            for number in 0..COUNT {
+                sender.send(&datagram(number))?;
+                if number % 20 == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            std::io::Result::Ok(())
+        });
+        let deadline = Instant::now() + DEADLINE;
+        let mut changes = 0;
+        while !sending.is_finished() && Instant::now() < deadline {
+            come_and_go(&lab)?;
+            changes += 2;
+        }
+        sending.join().expect("the sender panicked")?;
+        ensure!(changes > 3, "only {changes} changes");
+        receiving.join().expect("the receiver panicked")
+    })?;
+    assert_eq!(received, COUNT);
+    lab.remove()
+}
+
+/// A third node's lease appears in the registry and vanishes again, and the first host follows.
+fn come_and_go(lab: &Lab) -> Result<()> {
+    let lease = lab.registry()?.join("subnets/10.42.99.0-24");
+    fs::write(&lease, r#"{"PublicIP":"10.168.0.99"}"#)?;
+    until("the third node is there", || Ok(lab.status(0)?.peers.len() == 2))?;
+    fs::remove_file(&lease)?;
+    until("the third node is gone", || Ok(lab.status(0)?.peers.len() == 1))
+}
