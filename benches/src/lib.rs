@@ -1,4 +1,14 @@
-//! What the benchmarks of the engine work on: route tables and packets of any size.
+//! Benchmarks: the engine's pure parts by themselves (`cargo bench`; route tables and packets for
+//! that are here), and weft end to end beside what else carries packets (`make bench`, the modules).
+
+pub mod cpu;
+pub mod load;
+pub mod naive;
+pub mod report;
+pub mod run;
+pub mod subject;
+pub mod summary;
+pub mod topology;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 

@@ -2,11 +2,9 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::thread;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use tokio::signal::unix::{SignalKind, signal};
 use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, MAX_TRANSFER, RunOptions};
 
 /// The operator's command of weft, an overlay network for containers.
@@ -67,8 +65,7 @@ fn main() -> ExitCode {
 }
 
 fn run_lab(arguments: &LabArgs) -> anyhow::Result<ExitCode> {
-    let cancel = Cancel::default();
-    raise_on_signals(&cancel).context("cannot listen to signals")?;
+    let cancel = Cancel::on_signals().context("cannot listen to signals")?;
     let options = RunOptions {
         backend: arguments.backend.clone(),
         hosts: arguments.hosts.into(),
@@ -110,33 +107,6 @@ fn down(id: Option<String>) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(status)
-}
-
-/// From here on SIGINT, SIGTERM and SIGHUP end nothing by themselves: they raise the flag.
-fn raise_on_signals(cancel: &Cancel) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    let (mut interrupt, mut terminate, mut hangup) = {
-        let _entered = runtime.enter();
-        (
-            signal(SignalKind::interrupt())?,
-            signal(SignalKind::terminate())?,
-            signal(SignalKind::hangup())?,
-        )
-    };
-    let cancel = cancel.clone();
-    // Lives as long as the program: the first signal counts, later ones change nothing.
-    let listen = async move {
-        loop {
-            let kind = tokio::select! {
-                _ = interrupt.recv() => SignalKind::interrupt(),
-                _ = terminate.recv() => SignalKind::terminate(),
-                _ = hangup.recv() => SignalKind::hangup(),
-            };
-            cancel.raise(kind.as_raw_value());
-        }
-    };
-    thread::Builder::new().name("signals".into()).spawn(move || runtime.block_on(listen))?;
-    Ok(())
 }
 
 fn parse_bytes(text: &str) -> Result<Bytes, String> {

@@ -1,9 +1,12 @@
 //! A flag that a signal raises and that long work looks at between its steps.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread;
 
 use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Says whether work should end early. Clones share the flag.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +21,37 @@ pub struct Cancelled {
 }
 
 impl Cancel {
+    /// A flag that SIGINT, SIGTERM and SIGHUP raise; from here on they end nothing by themselves.
+    ///
+    /// # Errors
+    /// The signals cannot be listened to.
+    pub fn on_signals() -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        let (mut interrupt, mut terminate, mut hangup) = {
+            let _entered = runtime.enter();
+            (
+                signal(SignalKind::interrupt())?,
+                signal(SignalKind::terminate())?,
+                signal(SignalKind::hangup())?,
+            )
+        };
+        let flag = Self::default();
+        let cancel = flag.clone();
+        // Lives as long as the program: the first signal counts, later ones change nothing.
+        let listen = async move {
+            loop {
+                let kind = tokio::select! {
+                    _ = interrupt.recv() => SignalKind::interrupt(),
+                    _ = terminate.recv() => SignalKind::terminate(),
+                    _ = hangup.recv() => SignalKind::hangup(),
+                };
+                cancel.raise(kind.as_raw_value());
+            }
+        };
+        thread::Builder::new().name("signals".into()).spawn(move || runtime.block_on(listen))?;
+        Ok(flag)
+    }
+
     /// Raises the flag; the first signal counts.
     pub fn raise(&self, signal: i32) {
         // Relaxed: the flag guards no other memory.

@@ -1,0 +1,136 @@
+//! Benchmark runs: weft beside what else carries packets between containers.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum as _};
+use weft_benches::naive::Naive;
+use weft_benches::report::{Machine, Report};
+use weft_benches::run::{Plan, run};
+use weft_benches::subject::Subject;
+use weft_benches::topology::{Mode, outer, subnet};
+use weft_daemon::lab::Cancel;
+use weft_engine::{EcnMode, Peer, RouteTable};
+
+/// flannel's port.
+const PORT: u16 = 8285;
+/// Subjects of a quick run: those that targets speak of.
+const QUICK: [Subject; 5] =
+    [Subject::Vxlan, Subject::WeftUring, Subject::WeftMmsg, Subject::WeftBusy, Subject::Naive];
+
+/// Measures weft beside what else carries packets between containers.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(RunArgs),
+    /// Forwards one packet a call (a subject of `run`, started by it)
+    #[command(hide = true)]
+    Naive {
+        side: usize,
+        mtu: u16,
+    },
+}
+
+/// Measures all subjects in all modes, in turn, and writes a report
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Only what has a target, and shorter: less than three minutes
+    #[arg(long)]
+    quick: bool,
+    /// Modes of the wire, separated by commas
+    #[arg(long, value_delimiter = ',', default_values_t = Mode::ALL.map(|it| it.name().to_owned()))]
+    mode: Vec<String>,
+    /// Subjects, separated by commas
+    #[arg(long, value_delimiter = ',', value_enum)]
+    subject: Vec<Subject>,
+    /// How often each is measured [default: 3, quick: 2]
+    #[arg(long)]
+    repeats: Option<usize>,
+    /// Milliseconds for each figure [default: 1500, quick: 700]
+    #[arg(long)]
+    millis: Option<u64>,
+    /// Where report.json and report.html go
+    #[arg(long, default_value = "target/bench")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Run(arguments) => run_all(&arguments),
+        Command::Naive { side, mtu } => naive(side, mtu),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_all(arguments: &RunArgs) -> anyhow::Result<()> {
+    let cancel = Cancel::on_signals().context("cannot listen to signals")?;
+    let modes: Result<Vec<Mode>, String> =
+        arguments.mode.iter().map(|name| Mode::from_str(name, false)).collect();
+    let wanted = match (arguments.subject.is_empty(), arguments.quick) {
+        (false, _) => arguments.subject.clone(),
+        (true, true) => QUICK.to_vec(),
+        (true, false) => Subject::ALL.to_vec(),
+    };
+    let (subjects, missing): (Vec<_>, Vec<_>) =
+        wanted.into_iter().partition(|subject| subject.is_installed());
+    let plan = Plan {
+        modes: modes.map_err(anyhow::Error::msg)?,
+        subjects,
+        repeats: arguments.repeats.unwrap_or(if arguments.quick { 2 } else { 3 }),
+        time: Duration::from_millis(arguments.millis.unwrap_or(if arguments.quick {
+            700
+        } else {
+            1500
+        })),
+        quick: arguments.quick,
+    };
+    let samples = run(&plan, &cancel, &mut |what| eprintln!("{what}"))?;
+    let report = Report {
+        machine: Machine::here(),
+        command: std::env::args().skip(1).fold("weft-bench".into(), |line, it| line + " " + &it),
+        repeats: plan.repeats,
+        seconds_per_figure: plan.time.as_secs_f64(),
+        missing,
+        samples,
+    };
+    report.write(&arguments.out)?;
+    if !arguments.quick {
+        say(&report.figures());
+    }
+    say(&report.targets());
+    say(&format!("written: {}", arguments.out.join("report.html").display()));
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "the result of the command")]
+fn say(text: &str) {
+    println!("{text}");
+}
+
+fn naive(side: usize, mtu: u16) -> anyhow::Result<()> {
+    let far = 1 - side;
+    let peer = Peer {
+        endpoint: SocketAddr::new(outer(far), PORT),
+        outer: Vec::new(),
+        subnets: vec![subnet(far).parse()?],
+        ecn: EcnMode::Compatibility,
+    };
+    let routes = RouteTable::new(&[subnet(side).parse()?], vec![peer]);
+    let listen = SocketAddr::new(outer(side), PORT);
+    Naive::open("naive0", mtu, listen, routes)?.run().context("forwarding ended")
+}

@@ -1,0 +1,224 @@
+//! One benchmark run: all subjects in all modes, a few times over, in turn.
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use weft_daemon::lab::Cancel;
+
+use crate::cpu;
+use crate::load::{self, Meter};
+use crate::subject::{Running, Subject};
+use crate::topology::{Mode, Topology};
+
+/// Packets a second at which processor time is compared.
+const PACED: f64 = 100_000.0;
+/// A rate that loses less than this is one that a subject can carry.
+const LOSS_MAX: f64 = 0.001;
+/// Steps of the search for that rate.
+const SEARCH_STEPS: usize = 6;
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub modes: Vec<Mode>,
+    pub subjects: Vec<Subject>,
+    pub repeats: usize,
+    /// How long each figure is measured.
+    pub time: Duration,
+    /// Only the figures that have a target.
+    pub quick: bool,
+}
+
+/// All figures of one subject in one mode in one repeat, by name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    pub mode: Mode,
+    pub subject: Subject,
+    pub repeat: usize,
+    pub figures: BTreeMap<String, f64>,
+}
+
+/// Runs the plan. The order of the subjects shifts with each repeat, so that none always profits
+/// from what ran before it.
+///
+/// # Errors
+/// A subject does not come up, or somebody cancels; everything is taken away.
+pub fn run(
+    plan: &Plan,
+    cancel: &Cancel,
+    progress: &mut dyn FnMut(&str),
+) -> anyhow::Result<Vec<Sample>> {
+    let mut samples = Vec::new();
+    for repeat in 0..plan.repeats {
+        for mode in &plan.modes {
+            let net = Topology::new(*mode)?;
+            let mut subjects = plan.subjects.clone();
+            let shift = repeat % subjects.len().max(1);
+            subjects.rotate_left(shift);
+            for subject in subjects {
+                cancel.check()?;
+                progress(&format!(
+                    "repeat {} of {}: {} over {}",
+                    repeat + 1,
+                    plan.repeats,
+                    subject.name(),
+                    mode.name()
+                ));
+                let context = || format!("{} in mode {}", subject.name(), mode.name());
+                let running = subject.start(&net).with_context(context)?;
+                let figures = measure(&net, &running, subject, plan, cancel);
+                let figures = figures.with_context(context)?;
+                samples.push(Sample { mode: *mode, subject, repeat, figures });
+            }
+        }
+    }
+    Ok(samples)
+}
+
+/// The figures of a subject that is up.
+fn measure(
+    net: &Topology,
+    running: &Running<'_>,
+    subject: Subject,
+    plan: &Plan,
+    cancel: &Cancel,
+) -> anyhow::Result<BTreeMap<String, f64>> {
+    let mut figures = BTreeMap::new();
+    let mut put = |name: String, value: f64| {
+        figures.insert(name, value);
+    };
+    let micros = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
+    let idle = load::round_trips(net, plan.time)?;
+    put("rtt_p50_us".into(), micros(idle.value_at_quantile(0.5)));
+    put("rtt_p99_us".into(), micros(idle.value_at_quantile(0.99)));
+    put("rtt_p999_us".into(), micros(idle.value_at_quantile(0.999)));
+    // Busy polling is for round trips only.
+    if subject == Subject::WeftBusy {
+        return Ok(figures);
+    }
+    let mut time = Processor::of(running);
+    let streams: &[usize] = if plan.quick { &[1, 4] } else { &[1, 4, 50] };
+    for count in streams {
+        cancel.check()?;
+        let tcp = load::streams(net, *count, plan.time, &mut time)?;
+        let gigabytes = tcp.bytes as f64 / 1e9;
+        put(format!("tcp{count}_gbit"), gigabytes * 8.0 / tcp.seconds);
+        put(format!("tcp{count}_retransmits"), tcp.retransmits as f64);
+        put(format!("tcp{count}_cpu_s_per_gb"), time.machine() / gigabytes);
+        put(format!("tcp{count}_daemon_s_per_gb"), time.processes() / gigabytes);
+    }
+    let lengths: &[usize] = if plan.quick { &[64] } else { &[64, 1400] };
+    for len in lengths {
+        cancel.check()?;
+        let flood = load::datagrams(net, *len, None, plan.time, &mut time)?;
+        put(format!("udp{len}_flood_kpps"), flood.rate() / 1000.0);
+        put(format!("udp{len}_offered_kpps"), flood.sent as f64 / flood.seconds / 1000.0);
+        let megapackets = flood.received as f64 / 1e6;
+        put(format!("udp{len}_cpu_s_per_mp"), time.machine() / megapackets);
+        if !plan.quick {
+            let rate = highest_rate(net, *len, flood.rate(), plan.time, cancel)?;
+            put(format!("udp{len}_lossless_kpps"), rate / 1000.0);
+        }
+    }
+    cancel.check()?;
+    let paced = load::datagrams(net, 64, Some(PACED), plan.time, &mut time)?;
+    put("paced_loss".into(), paced.loss());
+    put("paced_cpus".into(), time.machine() / paced.seconds);
+    put("paced_daemon_cpus".into(), time.processes() / paced.seconds);
+    if !plan.quick {
+        cancel.check()?;
+        let loaded = thread::scope(|scope| {
+            let time = plan.time + Duration::from_millis(500);
+            let load = scope.spawn(move || load::streams(net, 1, time, &mut Unmetered));
+            let loaded = load::round_trips(net, plan.time);
+            load.join().expect("the load panicked")?;
+            loaded
+        })?;
+        put("rtt_loaded_p50_us".into(), micros(loaded.value_at_quantile(0.5)));
+        put("rtt_loaded_p99_us".into(), micros(loaded.value_at_quantile(0.99)));
+        put("rtt_loaded_p999_us".into(), micros(loaded.value_at_quantile(0.999)));
+    }
+    let memory: Vec<f64> =
+        running.processes().into_iter().map(cpu::memory_mib).collect::<anyhow::Result<_>>()?;
+    if let Some(most) = memory.into_iter().reduce(f64::max) {
+        put("memory_mib".into(), most);
+    }
+    Ok(figures)
+}
+
+/// The highest rate at which hardly anything is lost, by bisection below `most`.
+fn highest_rate(
+    net: &Topology,
+    len: usize,
+    most: f64,
+    time: Duration,
+    cancel: &Cancel,
+) -> anyhow::Result<f64> {
+    let (mut good, mut bad) = (0.0, most * 1.1);
+    for _ in 0..SEARCH_STEPS {
+        cancel.check()?;
+        let rate = f64::midpoint(good, bad);
+        let sent = load::datagrams(net, len, Some(rate), time / 2, &mut Unmetered)?;
+        // A sender that does not reach the rate proves nothing about it.
+        let reached = sent.sent as f64 / sent.seconds > 0.95 * rate;
+        if reached && sent.loss() < LOSS_MAX { good = rate } else { bad = rate }
+    }
+    Ok(good)
+}
+
+/// Processor time while a load ran.
+struct Processor {
+    pids: Vec<u32>,
+    begin: (f64, f64),
+    end: (f64, f64),
+}
+
+impl Processor {
+    fn of(running: &Running<'_>) -> Self {
+        Self { pids: running.processes(), begin: (0.0, 0.0), end: (0.0, 0.0) }
+    }
+
+    fn now(&self) -> anyhow::Result<(f64, f64)> {
+        let each: Vec<f64> = self
+            .pids
+            .iter()
+            .map(|pid| cpu::process_seconds(*pid))
+            .collect::<anyhow::Result<_>>()?;
+        Ok((cpu::machine_seconds()?, each.into_iter().sum()))
+    }
+
+    fn machine(&self) -> f64 {
+        self.end.0 - self.begin.0
+    }
+
+    fn processes(&self) -> f64 {
+        self.end.1 - self.begin.1
+    }
+}
+
+impl Meter for Processor {
+    fn begin(&mut self) -> anyhow::Result<()> {
+        self.begin = self.now()?;
+        Ok(())
+    }
+
+    fn end(&mut self) -> anyhow::Result<()> {
+        self.end = self.now()?;
+        Ok(())
+    }
+}
+
+struct Unmetered;
+
+impl Meter for Unmetered {
+    fn begin(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn end(&mut self) -> anyhow::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,383 @@
+//! Who carries the packets: weft, what it is compared with, and how each is set up.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+use weft_daemon::lab::PingOptions;
+
+use crate::topology::{Topology, WIRE_MTU, inner, outer, subnet};
+
+/// How long a subject may take until packets pass.
+const READY: Duration = Duration::from_secs(15);
+/// How long an ended process may keep its port: io_uring lets go of files some 20 to 80 ms after.
+const AFTERMATH: Duration = Duration::from_millis(150);
+/// VXLAN's headers over IPv4 (RFC 7348).
+const VXLAN_OVERHEAD: u16 = 50;
+/// IPv4 and UDP headers.
+const UDP_OVERHEAD: u16 = 28;
+
+/// One of them.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Subject {
+    /// Plain routing, as flannel's host-gw.
+    HostGw,
+    /// The kernel's VXLAN, as flannel sets it up.
+    Vxlan,
+    /// weft's udp-tun on io_uring.
+    WeftUring,
+    /// weft's udp-tun without io_uring.
+    WeftMmsg,
+    /// weft's udp-tun, busy polling, for round trips.
+    WeftBusy,
+    /// One packet a call, as flannel's udp.
+    Naive,
+    /// fastd without cipher.
+    Fastd,
+    /// tinc without cipher.
+    Tinc,
+}
+
+impl Subject {
+    pub const ALL: [Self; 8] = [
+        Self::HostGw,
+        Self::Vxlan,
+        Self::WeftUring,
+        Self::WeftMmsg,
+        Self::WeftBusy,
+        Self::Naive,
+        Self::Fastd,
+        Self::Tinc,
+    ];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::HostGw => "host-gw",
+            Self::Vxlan => "vxlan",
+            Self::WeftUring => "weft-uring",
+            Self::WeftMmsg => "weft-mmsg",
+            Self::WeftBusy => "weft-busy",
+            Self::Naive => "naive",
+            Self::Fastd => "fastd",
+            Self::Tinc => "tinc",
+        }
+    }
+
+    /// The program that must be installed, where it is not ours.
+    fn program(self) -> Option<&'static str> {
+        match self {
+            Self::Fastd => Some("fastd"),
+            Self::Tinc => Some("tincd"),
+            Self::HostGw
+            | Self::Vxlan
+            | Self::WeftUring
+            | Self::WeftMmsg
+            | Self::WeftBusy
+            | Self::Naive => None,
+        }
+    }
+
+    /// Whether it can be measured here.
+    pub fn is_installed(self) -> bool {
+        let paths = std::env::var_os("PATH").unwrap_or_default();
+        self.program().is_none_or(|program| {
+            std::env::split_paths(&paths).any(|dir| dir.join(program).is_file())
+        })
+    }
+
+    /// Sets it up on both hosts, and waits until packets pass.
+    ///
+    /// # Errors
+    /// With what the subject's processes have logged.
+    pub fn start(self, net: &Topology) -> anyhow::Result<Running<'_>> {
+        let directory = tempfile::Builder::new().prefix("weft-bench-").tempdir()?;
+        let mut running = Running { net, children: Vec::new(), undo: Vec::new(), directory };
+        let mtu = match self {
+            Self::HostGw => running.host_gw()?,
+            Self::Vxlan => running.vxlan()?,
+            Self::WeftUring => running.weft(&["--io=uring"])?,
+            Self::WeftMmsg => running.weft(&["--io=mmsg"])?,
+            Self::WeftBusy => running.weft(&["--io=uring", "--busy-poll=50", "--workers=1"])?,
+            Self::Naive => running.naive()?,
+            Self::Fastd => running.fastd()?,
+            Self::Tinc => running.tinc()?,
+        };
+        net.set_mtu(mtu)?;
+        running.wait().with_context(|| format!("{} does not work", self.name()))?;
+        Ok(running)
+    }
+}
+
+/// A subject that carries packets. Dropped, its processes are killed and its devices removed.
+#[derive(Debug)]
+pub struct Running<'a> {
+    net: &'a Topology,
+    children: Vec<Child>,
+    /// Arguments of `ip` that take back what was set up, and on which host.
+    undo: Vec<(usize, Vec<String>)>,
+    directory: TempDir,
+}
+
+impl Running<'_> {
+    /// Its processes, by their numbers; none where the kernel does the work.
+    pub fn processes(&self) -> Vec<u32> {
+        self.children.iter().map(Child::id).collect()
+    }
+
+    fn ip(&mut self, side: usize, line: &str, undo: Option<&str>) -> anyhow::Result<()> {
+        self.net.hosts[side].ip(&line.split_whitespace().collect::<Vec<_>>())?;
+        self.undo.extend(undo.map(|it| (side, it.split_whitespace().map(str::to_owned).collect())));
+        Ok(())
+    }
+
+    fn route(&mut self, side: usize, how: &str) -> anyhow::Result<()> {
+        let far = subnet(1 - side);
+        let line = format!("route replace {far} {how}");
+        self.ip(side, &line, Some(&format!("route del {far}")))
+    }
+
+    fn host_gw(&mut self) -> anyhow::Result<u16> {
+        for side in [0, 1] {
+            self.route(side, &format!("via {}", outer(1 - side)))?;
+        }
+        Ok(WIRE_MTU)
+    }
+
+    fn vxlan(&mut self) -> anyhow::Result<u16> {
+        let mtu = WIRE_MTU - VXLAN_OVERHEAD;
+        let mac = |side: usize| format!("02:77:00:00:00:0{}", side + 1);
+        for side in [0, 1] {
+            let (near, far) = (outer(side), outer(1 - side));
+            let add = format!(
+                "link add flannel.1 address {} mtu {mtu} type vxlan id 1 dev eth0 local {near} \
+                 dstport 8472 nolearning",
+                mac(side)
+            );
+            self.ip(side, &add, Some("link del flannel.1"))?;
+            let base = |side: usize| subnet(side).replace("/24", "");
+            self.ip(side, &format!("address add {}/32 dev flannel.1", base(side)), None)?;
+            self.ip(side, "link set flannel.1 up", None)?;
+            let other = base(1 - side);
+            let neighbour = format!(
+                "neigh replace {other} lladdr {} dev flannel.1 nud permanent",
+                mac(1 - side)
+            );
+            self.ip(side, &neighbour, None)?;
+            let entry =
+                format!("fdb append {} dev flannel.1 dst {far} self permanent", mac(1 - side));
+            let mut bridge = Command::new("bridge");
+            let output = self.net.hosts[side].output(bridge.args(entry.split_whitespace()))?;
+            if !output.status.success() {
+                bail!("`bridge {entry}`: {}", String::from_utf8_lossy(&output.stderr));
+            }
+            let route =
+                format!("route replace {} via {other} dev flannel.1 onlink", subnet(1 - side));
+            self.ip(side, &route, None)?;
+        }
+        Ok(mtu)
+    }
+
+    fn weft(&mut self, flags: &[&str]) -> anyhow::Result<u16> {
+        let leases = self.path("registry/subnets");
+        fs::create_dir_all(&leases)?;
+        for side in [0, 1] {
+            // A reservation: the node with this address gets this subnet.
+            let lease = format!(r#"{{"PublicIP":"{}"}}"#, outer(side));
+            fs::write(leases.join(subnet(side).replace('/', "-")), lease)?;
+        }
+        for side in [0, 1] {
+            let path = |name: &str| self.path(&format!("{side}/{name}")).display().to_string();
+            let registry = format!("--registry=dir:{}", self.path("registry").display());
+            let arguments = [
+                registry,
+                "--network=10.77.0.0/16".into(),
+                "--iface=eth0".into(),
+                format!("--subnet-file={}", path("subnet.env")),
+                format!("--state-dir={}", path("state")),
+                format!("--run-dir={}", path("run")),
+            ];
+            let flags = flags.iter().map(|flag| (*flag).to_owned());
+            self.spawn(side, &beside("weftd")?, arguments.into_iter().chain(flags))?;
+        }
+        Ok(WIRE_MTU - UDP_OVERHEAD)
+    }
+
+    fn naive(&mut self) -> anyhow::Result<u16> {
+        let mtu = WIRE_MTU - UDP_OVERHEAD;
+        for side in [0, 1] {
+            let arguments = ["naive".to_owned(), side.to_string(), mtu.to_string()];
+            self.spawn(side, &beside("weft-bench")?, arguments)?;
+            self.wait_for_device(side, "naive0")?;
+            // What weft and flannel set too.
+            self.ip(side, "link set naive0 txqueuelen 500", None)?;
+            self.ip(side, &format!("route replace {} dev naive0", subnet(1 - side)), None)?;
+        }
+        Ok(mtu)
+    }
+
+    fn fastd(&mut self) -> anyhow::Result<u16> {
+        let mtu = WIRE_MTU - 52;
+        let keys: Vec<(String, String)> =
+            (0..2).map(|_| fastd_keys()).collect::<anyhow::Result<_>>()?;
+        for side in [0, 1] {
+            let config = format!(
+                "mode tun;\nmethod \"null\";\nbind {near}:10000;\nmtu {mtu};\n\
+                 interface \"fastd0\";\nsecret \"{secret}\";\nlog level warn;\n\
+                 peer \"far\" {{ key \"{key}\"; remote {far}:10000; }}\n",
+                near = outer(side),
+                far = outer(1 - side),
+                secret = keys[side].0,
+                key = keys[1 - side].1,
+            );
+            let path = self.path(&format!("fastd-{side}.conf"));
+            fs::write(&path, config)?;
+            let arguments = ["--config".to_owned(), path.display().to_string()];
+            self.spawn(side, Path::new("fastd"), arguments)?;
+            self.up(side, "fastd0", mtu)?;
+        }
+        Ok(mtu)
+    }
+
+    fn tinc(&mut self) -> anyhow::Result<u16> {
+        let mtu = WIRE_MTU - 82;
+        for side in [0, 1] {
+            let directory = self.path(&format!("tinc-{side}"));
+            fs::create_dir_all(directory.join("hosts"))?;
+            let config = format!(
+                "Name = h{side}\nDeviceType = tun\nInterface = tinc0\nMode = router\n\
+                 ConnectTo = h{}\nBindToAddress = {} 655\n",
+                1 - side,
+                outer(side)
+            );
+            fs::write(directory.join("tinc.conf"), config)?;
+            for host in [0, 1] {
+                let host_file = format!(
+                    "Address = {}\nSubnet = {}\nCipher = none\nDigest = none\nCompression = 0\n",
+                    outer(host),
+                    subnet(host)
+                );
+                fs::write(directory.join(format!("hosts/h{host}")), host_file)?;
+            }
+            let status = Command::new("tincd")
+                .args(["-K2048", "-c"])
+                .arg(&directory)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .context("cannot run tincd")?;
+            if !status.success() {
+                bail!("tincd made no key");
+            }
+        }
+        for side in [0, 1] {
+            // Each needs the other's public key, which is in the host file of its owner.
+            let own = self.path(&format!("tinc-{side}/hosts/h{side}"));
+            fs::copy(own, self.path(&format!("tinc-{}/hosts/h{side}", 1 - side)))?;
+        }
+        for side in [0, 1] {
+            let directory = self.path(&format!("tinc-{side}")).display().to_string();
+            let pid = self.path(&format!("tinc-{side}.pid")).display().to_string();
+            let arguments =
+                ["-D".to_owned(), "-c".into(), directory, format!("--pidfile={pid}"), "-d0".into()];
+            self.spawn(side, Path::new("tincd"), arguments)?;
+            self.up(side, "tinc0", mtu)?;
+        }
+        Ok(mtu)
+    }
+
+    fn up(&mut self, side: usize, device: &str, mtu: u16) -> anyhow::Result<()> {
+        self.wait_for_device(side, device)?;
+        self.ip(side, &format!("link set {device} mtu {mtu} up"), None)?;
+        self.ip(side, &format!("route replace {} dev {device}", subnet(1 - side)), None)
+    }
+
+    fn spawn(
+        &mut self,
+        side: usize,
+        program: &Path,
+        arguments: impl IntoIterator<Item = String>,
+    ) -> anyhow::Result<()> {
+        let log = File::options().create(true).append(true).open(self.path("log"))?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        self.children.push(self.net.hosts[side].spawn(&mut command)?);
+        Ok(())
+    }
+
+    fn wait_for_device(&self, side: usize, device: &str) -> anyhow::Result<()> {
+        let there = || self.net.hosts[side].ip(&["link", "show", "dev", device]).is_ok();
+        self.until(device, there)
+    }
+
+    fn wait(&self) -> anyhow::Result<()> {
+        let (from, to) = (&self.net.containers[0], inner(1));
+        let once = PingOptions { count: 1, ..PingOptions::default() };
+        self.until("a ping's answer", || {
+            weft_daemon::lab::ping(from, to, &once).is_ok_and(|report| report.received == 1)
+        })
+    }
+
+    fn until(&self, what: &str, mut there: impl FnMut() -> bool) -> anyhow::Result<()> {
+        let deadline = Instant::now() + READY;
+        while !there() {
+            if Instant::now() > deadline {
+                let log = fs::read_to_string(self.path("log")).unwrap_or_default();
+                bail!("no {what} within {} s; its log:\n{log}", READY.as_secs());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            // Both fail only for a process that has ended.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        thread::sleep(AFTERMATH);
+        for (side, line) in self.undo.iter().rev() {
+            let line: Vec<&str> = line.iter().map(String::as_str).collect();
+            if let Err(error) = self.net.hosts[*side].ip(&line) {
+                eprintln!("left behind in the namespace: {error:#}");
+            }
+        }
+    }
+}
+
+/// Secret and public key.
+fn fastd_keys() -> anyhow::Result<(String, String)> {
+    let output = Command::new("fastd").arg("--generate-key").output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
+    let key = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.map(|it| it.trim().to_owned()).with_context(|| format!("fastd made no key: {text}"))
+    };
+    Ok((key("Secret:")?, key("Public:")?))
+}
+
+/// A program that was built beside this one.
+fn beside(name: &str) -> anyhow::Result<PathBuf> {
+    let this = std::env::current_exe()?;
+    let path = this.parent().context("no directory")?.join(name);
+    if !path.is_file() {
+        bail!("{} is missing: `make bench` builds it", path.display());
+    }
+    Ok(path)
+}
