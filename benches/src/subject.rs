@@ -98,21 +98,18 @@ impl Subject {
     /// # Errors
     /// With what the subject's processes have logged.
     pub fn start(self, net: &Topology) -> anyhow::Result<Running<'_>> {
-        let directory = tempfile::Builder::new().prefix("weft-bench-").tempdir()?;
-        let mut running = Running { net, children: Vec::new(), undo: Vec::new(), directory };
+        let mut running = Running::new(net)?;
         let mtu = match self {
             Self::HostGw => running.host_gw()?,
             Self::Vxlan => running.vxlan()?,
             Self::WeftUring => running.weft(&["--io=uring"])?,
             Self::WeftMmsg => running.weft(&["--io=mmsg"])?,
-            Self::WeftBusy => running.weft(&["--io=uring", "--busy-poll=50", "--workers=1"])?,
+            Self::WeftBusy => running.weft(&["--io=uring", "--busy-poll=500", "--workers=1"])?,
             Self::Naive => running.naive()?,
             Self::Fastd => running.fastd()?,
             Self::Tinc => running.tinc()?,
         };
-        net.set_mtu(mtu)?;
-        running.wait().with_context(|| format!("{} does not work", self.name()))?;
-        Ok(running)
+        running.serve(mtu).with_context(|| format!("{} does not work", self.name()))
     }
 }
 
@@ -126,7 +123,29 @@ pub struct Running<'a> {
     directory: TempDir,
 }
 
-impl Running<'_> {
+impl<'a> Running<'a> {
+    fn new(net: &'a Topology) -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("weft-bench-").tempdir()?;
+        Ok(Self { net, children: Vec::new(), undo: Vec::new(), directory })
+    }
+
+    /// weft with flags of the caller's.
+    ///
+    /// # Errors
+    /// As [`Subject::start`].
+    pub fn weft_with(net: &'a Topology, flags: &[&str]) -> anyhow::Result<Self> {
+        let mut running = Self::new(net)?;
+        let mtu = running.weft(flags)?;
+        running.serve(mtu)
+    }
+
+    /// Gives containers their MTU, and waits until packets pass.
+    fn serve(self, mtu: u16) -> anyhow::Result<Self> {
+        self.net.set_mtu(mtu)?;
+        self.wait()?;
+        Ok(self)
+    }
+
     /// Its processes, by their numbers; none where the kernel does the work.
     pub fn processes(&self) -> Vec<u32> {
         self.children.iter().map(Child::id).collect()
@@ -372,12 +391,9 @@ fn fastd_keys() -> anyhow::Result<(String, String)> {
     Ok((key("Secret:")?, key("Public:")?))
 }
 
-/// A program that was built beside this one.
+/// A program that was built beside this one; test programs are one directory further down.
 fn beside(name: &str) -> anyhow::Result<PathBuf> {
     let this = std::env::current_exe()?;
-    let path = this.parent().context("no directory")?.join(name);
-    if !path.is_file() {
-        bail!("{} is missing: `make bench` builds it", path.display());
-    }
-    Ok(path)
+    let found = this.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|it| it.is_file());
+    found.with_context(|| format!("no {name} beside {}: `make build` makes it", this.display()))
 }
