@@ -3,7 +3,7 @@
 BACKEND ?= udp-tun
 CARGO ?= cargo
 
-.PHONY: build lab test bench bench-quick lint deps
+.PHONY: build lab test bench bench-quick fuzz lint deps
 
 build: deps
 	$(CARGO) build --release --locked
@@ -22,6 +22,19 @@ bench: build
 # The same in less than three minutes: only the ratios that have a target.
 bench-quick: build
 	target/release/weft-bench run --quick
+
+# Looks for bytes that break one of tests/src/fuzz.rs, and adds what is new to its corpus. Needs a
+# C++ compiler. These are the flags that cargo-fuzz passes, but for the sanitizer, on stable Rust.
+TARGET ?= receive
+SECONDS ?= 60
+HOST := $(shell rustc --print host-tuple)
+fuzz:
+	cd tests/fuzz && RUSTFLAGS='--cfg fuzzing -Cpasses=sancov-module -Ccodegen-units=1 \
+		-Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-pc-table \
+		-Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+		-Cllvm-args=-sanitizer-coverage-trace-compares' \
+		$(CARGO) run --release --target $(HOST) --bin $(TARGET) -- \
+		-max_total_time=$(SECONDS) -max_len=16384 corpus/$(TARGET)
 
 lint: deps
 	$(CARGO) fmt --check

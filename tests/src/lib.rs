@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: hosts that are up, deadlines, daemons started by hand, and
 //! packets made by hand.
 
+pub mod fuzz;
+
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
