@@ -28,11 +28,12 @@ bench-quick: build
 TARGET ?= receive
 SECONDS ?= 60
 HOST := $(shell rustc --print host-tuple)
+FUZZ_FLAGS = --cfg fuzzing -Cpasses=sancov-module -Ccodegen-units=1 \
+	-Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+	-Cllvm-args=-sanitizer-coverage-trace-compares
 fuzz:
-	cd tests/fuzz && RUSTFLAGS='--cfg fuzzing -Cpasses=sancov-module -Ccodegen-units=1 \
-		-Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-pc-table \
-		-Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
-		-Cllvm-args=-sanitizer-coverage-trace-compares' \
+	cd tests/fuzz && RUSTFLAGS='$(strip $(FUZZ_FLAGS))' \
 		$(CARGO) run --release --target $(HOST) --bin $(TARGET) -- \
 		-max_total_time=$(SECONDS) -max_len=16384 corpus/$(TARGET)
 

@@ -1,8 +1,10 @@
 //! What the engine's own code costs a packet; the system calls come on top.
 
 use divan::{Bencher, black_box};
-use weft_benches::{inner_address, outer_address, packet, route_table};
+use weft_benches::{inner_address, outer_address, packet, route_table, segments, super_packet};
 use weft_engine::guard::{Guard, GuardMode};
+use weft_engine::offload::coalesce::{Run, Segment};
+use weft_engine::offload::segment::Cut;
 use weft_engine::packet::{checksum, decrement_ttl};
 
 fn main() {
@@ -47,4 +49,34 @@ fn ttl(bencher: Bencher<'_, '_>) {
 fn checksum_of(bencher: Bencher<'_, '_>, len: u16) {
     let packet = packet(1, 0, len);
     bencher.bench_local(|| checksum(black_box(&packet)));
+}
+
+/// One super-packet of 44 full segments; divide by 44 for a packet.
+#[divan::bench]
+fn segment_44(bencher: Bencher<'_, '_>) {
+    let (header, packet) = super_packet(44);
+    let mut out = [0; 1500];
+    bencher.bench_local(|| {
+        let cut = Cut::plan(&header, black_box(&packet)).ok().flatten();
+        let Some(cut) = cut else { return };
+        for number in 0..cut.count() {
+            cut.write(&packet, number, &mut out[..cut.len_of(number)]);
+        }
+    });
+}
+
+/// The same back again.
+#[divan::bench]
+fn coalesce_44(bencher: Bencher<'_, '_>) {
+    let packets = segments(44);
+    let mut run = Run::default();
+    bencher.bench_local(|| {
+        for packet in &packets {
+            let segment = Segment::parse(black_box(packet));
+            if let Some(segment) = segment.filter(|it| !run.join(it, packet)) {
+                run.begin(&segment, packet);
+            }
+        }
+        run.finish().map(<[u8]>::len)
+    });
 }

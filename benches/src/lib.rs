@@ -13,6 +13,8 @@ pub mod topology;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnetwork::{IpNetwork, Ipv4Network};
+use weft_engine::offload::segment::Cut;
+use weft_engine::offload::{Gso, VirtioNetHdr};
 use weft_engine::packet::checksum;
 use weft_engine::{EcnMode, Peer, RouteTable};
 
@@ -56,6 +58,43 @@ pub fn packet(from: u32, to: u32, len: u16) -> Vec<u8> {
     let sum = checksum(&packet[..20]);
     packet[10..12].copy_from_slice(&sum.to_be_bytes());
     packet
+}
+
+/// Payload bytes of a full segment of TCP with a timestamp, at an overlay MTU of 1472.
+const SEGMENT_LEN: usize = 1420;
+
+/// A TCP super-packet of `count` segments, as the kernel hands it over.
+pub fn super_packet(count: usize) -> (VirtioNetHdr, Vec<u8>) {
+    let mut packet = vec![0; 52 + count * SEGMENT_LEN];
+    let len = u16::try_from(packet.len()).expect("a packet is below 64 KiB");
+    packet[..10].copy_from_slice(&[0x45, 0, 0, 0, 0, 1, 0x40, 0, 62, 6]);
+    packet[2..4].copy_from_slice(&len.to_be_bytes());
+    packet[12..16].copy_from_slice(&inner_address(1).octets());
+    packet[16..20].copy_from_slice(&inner_address(0).octets());
+    // Data offset of 32 bytes, ACK; two NOPs and a timestamp (RFC 7323 3.2).
+    packet[32..34].copy_from_slice(&[0x80, 0x10]);
+    packet[40..44].copy_from_slice(&[1, 1, 8, 10]);
+    let header = VirtioNetHdr {
+        needs_checksum: true,
+        gso: Gso::Tcp4,
+        header_len: 52,
+        segment_len: 1420,
+        checksum_start: 20,
+        checksum_offset: 16,
+    };
+    (header, packet)
+}
+
+/// The segments of [`super_packet`].
+pub fn segments(count: usize) -> Vec<Vec<u8>> {
+    let (header, packet) = super_packet(count);
+    let cut = Cut::plan(&header, &packet).ok().flatten().expect("it can be cut");
+    let one = |number| {
+        let mut out = vec![0; cut.len_of(number)];
+        cut.write(&packet, number, &mut out);
+        out
+    };
+    (0..cut.count()).map(one).collect()
 }
 
 #[cfg(test)]
