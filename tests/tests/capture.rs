@@ -40,7 +40,7 @@ fn check_all(
     socket.set_read_timeout(Some(Duration::from_millis(200)))?;
     let (mut bytes, mut count) = (vec![0; 66_000], 0);
     loop {
-        match (&mut socket).read(&mut bytes) {
+        match socket.read(&mut bytes) {
             Ok(len) => {
                 let header = Ipv4HeaderSlice::from_slice(&bytes[..len])?;
                 let ends = (header.source_addr().into(), header.destination_addr().into());

@@ -39,7 +39,7 @@ fn v4(ip: IpAddr) -> [u8; 4] {
 }
 
 fn filler(len: usize, seed: usize) -> Vec<u8> {
-    (0..len).map(|at| u8::try_from((at * 7 + seed) % 256).unwrap()).collect()
+    (0..len).map(|at| u8::try_from((at * 7 + seed) % 256).expect("valid by construction")).collect()
 }
 
 /// Packets made by hand, each with an id of its own.
@@ -48,7 +48,7 @@ struct Packets(Vec<Vec<u8>>);
 
 impl Packets {
     fn push(&mut self, mut packet: Vec<u8>, flags: u16) {
-        let id = u16::try_from(self.0.len() + 1).unwrap();
+        let id = u16::try_from(self.0.len() + 1).expect("valid by construction");
         packet[4..6].copy_from_slice(&id.to_be_bytes());
         packet[6..8].copy_from_slice(&flags.to_be_bytes());
         self.0.push(packet);
@@ -70,12 +70,12 @@ impl Packets {
                 _ => tcp,
             };
             let mut packet = Vec::new();
-            tcp.write(&mut packet, &filler(len, step)).unwrap();
+            tcp.write(&mut packet, &filler(len, step)).expect("valid by construction");
             if step == 28 {
                 packet[60] ^= 1;
             }
             self.push(packet, DONT_FRAGMENT);
-            sequence += u32::try_from(len).unwrap() + u32::from(step == 23);
+            sequence += u32::try_from(len).expect("valid by construction") + u32::from(step == 23);
         }
     }
 
@@ -95,15 +95,16 @@ impl Packets {
     fn odd_ones(&mut self) {
         for (offset, more) in [(0u16, MORE_FRAGMENTS), (50, MORE_FRAGMENTS), (100, 0)] {
             let (from, to) = (v4(inner(0)), v4(inner(1)));
-            let header = Ipv4Header::new(400, 64, IpNumber::UDP, from, to).unwrap();
+            let header =
+                Ipv4Header::new(400, 64, IpNumber::UDP, from, to).expect("valid by construction");
             let mut packet = Vec::new();
-            header.write(&mut packet).unwrap();
+            header.write(&mut packet).expect("valid by construction");
             packet.extend(filler(400, offset.into()));
             self.push(packet, offset | more);
         }
         let icmp = PacketBuilder::ipv4(v4(inner(0)), v4(inner(1)), 64).icmpv4_echo_request(7, 1);
         let mut packet = Vec::new();
-        icmp.write(&mut packet, b"ping").unwrap();
+        icmp.write(&mut packet, b"ping").expect("valid by construction");
         self.push(packet, 0);
         // They end at the first host's kernel, at the first engine, and at the second.
         for ttl in [1, 2, 3] {
@@ -115,7 +116,7 @@ impl Packets {
 fn datagram(port: u16, payload: &[u8], ttl: u8) -> Vec<u8> {
     let mut packet = Vec::new();
     let udp = PacketBuilder::ipv4(v4(inner(0)), v4(inner(1)), ttl).udp(port, 53);
-    udp.write(&mut packet, payload).unwrap();
+    udp.write(&mut packet, payload).expect("valid by construction");
     packet
 }
 

@@ -137,7 +137,7 @@ pub(crate) struct Files<'a> {
     pub(crate) source: BorrowedFd<'a>,
     /// An eventfd that somebody rings to wake the thread.
     pub(crate) bell: BorrowedFd<'a>,
-    /// What [`Transmit::socket`] chooses among; none where only the other way is sent.
+    /// What [`crate::batch::Outer::socket`] chooses among; none where only the other way is sent.
     pub(crate) sockets: Vec<BorrowedFd<'a>>,
 }
 
