@@ -12,7 +12,10 @@ fn crates_depend_as_the_architecture_says() {
         ("weft-backends", &["weft-engine", "weft-control"]),
         ("weft-daemon", &["weft-backends", "weft-control"]),
         ("weft-benches", &["weft-engine", "weft-backends", "weft-control", "weft-daemon"]),
-        ("weft-tests", &["weft-engine", "weft-backends", "weft-control", "weft-daemon"]),
+        (
+            "weft-tests",
+            &["weft-engine", "weft-backends", "weft-control", "weft-daemon", "weft-benches"],
+        ),
     ]);
     let metadata = MetadataCommand::new().no_deps().exec().unwrap();
     let members = metadata.workspace_packages();
