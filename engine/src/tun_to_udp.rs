@@ -154,10 +154,11 @@ impl TunToUdp {
 
     /// Sends again, in order, what found the socket full, for as long as it may take.
     fn send_stalled(&mut self, io: &mut impl Io, routes: &RouteTable) {
-        let Some(first) = self.stalled.first() else { return };
+        if self.stalled.is_empty() {
+            return;
+        }
         self.context.stats.add(Counter::TunToUdpStalls, 1);
         let deadline = Instant::now() + STALL_MAX;
-        tracing::trace!(peer = %first.transmit.outer.peer, "the socket is full");
         for Sent { buffer, transmit, .. } in std::mem::take(&mut self.stalled) {
             let packets = io.packet(&buffer, &transmit.packets);
             let socket = &self.context.sockets[transmit.outer.socket];
@@ -165,7 +166,10 @@ impl TunToUdp {
                 match sys::send(socket, packets, &transmit) {
                     Err(error)
                         if error.kind() == io::ErrorKind::WouldBlock
-                            && socket.wait_writable(deadline).is_ok() => {}
+                            && Instant::now() < deadline =>
+                    {
+                        socket.wait_for_room();
+                    }
                     result => break result,
                 }
             };

@@ -1,0 +1,69 @@
+//! More than the wire carries: what cannot go out waits in the kernel's queues, where it is counted,
+//! and the other direction does not notice.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use weft_daemon::lab::Lab;
+use weft_tests::{bring_up, counter, hosts, run_tool, until};
+
+/// What the first host's wire is cut down to, with more room in its queue than the engine's socket
+/// has in its send buffer.
+const SLOW: &str = "qdisc add dev eth0 root tbf rate 50mbit burst 64kb limit 100mb";
+
+fn socket(lab: &Lab, host: usize) -> Result<UdpSocket> {
+    let container = lab.container(host)?;
+    let address = SocketAddr::new(container.address()?, 0);
+    Ok(container.netns.run(|| UdpSocket::bind(address))??)
+}
+
+/// Packets that the device itself has dropped, its queue being full.
+fn dropped(lab: &Lab) -> Result<u64> {
+    let device = lab.status(0)?.device.context("no device")?;
+    let links = lab.host(0).netns.ip_json(&["-s", "link", "show", "dev", &device])?;
+    links[0]["stats64"]["tx"]["dropped"].as_u64().context("no count of dropped packets")
+}
+
+#[test]
+fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let mut lab = hosts(2)?;
+        bring_up(&mut lab, &[io, "--workers=1"])?;
+        let arguments: Vec<&str> = SLOW.split(' ').collect();
+        run_tool(&lab.host(0).netns, "tc", &arguments)?;
+        let (near, far) = (socket(&lab, 0)?, socket(&lab, 1)?);
+        let enough = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !enough.load(Ordering::Relaxed) {
+                    // A full queue is what this is for.
+                    let _ = far.local_addr().and_then(|to| near.send_to(&[0x5a; 1400], to));
+                }
+            });
+            let outcome = full_but_open(&lab, &near, &far);
+            enough.store(true, Ordering::Relaxed);
+            outcome
+        })
+        .context(io)?;
+        assert_eq!(counter(&lab, 0, "tun_to_udp_full")?, 0, "{io}");
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+/// Waits until packets queue all the way back, and then sends against the stream.
+fn full_but_open(lab: &Lab, near: &UdpSocket, far: &UdpSocket) -> Result<()> {
+    until("sends wait for room", || Ok(counter(lab, 0, "tun_to_udp_stalls")? > 0))?;
+    until("the device's queue is full", || Ok(dropped(lab)? > 0))?;
+    near.set_read_timeout(Some(Duration::from_secs(5)))?;
+    for number in 0..500u32 {
+        far.send_to(&number.to_be_bytes(), near.local_addr()?)?;
+        let mut bytes = [0; 8];
+        let len = near.recv(&mut bytes).context("the other direction is blocked")?;
+        assert_eq!(bytes[..len], number.to_be_bytes());
+    }
+    Ok(())
+}
