@@ -1,5 +1,5 @@
 //! Benchmarks: the engine's pure parts by themselves (`cargo bench`; route tables and packets for
-//! that are here), and weft end to end beside what else carries packets (`make bench`, the modules).
+//! that are here), and weft end to end beside what else carries packets (`make bench`; the modules).
 
 pub mod cpu;
 pub mod load;

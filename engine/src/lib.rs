@@ -13,15 +13,14 @@
 //! the buffer goes back when the send has completed.
 //!
 //! **udp_to_tun.** A receive puts a datagram into a buffer, or many of one length one behind the
-//! other (UDP_GRO) → [`guard::Guard`] judges each by its sender and its bytes → time to live left?
-//! it drops by one → [`offload::coalesce`] joins neighbours of one flow → one write each to the TUN
-//! device, gathered from wherever the payloads lie, which hands them to the kernel's routing → the
-//! buffers go back.
+//! other (UDP_GRO) → [`guard::Guard`] judges each by its sender and its bytes → [`ecn`] carries a
+//! congestion mark over → time to live left? it drops by one → [`offload::coalesce`] joins
+//! neighbours of one flow → one write each to the TUN device, which hands them to the kernel's
+//! routing → the buffer goes back.
 //!
-//! Besides the kernel's copies between its packets and our buffers, the payload is copied once on
-//! its way out, by the cut, and on its way in only where it is small, when packets are joined. What
-//! is dropped on the way has a counter by reason; senders get the ICMP errors that a router owes
-//! them ([`icmp`]).
+//! Besides the kernel's copies between its packets and our buffers, the payload is copied once each
+//! way: by the cut, and, where a packet may be joined with others, into the run. What is dropped on
+//! the way has a counter by reason; senders get the ICMP errors that a router owes them ([`icmp`]).
 
 mod batch;
 mod buffers;
