@@ -4,6 +4,7 @@
 pub mod cpu;
 pub mod load;
 pub mod naive;
+pub mod on_tokio_uring;
 pub mod report;
 pub mod run;
 pub mod subject;

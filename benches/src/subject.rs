@@ -40,6 +40,8 @@ pub enum Subject {
     WeftBusy,
     /// One packet a call, as flannel's udp.
     Naive,
+    /// The same job on tokio-uring, with the same offloads.
+    TokioUring,
     /// fastd without cipher.
     Fastd,
     /// tinc without cipher.
@@ -47,13 +49,14 @@ pub enum Subject {
 }
 
 impl Subject {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::HostGw,
         Self::Vxlan,
         Self::WeftUring,
         Self::WeftMmsg,
         Self::WeftBusy,
         Self::Naive,
+        Self::TokioUring,
         Self::Fastd,
         Self::Tinc,
     ];
@@ -66,6 +69,7 @@ impl Subject {
             Self::WeftMmsg => "weft-mmsg",
             Self::WeftBusy => "weft-busy",
             Self::Naive => "naive",
+            Self::TokioUring => "tokio-uring",
             Self::Fastd => "fastd",
             Self::Tinc => "tinc",
         }
@@ -81,7 +85,8 @@ impl Subject {
             | Self::WeftUring
             | Self::WeftMmsg
             | Self::WeftBusy
-            | Self::Naive => None,
+            | Self::Naive
+            | Self::TokioUring => None,
         }
     }
 
@@ -105,7 +110,8 @@ impl Subject {
             Self::WeftUring => running.weft(&["--io=uring"])?,
             Self::WeftMmsg => running.weft(&["--io=mmsg"])?,
             Self::WeftBusy => running.weft(&["--io=uring", "--busy-poll=500", "--workers=1"])?,
-            Self::Naive => running.naive()?,
+            Self::Naive => running.forwarder("naive")?,
+            Self::TokioUring => running.forwarder("tokio-uring")?,
             Self::Fastd => running.fastd()?,
             Self::Tinc => running.tinc()?,
         };
@@ -229,15 +235,13 @@ impl<'a> Running<'a> {
         Ok(WIRE_MTU - UDP_OVERHEAD)
     }
 
-    fn naive(&mut self) -> anyhow::Result<u16> {
+    /// One of our own, which this very program is, too; its device is called by its name.
+    fn forwarder(&mut self, name: &str) -> anyhow::Result<u16> {
         let mtu = WIRE_MTU - UDP_OVERHEAD;
         for side in [0, 1] {
-            let arguments = ["naive".to_owned(), side.to_string(), mtu.to_string()];
+            let arguments = [name.to_owned(), side.to_string(), mtu.to_string()];
             self.spawn(side, &beside("weft-bench")?, arguments)?;
-            self.wait_for_device(side, "naive0")?;
-            // What weft and flannel set too.
-            self.ip(side, "link set naive0 txqueuelen 500", None)?;
-            self.ip(side, &format!("route replace {} dev naive0", subnet(1 - side)), None)?;
+            self.up(side, name, mtu)?;
         }
         Ok(mtu)
     }

@@ -59,6 +59,9 @@ pub use features::Feature;
 pub use guard::GuardMode;
 pub use routes::{Peer, RouteTable};
 pub use stats::Counter;
+// For the benchmarks, which compare forwarders on one and the same device.
+#[doc(hidden)]
+pub use tun::{TunDevice, TunQueue};
 
 use features::Features;
 use guard::Guard;
@@ -66,7 +69,6 @@ use io::mmsg::Mmsg;
 use io::uring::{self, Ring};
 use io::{Direction, Io};
 use stats::ThreadStats;
-use tun::TunDevice;
 use tun_to_udp::TunToUdp;
 use udp::UdpSocket;
 use udp_to_tun::UdpToTun;

@@ -27,14 +27,14 @@ const BUSY_GRACE: Duration = Duration::from_millis(500);
 
 /// A TUN device with its queues.
 #[derive(Debug)]
-pub(crate) struct TunDevice {
+pub struct TunDevice {
     name: String,
     queues: Vec<TunQueue>,
 }
 
 /// One queue: a packet a read, a packet a write.
 #[derive(Debug)]
-pub(crate) struct TunQueue(File);
+pub struct TunQueue(File);
 
 impl TunDevice {
     /// Makes a device with this many queues. `name` may hold one `%d`, for which the kernel puts
@@ -42,7 +42,7 @@ impl TunDevice {
     ///
     /// # Errors
     /// What [`sys::open_tun_queue`] says.
-    pub(crate) fn open(name: &str, queues: usize, features: &Features) -> io::Result<Self> {
+    pub fn open(name: &str, queues: usize, features: &Features) -> io::Result<Self> {
         let (first, name) = open_when_free(name)?;
         let mut device = Self { name, queues: vec![TunQueue(first)] };
         for _ in 1..queues {
@@ -77,7 +77,7 @@ impl TunDevice {
     ///
     /// # Errors
     /// The kernel refused the MTU (68 to 65535), or somebody deleted the device.
-    pub(crate) fn bring_up(&self, mtu: u16) -> io::Result<()> {
+    pub fn bring_up(&self, mtu: u16) -> io::Result<()> {
         let mut config = tun::Configuration::default();
         config.tun_name(&self.name).raw_fd(self.queues[0].0.as_raw_fd()).close_fd_on_drop(false);
         let mut device = tun::Device::new(&config).map_err(io::Error::other)?;
@@ -86,7 +86,7 @@ impl TunDevice {
     }
 
     /// Hands out the queues, each to one worker.
-    pub(crate) fn into_queues(self) -> Vec<TunQueue> {
+    pub fn into_queues(self) -> Vec<TunQueue> {
         self.queues
     }
 }
@@ -116,5 +116,11 @@ impl TunQueue {
 impl AsFd for TunQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+impl From<TunQueue> for File {
+    fn from(queue: TunQueue) -> Self {
+        queue.0
     }
 }

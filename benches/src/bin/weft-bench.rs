@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum as _};
 use weft_benches::naive::Naive;
+use weft_benches::on_tokio_uring;
 use weft_benches::report::{Machine, Report};
 use weft_benches::run::{Plan, run};
 use weft_benches::subject::Subject;
@@ -35,6 +36,12 @@ enum Command {
     /// Forwards one packet a call (a subject of `run`, started by it)
     #[command(hide = true)]
     Naive {
+        side: usize,
+        mtu: u16,
+    },
+    /// Forwards on tokio-uring (likewise)
+    #[command(hide = true)]
+    TokioUring {
         side: usize,
         mtu: u16,
     },
@@ -66,7 +73,13 @@ struct RunArgs {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Run(arguments) => run_all(&arguments),
-        Command::Naive { side, mtu } => naive(side, mtu),
+        Command::Naive { side, mtu } => {
+            let open = Naive::open("naive", mtu, listen(side), routes(side));
+            open.and_then(|it| it.run().context("forwarding ended"))
+        }
+        Command::TokioUring { side, mtu } => {
+            on_tokio_uring::forward("tokio-uring", mtu, listen(side), routes(side))
+        }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -122,15 +135,19 @@ fn say(text: &str) {
     println!("{text}");
 }
 
-fn naive(side: usize, mtu: u16) -> anyhow::Result<()> {
+fn listen(side: usize) -> SocketAddr {
+    SocketAddr::new(outer(side), PORT)
+}
+
+/// A forwarder's routes: its own subnet, and the other's.
+fn routes(side: usize) -> RouteTable {
     let far = 1 - side;
+    let net = |side| subnet(side).parse().expect("the topology's subnets are networks");
     let peer = Peer {
-        endpoint: SocketAddr::new(outer(far), PORT),
+        endpoint: listen(far),
         outer: Vec::new(),
-        subnets: vec![subnet(far).parse()?],
+        subnets: vec![net(far)],
         ecn: EcnMode::Compatibility,
     };
-    let routes = RouteTable::new(&[subnet(side).parse()?], vec![peer]);
-    let listen = SocketAddr::new(outer(side), PORT);
-    Naive::open("naive0", mtu, listen, routes)?.run().context("forwarding ended")
+    RouteTable::new(&[net(side)], vec![peer])
 }
