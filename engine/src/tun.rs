@@ -41,7 +41,8 @@ impl TunDevice {
     /// the next free number. The device is down and has no addresses.
     ///
     /// # Errors
-    /// What [`sys::open_tun_queue`] says.
+    /// ENOENT: no `/dev/net/tun`. EPERM: CAP_NET_ADMIN is missing. EBUSY: the name is taken by
+    /// another process's device. EINVAL: the name is too long, or that of a device of another kind.
     pub fn open(name: &str, queues: usize, features: &Features) -> io::Result<Self> {
         let (first, name) = open_when_free(name)?;
         let mut device = Self { name, queues: vec![TunQueue(first)] };

@@ -33,11 +33,15 @@ impl Daemon {
         let mut command = Command::new(program()?);
         apart(&mut command).args(arguments).stdout(out).stderr(err);
         // The lab says what a daemon does; the caller's own settings are for the caller's daemon.
-        for (name, _) in env::vars_os() {
+        for (name, value) in env::vars_os() {
             let text = name.to_string_lossy();
             if text.starts_with("FLANNELD_") || text.starts_with("WEFT_") || text == "NOTIFY_SOCKET"
             {
-                command.env_remove(name);
+                command.env_remove(&name);
+            }
+            // What is meant for the lab's daemons: LAB_WEFT_IO=mmsg is their WEFT_IO.
+            if let Some(theirs) = text.strip_prefix("LAB_WEFT_") {
+                command.env(format!("WEFT_{theirs}"), value);
             }
         }
         let child = netns.spawn(&mut command)?;
