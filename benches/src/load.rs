@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
+use crossbeam::utils::CachePadded;
 use hdrhistogram::Histogram;
 use socket2::SockRef;
 use weft_daemon::netns::NetNs;
@@ -28,6 +29,12 @@ const CHUNK: usize = 128 << 10;
 const WARM_UP: Duration = Duration::from_millis(300);
 /// How often paced datagrams are sent, as many as are due.
 const PACE: Duration = Duration::from_micros(500);
+/// How long streams may take to drain, and to connect.
+const GRACE: Duration = Duration::from_secs(3);
+/// How long an answer is waited for.
+const ANSWER: Duration = Duration::from_millis(200);
+/// No datagram for this long: there are none on the way any more. Longer than [`ANSWER`].
+const SILENCE: Duration = Duration::from_millis(400);
 /// So large that the receiving end of a flood loses nothing itself.
 const RECEIVE_BUFFER: usize = 32 << 20;
 /// IPv4 and UDP headers: a datagram of 64 bytes is an IP packet of 64.
@@ -57,15 +64,9 @@ pub fn streams(
     time: Duration,
     meter: &mut dyn Meter,
 ) -> anyhow::Result<Streamed> {
-    let [from, to] = &net.containers;
-    let (mut senders, mut receivers) = (Vec::new(), Vec::new());
-    let listener = to.run(|| TcpListener::bind((inner(1), 0)))??;
-    for _ in 0..streams {
-        let sender = from.run(|| TcpStream::connect(listener.local_addr()?))??;
-        SockRef::from(&sender).set_tcp_congestion(CONGESTION.as_bytes())?;
-        senders.push(sender);
-        receivers.push(listener.accept()?.0);
-    }
+    let (senders, receivers) = connections(net, streams)?;
+    let all = senders.iter().chain(&receivers).map(TcpStream::try_clone);
+    let all: Vec<TcpStream> = all.collect::<io::Result<_>>()?;
     let (stop, received) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let sending = spawn_streams(senders, {
         let stop = Arc::clone(&stop);
@@ -75,6 +76,42 @@ pub fn streams(
         let received = Arc::clone(&received);
         move |socket| receive_to_end(socket, Arc::clone(&received))
     });
+    let outcome = meter_streams(&net.containers[0], &received, time, meter);
+    stop.store(true, Ordering::Relaxed);
+    let drained = wait_for(|| sending.is_finished() && receiving.is_finished());
+    if !drained {
+        abort(&all);
+    }
+    let (sent, read) = (join(sending), join(receiving));
+    ensure!(drained, "the streams came to a stand: nothing carries packets any more");
+    sent.context("sending")?;
+    read.context("receiving")?;
+    outcome
+}
+
+/// Both ends of each connection.
+fn connections(net: &Topology, streams: usize) -> anyhow::Result<(Vec<TcpStream>, Vec<TcpStream>)> {
+    let [from, to] = &net.containers;
+    let listener = to.run(|| TcpListener::bind((inner(1), 0)))??;
+    let address = listener.local_addr()?;
+    let (mut senders, mut receivers) = (Vec::new(), Vec::new());
+    for _ in 0..streams {
+        let sender = from.run(|| TcpStream::connect_timeout(&address, GRACE))?;
+        let sender = sender.context("no connection between the containers")?;
+        SockRef::from(&sender).set_tcp_congestion(CONGESTION.as_bytes())?;
+        senders.push(sender);
+        receivers.push(listener.accept()?.0);
+    }
+    Ok((senders, receivers))
+}
+
+/// What arrives from the end of the warm-up on, for `time`.
+fn meter_streams(
+    from: &NetNs,
+    received: &AtomicU64,
+    time: Duration,
+    meter: &mut dyn Meter,
+) -> anyhow::Result<Streamed> {
     thread::sleep(WARM_UP);
     let before = (received.load(Ordering::Relaxed), retransmits(from)?, Instant::now());
     meter.begin()?;
@@ -85,10 +122,32 @@ pub fn streams(
         retransmits: retransmits(from)? - before.1,
     };
     meter.end()?;
-    stop.store(true, Ordering::Relaxed);
-    sending.join().expect("the sender panicked").context("sending")?;
-    receiving.join().expect("the receiver panicked").context("receiving")?;
     Ok(outcome)
+}
+
+/// Ends connections that no longer move, at once: a send in flight would wait for ever, and unsent
+/// data would keep the namespace alive for minutes.
+fn abort(sockets: &[TcpStream]) {
+    for socket in sockets {
+        // Both fail only for a connection that has ended.
+        let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+        let _ = socket.shutdown(Shutdown::Both);
+    }
+}
+
+fn wait_for(mut done: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + GRACE;
+    while !done() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    true
+}
+
+fn join<T>(thread: JoinHandle<T>) -> T {
+    thread.join().unwrap_or_else(|panicked| std::panic::resume_unwind(panicked))
 }
 
 /// Runs one task a socket on a tokio-uring of their own, on a thread of its own.
@@ -136,10 +195,17 @@ async fn receive_to_end(
 }
 
 /// What datagrams came to.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Delivered {
+    /// All, from first to last; those in flight at the end are waited for.
     pub sent: u64,
     pub received: u64,
+    /// Of those received, how many came after a later one.
+    pub reordered: u64,
+    /// What was sent and received from the end of the warm-up on, for `seconds`: queues are full by
+    /// then, so that what lies in them does not count as delivered.
+    pub sent_steadily: u64,
+    pub received_steadily: u64,
     pub seconds: f64,
 }
 
@@ -151,11 +217,17 @@ impl Delivered {
 
     /// Packets a second that arrived.
     pub fn rate(&self) -> f64 {
-        self.received as f64 / self.seconds
+        self.received_steadily as f64 / self.seconds
+    }
+
+    /// Packets a second that were sent.
+    pub fn offered(&self) -> f64 {
+        self.sent_steadily as f64 / self.seconds
     }
 }
 
-/// Sends IP packets of `len` bytes, `rate` a second or as fast as they go, for `time`.
+/// Sends IP packets of `len` bytes, each with a call of its own, `rate` a second or as fast as they
+/// go, and measures for `time` once that is steady.
 ///
 /// # Errors
 /// A socket that cannot be made.
@@ -170,60 +242,110 @@ pub fn datagrams(
     // Root may go past net.core.rmem_max only with an option that needs more than a plain socket,
     // so the kernel may grant less; the reader keeps up.
     SockRef::from(&receiver).set_recv_buffer_size(RECEIVE_BUFFER)?;
-    receiver.set_read_timeout(Some(Duration::from_millis(300)))?;
-    let receiving = thread::spawn(move || {
-        let (mut packet, mut count) = ([0; 2048], 0u64);
-        while receiver.recv(&mut packet).is_ok() {
-            count += 1;
-        }
-        count
+    receiver.set_read_timeout(Some(SILENCE))?;
+    let (counts, stop) = (Arc::new(Counts::default()), Arc::new(AtomicBool::new(false)));
+    let receiving = thread::spawn({
+        let counts = Arc::clone(&counts);
+        move || receive_datagrams(&receiver, &counts)
     });
-    let payload = vec![0x5a; len - HEADERS];
-    meter.begin()?;
-    let begin = Instant::now();
-    let sent = match rate {
-        Some(rate) => send_paced(&sender, &payload, rate, time),
-        None => send_flood(&sender, &payload, time),
-    };
-    let seconds = begin.elapsed().as_secs_f64();
-    meter.end()?;
-    let received = receiving.join().expect("the receiver panicked");
-    Ok(Delivered { sent, received, seconds })
+    let sending = thread::spawn({
+        let (counts, stop) = (Arc::clone(&counts), Arc::clone(&stop));
+        move || send_datagrams(&sender, len - HEADERS, rate, &counts, &stop)
+    });
+    thread::sleep(WARM_UP);
+    let begun = meter.begin();
+    let (before, begin) = (counts.now(), Instant::now());
+    thread::sleep(time);
+    let (after, seconds) = (counts.now(), begin.elapsed().as_secs_f64());
+    let ended = meter.end();
+    stop.store(true, Ordering::Relaxed);
+    join(sending);
+    let reordered = join(receiving);
+    begun.and(ended)?;
+    let (sent, received) = counts.now();
+    Ok(Delivered {
+        sent,
+        received,
+        reordered,
+        sent_steadily: after.0 - before.0,
+        received_steadily: after.1 - before.1,
+        seconds,
+    })
 }
 
-fn send_flood(sender: &UdpSocket, payload: &[u8], time: Duration) -> u64 {
-    let begin = Instant::now();
-    let mut sent = 0;
-    while begin.elapsed() < time {
-        // The clock is read once for a few, and a full queue is what a flood is for.
-        sent += (0..32).filter(|_| sender.send(payload).is_ok()).count() as u64;
+/// How far sender and receiver are, each on its own cache line.
+#[derive(Debug, Default)]
+struct Counts {
+    sent: CachePadded<AtomicU64>,
+    received: CachePadded<AtomicU64>,
+}
+
+impl Counts {
+    fn now(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
     }
-    sent
 }
 
-fn send_paced(sender: &UdpSocket, payload: &[u8], rate: f64, time: Duration) -> u64 {
+/// Sends until told to stop. The clock is read once for a few, and a full queue is what a flood is
+/// for: what the socket refuses was not sent.
+fn send_datagrams(
+    socket: &UdpSocket,
+    len: usize,
+    rate: Option<f64>,
+    counts: &Counts,
+    stop: &AtomicBool,
+) {
+    let mut payload = vec![0x5a; len];
     let begin = Instant::now();
-    let (mut sent, mut tried) = (0, 0u64);
-    while begin.elapsed() < time {
-        let due = begin.elapsed().as_secs_f64() * rate;
+    let mut tried = 0u64;
+    while !stop.load(Ordering::Relaxed) {
+        let due = rate.map_or(tried as f64 + 32.0, |rate| begin.elapsed().as_secs_f64() * rate);
+        let mut sent = 0;
         while (tried as f64) < due {
-            sent += u64::from(sender.send(payload).is_ok());
             tried += 1;
+            payload[..8].copy_from_slice(&tried.to_be_bytes());
+            sent += u64::from(socket.send(&payload).is_ok());
         }
-        thread::sleep(PACE);
+        counts.sent.fetch_add(sent, Ordering::Relaxed);
+        if rate.is_some() {
+            thread::sleep(PACE);
+        }
     }
-    sent
 }
 
-/// The time from a small datagram to its answer, one after the other, in nanoseconds.
+/// Counts what arrives until nothing has for a while; returns how many came after a later one.
+fn receive_datagrams(socket: &UdpSocket, counts: &Counts) -> u64 {
+    let (mut packet, mut latest, mut reordered) = ([0; 2048], 0, 0);
+    while socket.recv(&mut packet).is_ok() {
+        let number = number_of(&packet);
+        reordered += u64::from(number < latest);
+        latest = latest.max(number);
+        counts.received.fetch_add(1, Ordering::Relaxed);
+    }
+    reordered
+}
+
+fn number_of(packet: &[u8]) -> u64 {
+    packet.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
+}
+
+/// Round trips, one after the other.
+#[derive(Debug)]
+pub struct RoundTrips {
+    /// Nanoseconds from a datagram to its answer.
+    pub times: Histogram<u64>,
+    /// How many were never answered; their time is not in `times`.
+    pub lost: u64,
+}
+
+/// Sends small datagrams and waits for the answer to each.
 ///
 /// # Errors
 /// Nothing comes back at all.
-pub fn round_trips(net: &Topology, time: Duration) -> anyhow::Result<Histogram<u64>> {
+pub fn round_trips(net: &Topology, time: Duration) -> anyhow::Result<RoundTrips> {
     let (client, server) = socket_pair(net)?;
-    let server_patience = Some(Duration::from_millis(500));
-    server.set_read_timeout(server_patience)?;
-    client.set_read_timeout(Some(Duration::from_millis(200)))?;
+    server.set_read_timeout(Some(SILENCE))?;
+    client.set_read_timeout(Some(ANSWER))?;
     let answering = thread::spawn(move || {
         let mut packet = [0; 64];
         while let Ok((len, from)) = server.recv_from(&mut packet) {
@@ -231,19 +353,39 @@ pub fn round_trips(net: &Topology, time: Duration) -> anyhow::Result<Histogram<u
             let _ = server.send_to(&packet[..len], from);
         }
     });
-    let mut histogram = Histogram::new_with_bounds(100, 1_000_000_000, 3)?;
+    let mut trips =
+        RoundTrips { times: Histogram::new_with_bounds(100, 1_000_000_000, 3)?, lost: 0 };
     let begin = Instant::now();
-    let mut packet = [0; 64];
-    while begin.elapsed() < time {
+    for number in 1u64.. {
+        if begin.elapsed() > time {
+            break;
+        }
         let sent = Instant::now();
-        if client.send(&packet).is_ok() && client.recv(&mut packet).is_ok() {
+        if is_answered(&client, number) {
             let nanoseconds = u64::try_from(sent.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            histogram.saturating_record(nanoseconds);
+            trips.times.saturating_record(nanoseconds);
+        } else {
+            trips.lost += 1;
         }
     }
-    answering.join().expect("the answering thread panicked");
-    anyhow::ensure!(!histogram.is_empty(), "no datagram came back");
-    Ok(histogram)
+    join(answering);
+    ensure!(!trips.times.is_empty(), "no datagram came back");
+    Ok(trips)
+}
+
+/// Late answers to earlier ones are passed over.
+fn is_answered(client: &UdpSocket, number: u64) -> bool {
+    let mut packet = [0; 64];
+    packet[..8].copy_from_slice(&number.to_be_bytes());
+    if client.send(&packet).is_err() {
+        return false;
+    }
+    while client.recv(&mut packet).is_ok() {
+        if number_of(&packet) == number {
+            return true;
+        }
+    }
+    false
 }
 
 /// A connected sender in the first container, a receiver in the second.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use weft_daemon::lab::Cancel;
 
 use crate::cpu;
-use crate::load::{self, Meter};
+use crate::load::{self, Meter, RoundTrips};
 use crate::subject::{Running, Subject};
 use crate::topology::{Mode, Topology};
 
@@ -88,13 +88,13 @@ fn measure(
 ) -> anyhow::Result<BTreeMap<String, f64>> {
     let mut figures = BTreeMap::new();
     let mut put = |name: String, value: f64| {
-        figures.insert(name, value);
+        // Per packet, where none arrived: there is no such figure.
+        if value.is_finite() {
+            figures.insert(name, value);
+        }
     };
-    let micros = |nanoseconds: u64| nanoseconds as f64 / 1000.0;
     let idle = load::round_trips(net, plan.time)?;
-    put("rtt_p50_us".into(), micros(idle.value_at_quantile(0.5)));
-    put("rtt_p99_us".into(), micros(idle.value_at_quantile(0.99)));
-    put("rtt_p999_us".into(), micros(idle.value_at_quantile(0.999)));
+    put_round_trips("rtt", &idle, &mut put);
     // Busy polling is for round trips only.
     if subject == Subject::WeftBusy {
         return Ok(figures);
@@ -115,9 +115,11 @@ fn measure(
         cancel.check()?;
         let flood = load::datagrams(net, *len, None, plan.time, &mut time)?;
         put(format!("udp{len}_flood_kpps"), flood.rate() / 1000.0);
-        put(format!("udp{len}_offered_kpps"), flood.sent as f64 / flood.seconds / 1000.0);
-        let megapackets = flood.received as f64 / 1e6;
+        put(format!("udp{len}_offered_kpps"), flood.offered() / 1000.0);
+        put(format!("udp{len}_reordered"), flood.reordered as f64);
+        let megapackets = flood.received_steadily as f64 / 1e6;
         put(format!("udp{len}_cpu_s_per_mp"), time.machine() / megapackets);
+        put(format!("udp{len}_daemon_s_per_mp"), time.processes() / megapackets);
         if !plan.quick {
             let rate = highest_rate(net, *len, flood.rate(), plan.time, cancel)?;
             put(format!("udp{len}_lossless_kpps"), rate / 1000.0);
@@ -128,6 +130,8 @@ fn measure(
     put("paced_loss".into(), paced.loss());
     put("paced_cpus".into(), time.machine() / paced.seconds);
     put("paced_daemon_cpus".into(), time.processes() / paced.seconds);
+    let megapackets = paced.received_steadily as f64 / 1e6;
+    put("paced_cpu_s_per_mp".into(), time.machine() / megapackets);
     if !plan.quick {
         cancel.check()?;
         let loaded = thread::scope(|scope| {
@@ -137,9 +141,7 @@ fn measure(
             load.join().expect("the load panicked")?;
             loaded
         })?;
-        put("rtt_loaded_p50_us".into(), micros(loaded.value_at_quantile(0.5)));
-        put("rtt_loaded_p99_us".into(), micros(loaded.value_at_quantile(0.99)));
-        put("rtt_loaded_p999_us".into(), micros(loaded.value_at_quantile(0.999)));
+        put_round_trips("rtt_loaded", &loaded, &mut put);
     }
     let memory: Vec<f64> =
         running.processes().into_iter().map(cpu::memory_mib).collect::<anyhow::Result<_>>()?;
@@ -147,6 +149,14 @@ fn measure(
         put("memory_mib".into(), most);
     }
     Ok(figures)
+}
+
+fn put_round_trips(name: &str, trips: &RoundTrips, put: &mut impl FnMut(String, f64)) {
+    for (quantile, suffix) in [(0.5, "p50"), (0.99, "p99"), (0.999, "p999")] {
+        let nanoseconds = trips.times.value_at_quantile(quantile);
+        put(format!("{name}_{suffix}_us"), nanoseconds as f64 / 1000.0);
+    }
+    put(format!("{name}_lost"), trips.lost as f64);
 }
 
 /// The highest rate at which hardly anything is lost, by bisection below `most`.
@@ -163,7 +173,7 @@ fn highest_rate(
         let rate = f64::midpoint(good, bad);
         let sent = load::datagrams(net, len, Some(rate), time / 2, &mut Unmetered)?;
         // A sender that does not reach the rate proves nothing about it.
-        let reached = sent.sent as f64 / sent.seconds > 0.95 * rate;
+        let reached = sent.offered() > 0.95 * rate;
         if reached && sent.loss() < LOSS_MAX { good = rate } else { bad = rate }
     }
     Ok(good)

@@ -1,6 +1,7 @@
 //! Who carries the packets: weft, what it is compared with, and how each is set up.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -331,6 +332,8 @@ impl<'a> Running<'a> {
     ) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.path("log"))?;
         let mut command = Command::new(program);
+        // Out of the terminal's reach: Ctrl-C is answered by us, and ends these in order.
+        command.process_group(0);
         command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.children.push(self.net.hosts[side].spawn(&mut command)?);
         Ok(())
