@@ -216,6 +216,24 @@ fn behind_the_tun(packet: &[u8]) -> Option<Vec<u8>> {
     Some(packet)
 }
 
+/// What there is to come, on the wire and behind the TUN device.
+const COUNTS: (usize, usize) = (2663, 2623);
+
+/// As [`what_comes_of_it`]. A busy machine may lose packets on the way, the naive forwarder having
+/// short queues, so there is more than one try; what is wrong is wrong in each.
+fn all_that_comes(net: &Topology) -> Result<(Flows, Flows)> {
+    let count = |flows: &Flows| flows.values().map(Vec::len).sum::<usize>();
+    let mut found = what_comes_of_it(net)?;
+    for _ in 0..5 {
+        if (count(&found.0), count(&found.1)) == COUNTS {
+            break;
+        }
+        found = what_comes_of_it(net)?;
+    }
+    assert_eq!((count(&found.0), count(&found.1)), COUNTS, "packets are lost, or made");
+    Ok(found)
+}
+
 /// What goes over the wire and what comes out behind the TUN device.
 fn what_comes_of_it(net: &Topology) -> Result<(Flows, Flows)> {
     let (wire, container) = (open_capture(net, false)?, open_capture(net, true)?);
@@ -253,10 +271,8 @@ fn the_engine_equals_the_naive_forwarder() -> Result<()> {
     }
     run_tool(&net.containers[0], "ethtool", &["-K", "eth0", "gso", "on", "tx", "on"])?;
     let naive = Subject::Naive.start(&net)?;
-    let (wire, container) = what_comes_of_it(&net)?;
+    let (wire, container) = all_that_comes(&net)?;
     drop(naive);
-    let count = |flows: &Flows| flows.values().map(Vec::len).sum::<usize>();
-    assert!(count(&wire) > 2500 && count(&container) > 2500, "{}", count(&wire));
 
     for flags in [
         &["--io=uring"][..],
@@ -267,7 +283,7 @@ fn the_engine_equals_the_naive_forwarder() -> Result<()> {
         &["--io=mmsg", "--offload=tun-tso=off,udp-gro=off,udp-coalesce=off"],
     ] {
         let running = Running::weft_with(&net, flags)?;
-        let (our_wire, our_container) = what_comes_of_it(&net)?;
+        let (our_wire, our_container) = all_that_comes(&net)?;
         same(&wire, &our_wire, &format!("{flags:?}, on the wire"));
         same(&container, &our_container, &format!("{flags:?}, behind the TUN"));
         drop(running);
