@@ -1,6 +1,6 @@
 //! What a run came to: tables for the terminal, JSON for programs, and one HTML page with plots.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -28,6 +28,9 @@ pub struct Report {
     /// Subjects that are not installed here.
     pub missing: Vec<Subject>,
     pub samples: Vec<Sample>,
+    /// The commands that set up each mode and each subject, by its name; `h1#` is where one ran.
+    #[serde(default)]
+    pub commands: BTreeMap<String, Vec<String>>,
 }
 
 /// What the figures depend on besides the code.
@@ -178,6 +181,7 @@ impl Report {
              <p><code>{command}</code>: {repeats} repeats, {seconds} s a figure. Bars are medians, \
              whiskers minimum and maximum.</p>\n<h2>Targets</h2>\n<pre>{targets}</pre>\n\
              <h2>Plots</h2>\n{plots}\n<h2>Figures</h2>\n<pre>{figures}</pre>\n\
+             <h2>Commands</h2>\n<pre>{commands}</pre>\n\
              <h2>Raw</h2>\n<pre>{json}</pre>\n",
             machine = escape(&self.machine.line()),
             command = escape(&self.command),
@@ -185,8 +189,15 @@ impl Report {
             seconds = self.seconds_per_figure,
             targets = escape(&self.targets()),
             figures = escape(&self.figures()),
+            commands = escape(&self.command_lines()),
             json = escape(json),
         ))
+    }
+
+    fn command_lines(&self) -> String {
+        let block =
+            |(name, lines): (&String, &Vec<String>)| format!("{name}:\n{}\n", lines.join("\n"));
+        self.commands.iter().map(block).collect::<Vec<_>>().join("\n")
     }
 
     /// A group of bars for each mode, a bar for each subject.
@@ -268,6 +279,7 @@ mod tests {
             seconds_per_figure: 1.0,
             missing: vec![Subject::Tinc],
             samples: vec![sample(Subject::WeftUring, 9.0), sample(Subject::Naive, 1.0)],
+            commands: [("naive".into(), vec!["h1# ip link set naive up".into()])].into(),
         }
     }
 
@@ -289,5 +301,6 @@ mod tests {
         assert_eq!(back.samples, report().samples);
         let html = fs::read_to_string(directory.path().join("report.html")).unwrap();
         assert!(html.contains("<svg") && html.contains("weft-bench run &lt;quick&gt;"));
+        assert!(html.contains("naive:\nh1# ip link set naive up"));
     }
 }

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use weft_daemon::lab::Cancel;
 
 use crate::cpu;
 use crate::load::{self, Meter, RoundTrips};
 use crate::subject::{Running, Subject};
-use crate::topology::{Mode, Topology};
+use crate::topology::{Carried, Mode, Topology};
 
 /// Packets a second at which processor time is compared.
 const PACED: f64 = 100_000.0;
@@ -41,6 +41,14 @@ pub struct Sample {
     pub figures: BTreeMap<String, f64>,
 }
 
+/// What a run came to.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub samples: Vec<Sample>,
+    /// The commands that set up each mode and each subject, by its name.
+    pub commands: BTreeMap<String, Vec<String>>,
+}
+
 /// Runs the plan. The order of the subjects shifts with each repeat, so that none always profits
 /// from what ran before it.
 ///
@@ -50,11 +58,13 @@ pub fn run(
     plan: &Plan,
     cancel: &Cancel,
     progress: &mut dyn FnMut(&str),
-) -> anyhow::Result<Vec<Sample>> {
-    let mut samples = Vec::new();
+) -> anyhow::Result<Outcome> {
+    let mut outcome = Outcome::default();
+    let Outcome { samples, commands } = &mut outcome;
     for repeat in 0..plan.repeats {
         for mode in &plan.modes {
             let net = Topology::new(*mode)?;
+            commands.entry(mode.name().to_owned()).or_insert_with(|| net.take_commands());
             let mut subjects = plan.subjects.clone();
             let shift = repeat % subjects.len().max(1);
             subjects.rotate_left(shift);
@@ -69,13 +79,15 @@ pub fn run(
                 ));
                 let context = || format!("{} in mode {}", subject.name(), mode.name());
                 let running = subject.start(&net).with_context(context)?;
+                let lines = net.take_commands();
+                commands.entry(subject.name().to_owned()).or_insert(lines);
                 let figures = measure(&net, &running, subject, plan, cancel);
                 let figures = figures.with_context(context)?;
                 samples.push(Sample { mode: *mode, subject, repeat, figures });
             }
         }
     }
-    Ok(samples)
+    Ok(outcome)
 }
 
 /// The figures of a subject that is up.
@@ -103,7 +115,15 @@ fn measure(
     let streams: &[usize] = if plan.quick { &[1, 4] } else { &[1, 4, 50] };
     for count in streams {
         cancel.check()?;
+        let before = net.carried()?;
         let tcp = load::streams(net, *count, plan.time, &mut time)?;
+        let mean = net.carried()?.mean_since(before);
+        ensure!(
+            net.mode == Mode::Offload || mean <= Carried::LEN_MAX,
+            "packets of {mean:.0} bytes crossed the cable: this was not the mode {}",
+            net.mode.name()
+        );
+        put(format!("tcp{count}_bytes_per_packet"), mean);
         let gigabytes = tcp.bytes as f64 / 1e9;
         put(format!("tcp{count}_gbit"), gigabytes * 8.0 / tcp.seconds);
         put(format!("tcp{count}_retransmits"), tcp.retransmits as f64);

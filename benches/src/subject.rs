@@ -159,7 +159,7 @@ impl<'a> Running<'a> {
     }
 
     fn ip(&mut self, side: usize, line: &str, undo: Option<&str>) -> anyhow::Result<()> {
-        self.net.hosts[side].ip(&line.split_whitespace().collect::<Vec<_>>())?;
+        self.net.ip(&self.net.hosts[side], line)?;
         self.undo.extend(undo.map(|it| (side, it.split_whitespace().map(str::to_owned).collect())));
         Ok(())
     }
@@ -199,6 +199,7 @@ impl<'a> Running<'a> {
             self.ip(side, &neighbour, None)?;
             let entry =
                 format!("fdb append {} dev flannel.1 dst {far} self permanent", mac(1 - side));
+            self.net.note(&self.net.hosts[side], &format!("bridge {entry}"));
             let mut bridge = Command::new("bridge");
             let output = self.net.hosts[side].output(bridge.args(entry.split_whitespace()))?;
             if !output.status.success() {
@@ -290,6 +291,7 @@ impl<'a> Running<'a> {
                 );
                 fs::write(directory.join(format!("hosts/h{host}")), host_file)?;
             }
+            self.net.note(&self.net.hosts[side], "tincd -K2048 -c $DIR");
             let status = Command::new("tincd")
                 .args(["-K2048", "-c"])
                 .arg(&directory)
@@ -331,6 +333,11 @@ impl<'a> Running<'a> {
         arguments: impl IntoIterator<Item = String>,
     ) -> anyhow::Result<()> {
         let log = File::options().create(true).append(true).open(self.path("log"))?;
+        let arguments: Vec<String> = arguments.into_iter().collect();
+        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        let directory = self.directory.path().display().to_string();
+        let line = format!("{name} {}", arguments.join(" ")).replace(&directory, "$DIR");
+        self.net.note(&self.net.hosts[side], &line);
         let mut command = Command::new(program);
         // Out of the terminal's reach: Ctrl-C is answered by us, and ends these in order.
         command.process_group(0);

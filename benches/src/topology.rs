@@ -8,6 +8,7 @@
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -60,8 +61,11 @@ impl Mode {
 /// The network, removed when dropped.
 #[derive(Debug)]
 pub struct Topology {
+    pub mode: Mode,
     pub hosts: [NetNs; 2],
     pub containers: [NetNs; 2],
+    /// What was run in them to set things up, line by line.
+    commands: Mutex<Vec<String>>,
 }
 
 impl Topology {
@@ -72,13 +76,17 @@ impl Topology {
     pub fn new(mode: Mode) -> anyhow::Result<Self> {
         let id: String = (0..6).map(|_| fastrand::lowercase()).collect();
         let make = |name: &str| NetNs::create(format!("weft-bench-{id}-{name}"));
-        let it = Self { hosts: [make("h1")?, make("h2")?], containers: [make("c1")?, make("c2")?] };
+        let it = Self {
+            mode,
+            hosts: [make("h1")?, make("h2")?],
+            containers: [make("c1")?, make("c2")?],
+            commands: Mutex::default(),
+        };
         let [h1, h2] = &it.hosts;
-        let far = ["peer", "name", "eth0", "netns", h2.name()];
-        h1.ip(&[&["link", "add", "eth0", "type", "veth"], &far[..]].concat())?;
+        it.ip(h1, &format!("link add eth0 type veth peer name eth0 netns {}", h2.name()))?;
         for side in [0, 1] {
             it.build(side)?;
-            set_features(&it.hosts[side], mode)?;
+            it.set_features(&it.hosts[side])?;
         }
         Ok(it)
     }
@@ -87,21 +95,49 @@ impl Topology {
         let (host, container) = (&self.hosts[side], &self.containers[side]);
         let forward = || fs::write("/proc/sys/net/ipv4/ip_forward", "1");
         host.run(forward)?.context("cannot make the host forward")?;
+        self.note(host, "sysctl -w net.ipv4.ip_forward=1");
         for netns in [host, container] {
-            netns.ip(&["link", "set", "lo", "up"])?;
+            self.ip(netns, "link set lo up")?;
         }
-        host.ip(&["address", "add", &format!("{}/24", outer(side)), "dev", "eth0"])?;
-        host.ip(&["link", "set", "eth0", "up"])?;
-        host.ip(&["route", "add", "default", "dev", "eth0"])?;
-        host.ip(&["link", "add", "docker0", "type", "bridge"])?;
-        host.ip(&["address", "add", &format!("{}/24", gateway(side)), "dev", "docker0"])?;
-        host.ip(&["link", "set", "docker0", "up"])?;
-        let far = ["peer", "name", "eth0", "netns", container.name()];
-        host.ip(&[&["link", "add", "c", "type", "veth"], &far[..]].concat())?;
-        host.ip(&["link", "set", "c", "master", "docker0", "up"])?;
-        container.ip(&["address", "add", &format!("{}/24", inner(side)), "dev", "eth0"])?;
-        container.ip(&["link", "set", "eth0", "up"])?;
-        container.ip(&["route", "add", "default", "via", &gateway(side).to_string()])
+        self.ip(host, &format!("address add {}/24 dev eth0", outer(side)))?;
+        self.ip(host, "link set eth0 up")?;
+        self.ip(host, "route add default dev eth0")?;
+        self.ip(host, "link add docker0 type bridge")?;
+        self.ip(host, &format!("address add {}/24 dev docker0", gateway(side)))?;
+        self.ip(host, "link set docker0 up")?;
+        let far = container.name();
+        self.ip(host, &format!("link add c type veth peer name eth0 netns {far}"))?;
+        self.ip(host, "link set c master docker0 up")?;
+        self.ip(container, &format!("address add {}/24 dev eth0", inner(side)))?;
+        self.ip(container, "link set eth0 up")?;
+        self.ip(container, &format!("route add default via {}", gateway(side)))
+    }
+
+    /// A mode that could not be set would be measured as another one: it is an error.
+    fn set_features(&self, host: &NetNs) -> anyhow::Result<()> {
+        let wanted = self.mode.features();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let words: Vec<&str> = wanted.iter().flat_map(|(name, value)| [*name, *value]).collect();
+        self.note(host, &format!("ethtool -K eth0 {}", words.join(" ")));
+        ethtool(host, &[&["-K", "eth0"], &words[..]].concat())?;
+        let answer = ethtool(host, &["-k", "eth0"])?;
+        for (long, value) in [
+            ("tcp-segmentation-offload", wanted[0].1),
+            ("generic-segmentation-offload", wanted[1].1),
+            ("tx-udp-segmentation", wanted[2].1),
+            ("generic-receive-offload", wanted[3].1),
+        ] {
+            let line = answer.lines().find(|line| line.trim().starts_with(long));
+            let line = line.with_context(|| format!("ethtool does not tell of {long}"))?;
+            ensure!(
+                line.contains(&format!(": {value}")),
+                "the mode {} cannot be set: {line}",
+                self.mode.name()
+            );
+        }
+        Ok(())
     }
 
     /// Gives containers the MTU that whatever carries their packets leaves.
@@ -109,14 +145,71 @@ impl Topology {
     /// # Errors
     /// The kernel refuses it.
     pub fn set_mtu(&self, mtu: u16) -> anyhow::Result<()> {
-        let mtu = mtu.to_string();
         for side in [0, 1] {
-            self.containers[side].ip(&["link", "set", "eth0", "mtu", &mtu])?;
+            self.ip(&self.containers[side], &format!("link set eth0 mtu {mtu}"))?;
             for device in ["c", "docker0"] {
-                self.hosts[side].ip(&["link", "set", device, "mtu", &mtu])?;
+                self.ip(&self.hosts[side], &format!("link set {device} mtu {mtu}"))?;
             }
         }
         Ok(())
+    }
+
+    /// Runs `ip` with this line in one of the namespaces, and notes it.
+    ///
+    /// # Errors
+    /// As [`NetNs::ip`].
+    pub fn ip(&self, netns: &NetNs, line: &str) -> anyhow::Result<()> {
+        self.note(netns, &format!("ip {line}"));
+        netns.ip(&line.split_whitespace().collect::<Vec<_>>())
+    }
+
+    /// Notes a command that is run in a namespace.
+    pub fn note(&self, netns: &NetNs, line: &str) {
+        let (common, short) = netns.name().rsplit_once('-').unwrap_or_default();
+        let line = line.replace(&format!("{common}-"), "");
+        self.lock().push(format!("{short}# {line}"));
+    }
+
+    /// What was noted since the last call.
+    pub fn take_commands(&self) -> Vec<String> {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the first host has put on the cable.
+    ///
+    /// # Errors
+    /// /proc is not what proc(5) says.
+    pub fn carried(&self) -> anyhow::Result<Carried> {
+        let text = self.hosts[0].run(|| fs::read_to_string("/proc/thread-self/net/dev"))??;
+        Carried::parse(&text).context("/proc/net/dev does not tell of eth0")
+    }
+}
+
+/// Bytes and packets that a host has sent, Ethernet headers included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carried {
+    pub bytes: u64,
+    pub packets: u64,
+}
+
+impl Carried {
+    /// The largest packet that may cross alone.
+    pub const LEN_MAX: f64 = WIRE_MTU as f64 + 14.0;
+
+    /// Bytes of a packet, on the average, since `before`.
+    pub fn mean_since(self, before: Self) -> f64 {
+        (self.bytes - before.bytes) as f64 / (self.packets - before.packets).max(1) as f64
+    }
+
+    /// Of eth0: its line has eight fields of what was received first (proc(5)).
+    fn parse(text: &str) -> Option<Self> {
+        let fields = text.lines().find_map(|line| line.trim().strip_prefix("eth0:"))?;
+        let fields: Vec<u64> = fields.split_whitespace().map_while(|it| it.parse().ok()).collect();
+        Some(Self { bytes: *fields.get(8)?, packets: *fields.get(9)? })
     }
 }
 
@@ -143,32 +236,6 @@ fn number(side: usize) -> u8 {
     if side == 0 { 1 } else { 2 }
 }
 
-/// A mode that could not be set would be measured as another one: it is an error.
-fn set_features(host: &NetNs, mode: Mode) -> anyhow::Result<()> {
-    let wanted = mode.features();
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    let words: Vec<&str> = wanted.iter().flat_map(|(name, value)| [*name, *value]).collect();
-    ethtool(host, &[&["-K", "eth0"], &words[..]].concat())?;
-    let answer = ethtool(host, &["-k", "eth0"])?;
-    for (long, value) in [
-        ("tcp-segmentation-offload", wanted[0].1),
-        ("generic-segmentation-offload", wanted[1].1),
-        ("tx-udp-segmentation", wanted[2].1),
-        ("generic-receive-offload", wanted[3].1),
-    ] {
-        let line = answer.lines().find(|line| line.trim().starts_with(long));
-        let line = line.with_context(|| format!("ethtool does not tell of {long}"))?;
-        ensure!(
-            line.contains(&format!(": {value}")),
-            "the mode {} cannot be set: {line}",
-            mode.name()
-        );
-    }
-    Ok(())
-}
-
 fn ethtool(host: &NetNs, arguments: &[&str]) -> anyhow::Result<String> {
     let output = host.output(Command::new("ethtool").args(arguments))?;
     if !output.status.success() {
@@ -179,4 +246,23 @@ fn ethtool(host: &NetNs, arguments: &[&str]) -> anyhow::Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_sent_is_read_where_proc_5_has_it() {
+        let head = "Inter-|   Receive  |  Transmit\n face |bytes packets errs|bytes packets\n";
+        let text = format!(
+            "{head}    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n  \
+            eth0: 11 12 0 0 0 0 0 0 3028 2 0 0 0 0 0 0\n"
+        );
+        let carried = Carried::parse(&text).unwrap();
+        assert_eq!(carried, Carried { bytes: 3028, packets: 2 });
+        let before = Carried { bytes: 1514, packets: 1 };
+        assert!((carried.mean_since(before) - Carried::LEN_MAX).abs() < 0.1);
+        assert_eq!(Carried::parse(head), None);
+    }
 }

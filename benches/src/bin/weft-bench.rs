@@ -112,14 +112,15 @@ fn run_all(arguments: &RunArgs) -> anyhow::Result<()> {
         })),
         quick: arguments.quick,
     };
-    let samples = run(&plan, &cancel, &mut |what| eprintln!("{what}"))?;
+    let outcome = run(&plan, &cancel, &mut |what| eprintln!("{what}"))?;
     let report = Report {
         machine: Machine::here(),
         command: std::env::args().skip(1).fold("weft-bench".into(), |line, it| line + " " + &it),
         repeats: plan.repeats,
         seconds_per_figure: plan.time.as_secs_f64(),
         missing,
-        samples,
+        samples: outcome.samples,
+        commands: outcome.commands,
     };
     report.write(&arguments.out)?;
     if !arguments.quick {
