@@ -159,7 +159,7 @@ impl<'a> Running<'a> {
     }
 
     fn ip(&mut self, side: usize, line: &str, undo: Option<&str>) -> anyhow::Result<()> {
-        self.net.ip(&self.net.hosts[side], line)?;
+        self.net.command(&self.net.hosts[side], &format!("ip {line}"))?;
         self.undo.extend(undo.map(|it| (side, it.split_whitespace().map(str::to_owned).collect())));
         Ok(())
     }
@@ -197,14 +197,11 @@ impl<'a> Running<'a> {
                 mac(1 - side)
             );
             self.ip(side, &neighbour, None)?;
-            let entry =
-                format!("fdb append {} dev flannel.1 dst {far} self permanent", mac(1 - side));
-            self.net.note(&self.net.hosts[side], &format!("bridge {entry}"));
-            let mut bridge = Command::new("bridge");
-            let output = self.net.hosts[side].output(bridge.args(entry.split_whitespace()))?;
-            if !output.status.success() {
-                bail!("`bridge {entry}`: {}", String::from_utf8_lossy(&output.stderr));
-            }
+            let entry = format!(
+                "bridge fdb append {} dev flannel.1 dst {far} self permanent",
+                mac(1 - side)
+            );
+            self.net.command(&self.net.hosts[side], &entry)?;
             let route =
                 format!("route replace {} via {other} dev flannel.1 onlink", subnet(1 - side));
             self.ip(side, &route, None)?;

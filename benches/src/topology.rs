@@ -7,10 +7,9 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
-use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use weft_daemon::netns::NetNs;
 
@@ -42,18 +41,12 @@ impl Mode {
         }
     }
 
-    /// What ethtool is told, and what it must answer then.
-    fn features(self) -> &'static [(&'static str, &'static str)] {
-        const SEGMENTATION: [(&str, &str); 3] =
-            [("tso", "off"), ("gso", "off"), ("tx-udp-segmentation", "off")];
-        const WIRE: [(&str, &str); 4] =
-            [SEGMENTATION[0], SEGMENTATION[1], SEGMENTATION[2], ("gro", "off")];
-        const WIRE_GRO: [(&str, &str); 4] =
-            [SEGMENTATION[0], SEGMENTATION[1], SEGMENTATION[2], ("gro", "on")];
+    /// Whether the receiving host joins packets that cross alone; `None` where they do not.
+    const fn gro(self) -> Option<&'static str> {
         match self {
-            Self::Wire => &WIRE,
-            Self::WireGro => &WIRE_GRO,
-            Self::Offload => &[],
+            Self::Wire => Some("off"),
+            Self::WireGro => Some("on"),
+            Self::Offload => None,
         }
     }
 }
@@ -83,7 +76,7 @@ impl Topology {
             commands: Mutex::default(),
         };
         let [h1, h2] = &it.hosts;
-        it.ip(h1, &format!("link add eth0 type veth peer name eth0 netns {}", h2.name()))?;
+        it.command(h1, &format!("ip link add eth0 type veth peer name eth0 netns {}", h2.name()))?;
         for side in [0, 1] {
             it.build(side)?;
             it.set_features(&it.hosts[side])?;
@@ -97,40 +90,35 @@ impl Topology {
         host.run(forward)?.context("cannot make the host forward")?;
         self.note(host, "sysctl -w net.ipv4.ip_forward=1");
         for netns in [host, container] {
-            self.ip(netns, "link set lo up")?;
+            self.command(netns, "ip link set lo up")?;
         }
-        self.ip(host, &format!("address add {}/24 dev eth0", outer(side)))?;
-        self.ip(host, "link set eth0 up")?;
-        self.ip(host, "route add default dev eth0")?;
-        self.ip(host, "link add docker0 type bridge")?;
-        self.ip(host, &format!("address add {}/24 dev docker0", gateway(side)))?;
-        self.ip(host, "link set docker0 up")?;
+        self.command(host, &format!("ip address add {}/24 dev eth0", outer(side)))?;
+        self.command(host, "ip link set eth0 up")?;
+        self.command(host, "ip route add default dev eth0")?;
+        self.command(host, "ip link add docker0 type bridge")?;
+        self.command(host, &format!("ip address add {}/24 dev docker0", gateway(side)))?;
+        self.command(host, "ip link set docker0 up")?;
         let far = container.name();
-        self.ip(host, &format!("link add c type veth peer name eth0 netns {far}"))?;
-        self.ip(host, "link set c master docker0 up")?;
-        self.ip(container, &format!("address add {}/24 dev eth0", inner(side)))?;
-        self.ip(container, "link set eth0 up")?;
-        self.ip(container, &format!("route add default via {}", gateway(side)))
+        self.command(host, &format!("ip link add c type veth peer name eth0 netns {far}"))?;
+        self.command(host, "ip link set c master docker0 up")?;
+        self.command(container, &format!("ip address add {}/24 dev eth0", inner(side)))?;
+        self.command(container, "ip link set eth0 up")?;
+        self.command(container, &format!("ip route add default via {}", gateway(side)))
     }
 
     /// A mode that could not be set would be measured as another one: it is an error.
     fn set_features(&self, host: &NetNs) -> anyhow::Result<()> {
-        let wanted = self.mode.features();
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        let words: Vec<&str> = wanted.iter().flat_map(|(name, value)| [*name, *value]).collect();
-        self.note(host, &format!("ethtool -K eth0 {}", words.join(" ")));
-        ethtool(host, &[&["-K", "eth0"], &words[..]].concat())?;
-        let answer = ethtool(host, &["-k", "eth0"])?;
-        for (long, value) in [
-            ("tcp-segmentation-offload", wanted[0].1),
-            ("generic-segmentation-offload", wanted[1].1),
-            ("tx-udp-segmentation", wanted[2].1),
-            ("generic-receive-offload", wanted[3].1),
+        let Some(gro) = self.mode.gro() else { return Ok(()) };
+        for (feature, value) in [
+            ("tcp-segmentation-offload", "off"),
+            ("generic-segmentation-offload", "off"),
+            ("tx-udp-segmentation", "off"),
+            ("generic-receive-offload", gro),
         ] {
-            let line = answer.lines().find(|line| line.trim().starts_with(long));
-            let line = line.with_context(|| format!("ethtool does not tell of {long}"))?;
+            self.command(host, &format!("ethtool -K eth0 {feature} {value}"))?;
+            let answer = host.tool("ethtool", &["-k", "eth0"])?;
+            let line = answer.lines().find(|line| line.trim().starts_with(feature));
+            let line = line.with_context(|| format!("ethtool does not tell of {feature}"))?;
             ensure!(
                 line.contains(&format!(": {value}")),
                 "the mode {} cannot be set: {line}",
@@ -146,21 +134,23 @@ impl Topology {
     /// The kernel refuses it.
     pub fn set_mtu(&self, mtu: u16) -> anyhow::Result<()> {
         for side in [0, 1] {
-            self.ip(&self.containers[side], &format!("link set eth0 mtu {mtu}"))?;
+            self.command(&self.containers[side], &format!("ip link set eth0 mtu {mtu}"))?;
             for device in ["c", "docker0"] {
-                self.ip(&self.hosts[side], &format!("link set {device} mtu {mtu}"))?;
+                self.command(&self.hosts[side], &format!("ip link set {device} mtu {mtu}"))?;
             }
         }
         Ok(())
     }
 
-    /// Runs `ip` with this line in one of the namespaces, and notes it.
+    /// Runs a command, of words without spaces, in one of the namespaces, and notes it.
     ///
     /// # Errors
-    /// As [`NetNs::ip`].
-    pub fn ip(&self, netns: &NetNs, line: &str) -> anyhow::Result<()> {
-        self.note(netns, &format!("ip {line}"));
-        netns.ip(&line.split_whitespace().collect::<Vec<_>>())
+    /// As [`NetNs::tool`].
+    pub fn command(&self, netns: &NetNs, line: &str) -> anyhow::Result<()> {
+        self.note(netns, line);
+        let mut words = line.split_whitespace();
+        let program = words.next().context("an empty command")?;
+        netns.tool(program, &words.collect::<Vec<_>>()).map(drop)
     }
 
     /// Notes a command that is run in a namespace.
@@ -234,18 +224,6 @@ fn gateway(side: usize) -> Ipv4Addr {
 
 fn number(side: usize) -> u8 {
     if side == 0 { 1 } else { 2 }
-}
-
-fn ethtool(host: &NetNs, arguments: &[&str]) -> anyhow::Result<String> {
-    let output = host.output(Command::new("ethtool").args(arguments))?;
-    if !output.status.success() {
-        bail!(
-            "`ethtool {}`: {}",
-            arguments.join(" "),
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[cfg(test)]

@@ -81,6 +81,19 @@ impl NetNs {
             .with_context(|| format!("cannot run {program} in the namespace {}", self.name))
     }
 
+    /// Runs a program inside the namespace to its end and returns what it wrote to stdout.
+    ///
+    /// # Errors
+    /// It cannot be started, or failed; the command line and what it wrote to stderr are told.
+    pub fn tool(&self, program: &str, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.output(Command::new(program).args(arguments))?;
+        if !output.status.success() {
+            let told = String::from_utf8_lossy(&output.stderr);
+            bail!("`{program} {}` in {}: {}", arguments.join(" "), self.name, told.trim());
+        }
+        String::from_utf8(output.stdout).with_context(|| format!("{program} wrote no text"))
+    }
+
     /// Runs `ip -n <name> <arguments>`.
     ///
     /// # Errors

@@ -76,19 +76,9 @@ pub fn until(what: &str, mut ask: impl FnMut() -> Result<bool>) -> Result<()> {
 pub fn plain_wire(lab: &Lab) -> Result<()> {
     let off = ["tso", "gso", "gro", "tx-udp-segmentation"].map(|kind| [kind, "off"]).concat();
     for host in 0..lab.hosts() {
-        run_tool(&lab.host(host).netns, "ethtool", &[&["-K", "eth0"], &off[..]].concat())?;
+        lab.host(host).netns.tool("ethtool", &[&["-K", "eth0"], &off[..]].concat())?;
     }
     Ok(())
-}
-
-/// Runs a program in a namespace and returns what it wrote.
-pub fn run_tool(netns: &NetNs, program: &str, arguments: &[&str]) -> Result<String> {
-    let output = netns.output(Command::new(program).args(arguments))?;
-    if !output.status.success() {
-        let told = String::from_utf8_lossy(&output.stderr);
-        bail!("`{program} {}` in {}: {told}", arguments.join(" "), netns.name());
-    }
-    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// A counter of a host's daemon.

@@ -14,7 +14,7 @@ use weft_benches::subject::Running;
 use weft_benches::topology::{Mode, Topology, inner, outer};
 use weft_daemon::lab::{Bytes, Cancel, Patience, transfer};
 use weft_daemon::netns::NetNs;
-use weft_tests::{DEADLINE, run_tool};
+use weft_tests::DEADLINE;
 
 /// ETH_P_IP (include/uapi/linux/if_ether.h).
 const IPV4_FRAMES: u16 = 0x0800;
@@ -135,7 +135,7 @@ fn every_checksum_is_right_on_the_wire_and_behind_the_tun() -> Result<()> {
     let net = Topology::new(Mode::Wire)?;
     // Nobody leaves a checksum to a device, or a cut.
     for (netns, device) in [(&net.hosts[0], "eth0"), (&net.hosts[1], "c")] {
-        run_tool(netns, "ethtool", &["-K", device, "tso", "off", "gso", "off", "tx", "off"])?;
+        netns.tool("ethtool", &["-K", device, "tso", "off", "gso", "off", "tx", "off"])?;
     }
     for flags in [&["--io=uring"][..], &["--io=mmsg"], &["--offload=udp-segment=off,tun-tso=off"]] {
         let running = Running::weft_with(&net, flags)?;

@@ -4,23 +4,23 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
-use weft_tests::{bring_up, counter, hosts, plain_wire, run_tool, until};
+use weft_tests::{bring_up, counter, hosts, plain_wire, until};
 
 /// Outer IPv4 and UDP headers.
 const OVERHEAD: u64 = 28;
 
 /// Counts datagrams that come in from the underlay, as the kernel sees them there.
 fn count_datagrams(netns: &NetNs) -> Result<()> {
-    run_tool(netns, "nft", &["add table inet count"])?;
+    netns.tool("nft", &["add table inet count"])?;
     let chain = "add chain inet count in { type filter hook prerouting priority -300; }";
-    run_tool(netns, "nft", &[chain])?;
-    run_tool(netns, "nft", &["add rule inet count in iifname eth0 udp dport 8285 counter"])?;
+    netns.tool("nft", &[chain])?;
+    netns.tool("nft", &["add rule inet count in iifname eth0 udp dport 8285 counter"])?;
     Ok(())
 }
 
 /// Packets, and their bytes from the outer IP header on.
 fn counted(netns: &NetNs) -> Result<(u64, u64)> {
-    let text = run_tool(netns, "nft", &["-j", "list chain inet count in"])?;
+    let text = netns.tool("nft", &["-j", "list chain inet count in"])?;
     let answer: Value = serde_json::from_str(&text)?;
     let parts = answer["nftables"].as_array().context("no list")?;
     let rule = parts.iter().find_map(|part| part.get("rule")).context("no rule")?;

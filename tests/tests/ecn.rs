@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use weft_daemon::lab::Lab;
-use weft_tests::{counter, overlay, run_tool, until};
+use weft_tests::{counter, overlay, until};
 
 /// ETH_P_IP (include/uapi/linux/if_ether.h).
 const IPV4_FRAMES: u16 = 0x0800;
@@ -45,11 +45,11 @@ fn next_field(mut capture: &Socket, from: IpAddr) -> Result<Option<u8>> {
 fn marks_cross_the_tunnel() -> Result<()> {
     let lab = overlay(2)?;
     let router = &lab.host(1).netns;
-    run_tool(router, "nft", &["add table ip router"])?;
+    router.tool("nft", &["add table ip router"])?;
     let chain = "add chain ip router in { type filter hook prerouting priority -300; }";
-    run_tool(router, "nft", &[chain])?;
-    run_tool(router, "nft", &["add rule ip router in udp dport 8285 ip ecn ect0 counter"])?;
-    run_tool(router, "nft", &["add rule ip router in udp dport 8285 ip ecn set ce"])?;
+    router.tool("nft", &[chain])?;
+    router.tool("nft", &["add rule ip router in udp dport 8285 ip ecn ect0 counter"])?;
+    router.tool("nft", &["add rule ip router in udp dport 8285 ip ecn set ce"])?;
 
     let protocol = Protocol::from(i32::from(IPV4_FRAMES.to_be()));
     let open = || Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol));
@@ -61,7 +61,7 @@ fn marks_cross_the_tunnel() -> Result<()> {
     until("a packet that can be marked shows that outside", || {
         send(&lab, ECT_0)?;
         let field = next_field(&capture, from)?;
-        let rules = run_tool(router, "nft", &["list chain ip router in"])?;
+        let rules = router.tool("nft", &["list chain ip router in"])?;
         Ok(field == Some(CE) && !rules.contains("packets 0 "))
     })?;
     let before = counter(&lab, 1, "udp_to_tun_congestion")?;

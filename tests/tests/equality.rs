@@ -14,7 +14,6 @@ use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use socket2::{Domain, Protocol, Socket, Type};
 use weft_benches::subject::{Running, Subject};
 use weft_benches::topology::{Mode, Topology, inner, outer};
-use weft_tests::run_tool;
 
 const WEFT_PORT: u16 = 8285;
 /// The source port of super-packets.
@@ -267,9 +266,9 @@ fn the_engine_equals_the_naive_forwarder() -> Result<()> {
     // The kernel cuts super-packets before the container, and leaves no checksum to it.
     for (netns, device) in [(&net.hosts[1], "c"), (&net.containers[0], "eth0")] {
         let off = ["tso", "gso", "tx", "tx-udp-segmentation"].map(|kind| [kind, "off"]).concat();
-        run_tool(netns, "ethtool", &[&["-K", device], &off[..]].concat())?;
+        netns.tool("ethtool", &[&["-K", device], &off[..]].concat())?;
     }
-    run_tool(&net.containers[0], "ethtool", &["-K", "eth0", "gso", "on", "tx", "on"])?;
+    net.containers[0].tool("ethtool", &["-K", "eth0", "gso", "on", "tx", "on"])?;
     let naive = Subject::Naive.start(&net)?;
     let (wire, container) = all_that_comes(&net)?;
     drop(naive);

@@ -6,7 +6,7 @@ use std::thread;
 
 use anyhow::{Result, ensure};
 use weft_daemon::lab::{Bytes, Cancel, Container, Lab, Patience, transfer};
-use weft_tests::{DEADLINE, bring_up, counter, hosts, plain_wire, run_tool};
+use weft_tests::{DEADLINE, bring_up, counter, hosts, plain_wire};
 
 const KINDS: [&str; 7] = [
     "tun-tso",
@@ -137,15 +137,15 @@ fn over_a_wire_that_loses_one_in_a_hundred() -> Result<()> {
         plain_wire(&lab)?;
         for host in 0..2 {
             let netns = &lab.host(host).netns;
-            run_tool(netns, "nft", &["add table inet loss"])?;
+            netns.tool("nft", &["add table inet loss"])?;
             let chain = "add chain inet loss in { type filter hook input priority 0; }";
-            run_tool(netns, "nft", &[chain])?;
+            netns.tool("nft", &[chain])?;
             let rule =
                 "add rule inet loss in udp dport 8285 numgen random mod 100 == 0 counter drop";
-            run_tool(netns, "nft", &[rule])?;
+            netns.tool("nft", &[rule])?;
         }
         transfers_are_intact(&lab, SHORT)?;
-        let dropped = run_tool(&lab.host(0).netns, "nft", &["list chain inet loss in"])?;
+        let dropped = lab.host(0).netns.tool("nft", &["list chain inet loss in"])?;
         assert!(dropped.contains("packets") && !dropped.contains("packets 0 "), "{dropped}");
         lab.remove()?;
     }

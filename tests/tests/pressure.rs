@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use weft_daemon::lab::Lab;
-use weft_tests::{bring_up, counter, hosts, run_tool, until};
+use weft_tests::{bring_up, counter, hosts, until};
 
 /// What the first host's wire is cut down to, with more room in its queue than the engine's socket
 /// has in its send buffer.
@@ -33,7 +33,7 @@ fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<
         let mut lab = hosts(2)?;
         bring_up(&mut lab, &[io, "--workers=1"])?;
         let arguments: Vec<&str> = SLOW.split(' ').collect();
-        run_tool(&lab.host(0).netns, "tc", &arguments)?;
+        lab.host(0).netns.tool("tc", &arguments)?;
         let (near, far) = (socket(&lab, 0)?, socket(&lab, 1)?);
         let enough = AtomicBool::new(false);
         thread::scope(|scope| {
