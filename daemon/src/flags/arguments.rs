@@ -117,7 +117,7 @@ fn spell(name: &OsStr, value: Option<OsString>) -> Option<OsString> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::command;
+    use super::super::parse::command;
     use super::*;
 
     fn rewritten(given: &[&str]) -> Vec<OsString> {
