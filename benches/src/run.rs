@@ -98,85 +98,115 @@ fn measure(
     plan: &Plan,
     cancel: &Cancel,
 ) -> anyhow::Result<BTreeMap<String, f64>> {
-    let mut figures = BTreeMap::new();
-    let mut put = |name: String, value: f64| {
-        // Per packet, where none arrived: there is no such figure.
-        if value.is_finite() {
-            figures.insert(name, value);
-        }
-    };
-    let idle = load::round_trips(net, plan.time)?;
-    put_round_trips("rtt", &idle, &mut put);
+    let mut it = Measuring { net, plan, cancel, time: Processor::of(running), figures: [].into() };
+    it.put_round_trips("rtt", &load::round_trips(net, plan.time)?);
     // Busy polling is for round trips only.
     if subject == Subject::WeftBusy {
-        return Ok(figures);
+        return Ok(it.figures);
     }
-    let mut time = Processor::of(running);
     let streams: &[usize] = if plan.quick { &[1, 4] } else { &[1, 4, 50] };
-    for count in streams {
-        cancel.check()?;
-        let before = net.carried()?;
-        let tcp = load::streams(net, *count, plan.time, &mut time)?;
-        let mean = net.carried()?.mean_since(before);
-        ensure!(
-            net.mode == Mode::Offload || mean <= Carried::LEN_MAX,
-            "packets of {mean:.0} bytes crossed the cable: this was not the mode {}",
-            net.mode.name()
-        );
-        put(format!("tcp{count}_bytes_per_packet"), mean);
-        let gigabytes = tcp.bytes as f64 / 1e9;
-        put(format!("tcp{count}_gbit"), gigabytes * 8.0 / tcp.seconds);
-        put(format!("tcp{count}_retransmits"), tcp.retransmits as f64);
-        put(format!("tcp{count}_cpu_s_per_gb"), time.machine() / gigabytes);
-        put(format!("tcp{count}_daemon_s_per_gb"), time.processes() / gigabytes);
-    }
+    streams.iter().try_for_each(|count| it.streams(*count))?;
     let lengths: &[usize] = if plan.quick { &[64] } else { &[64, 1400] };
-    for len in lengths {
-        cancel.check()?;
-        let flood = load::datagrams(net, *len, None, plan.time, &mut time)?;
-        put(format!("udp{len}_flood_kpps"), flood.rate() / 1000.0);
-        put(format!("udp{len}_offered_kpps"), flood.offered() / 1000.0);
-        put(format!("udp{len}_reordered"), flood.reordered as f64);
-        let megapackets = flood.received_steadily as f64 / 1e6;
-        put(format!("udp{len}_cpu_s_per_mp"), time.machine() / megapackets);
-        put(format!("udp{len}_daemon_s_per_mp"), time.processes() / megapackets);
-        if !plan.quick {
-            let rate = highest_rate(net, *len, flood.rate(), plan.time, cancel)?;
-            put(format!("udp{len}_lossless_kpps"), rate / 1000.0);
-        }
-    }
-    cancel.check()?;
-    let paced = load::datagrams(net, 64, Some(PACED), plan.time, &mut time)?;
-    put("paced_loss".into(), paced.loss());
-    put("paced_cpus".into(), time.machine() / paced.seconds);
-    put("paced_daemon_cpus".into(), time.processes() / paced.seconds);
-    let megapackets = paced.received_steadily as f64 / 1e6;
-    put("paced_cpu_s_per_mp".into(), time.machine() / megapackets);
+    lengths.iter().try_for_each(|len| it.flood(*len))?;
+    it.paced()?;
     if !plan.quick {
-        cancel.check()?;
-        let loaded = thread::scope(|scope| {
-            let time = plan.time + Duration::from_millis(500);
-            let load = scope.spawn(move || load::streams(net, 1, time, &mut Unmetered));
-            let loaded = load::round_trips(net, plan.time);
-            load.join().expect("the load panicked")?;
-            loaded
-        })?;
-        put_round_trips("rtt_loaded", &loaded, &mut put);
+        it.round_trips_under_load()?;
     }
     let memory: Vec<f64> =
         running.processes().into_iter().map(cpu::memory_mib).collect::<anyhow::Result<_>>()?;
     if let Some(most) = memory.into_iter().reduce(f64::max) {
-        put("memory_mib".into(), most);
+        it.put("memory_mib", most);
     }
-    Ok(figures)
+    Ok(it.figures)
 }
 
-fn put_round_trips(name: &str, trips: &RoundTrips, put: &mut impl FnMut(String, f64)) {
-    for (quantile, suffix) in [(0.5, "p50"), (0.99, "p99"), (0.999, "p999")] {
-        let nanoseconds = trips.times.value_at_quantile(quantile);
-        put(format!("{name}_{suffix}_us"), nanoseconds as f64 / 1000.0);
+/// One subject's figures, while they are taken.
+struct Measuring<'a> {
+    net: &'a Topology,
+    plan: &'a Plan,
+    cancel: &'a Cancel,
+    time: Processor,
+    figures: BTreeMap<String, f64>,
+}
+
+impl Measuring<'_> {
+    fn put(&mut self, name: impl Into<String>, value: f64) {
+        // Per packet, where none arrived: there is no such figure.
+        if value.is_finite() {
+            self.figures.insert(name.into(), value);
+        }
     }
-    put(format!("{name}_lost"), trips.lost as f64);
+
+    fn put_round_trips(&mut self, name: &str, trips: &RoundTrips) {
+        for (quantile, suffix) in [(0.5, "p50"), (0.99, "p99"), (0.999, "p999")] {
+            let nanoseconds = trips.times.value_at_quantile(quantile);
+            self.put(format!("{name}_{suffix}_us"), nanoseconds as f64 / 1000.0);
+        }
+        self.put(format!("{name}_lost"), trips.lost as f64);
+    }
+
+    fn streams(&mut self, count: usize) -> anyhow::Result<()> {
+        self.cancel.check()?;
+        let before = self.net.carried()?;
+        let tcp = load::streams(self.net, count, self.plan.time, &mut self.time)?;
+        let mean = self.net.carried()?.mean_since(before);
+        ensure!(
+            self.net.mode == Mode::Offload || mean <= Carried::LEN_MAX,
+            "packets of {mean:.0} bytes crossed the cable: this was not the mode {}",
+            self.net.mode.name()
+        );
+        let gigabytes = tcp.bytes as f64 / 1e9;
+        let (machine, daemon) = (self.time.machine(), self.time.processes());
+        self.put(format!("tcp{count}_bytes_per_packet"), mean);
+        self.put(format!("tcp{count}_gbit"), gigabytes * 8.0 / tcp.seconds);
+        self.put(format!("tcp{count}_retransmits"), tcp.retransmits as f64);
+        self.put(format!("tcp{count}_cpu_s_per_gb"), machine / gigabytes);
+        self.put(format!("tcp{count}_daemon_s_per_gb"), daemon / gigabytes);
+        Ok(())
+    }
+
+    fn flood(&mut self, len: usize) -> anyhow::Result<()> {
+        self.cancel.check()?;
+        let flood = load::datagrams(self.net, len, None, self.plan.time, &mut self.time)?;
+        let megapackets = flood.received_steadily as f64 / 1e6;
+        let (machine, daemon) = (self.time.machine(), self.time.processes());
+        self.put(format!("udp{len}_flood_kpps"), flood.rate() / 1000.0);
+        self.put(format!("udp{len}_offered_kpps"), flood.offered() / 1000.0);
+        self.put(format!("udp{len}_reordered"), flood.reordered as f64);
+        self.put(format!("udp{len}_cpu_s_per_mp"), machine / megapackets);
+        self.put(format!("udp{len}_daemon_s_per_mp"), daemon / megapackets);
+        if !self.plan.quick {
+            let rate = highest_rate(self.net, len, flood.rate(), self.plan.time, self.cancel)?;
+            self.put(format!("udp{len}_lossless_kpps"), rate / 1000.0);
+        }
+        Ok(())
+    }
+
+    fn paced(&mut self) -> anyhow::Result<()> {
+        self.cancel.check()?;
+        let paced = load::datagrams(self.net, 64, Some(PACED), self.plan.time, &mut self.time)?;
+        let megapackets = paced.received_steadily as f64 / 1e6;
+        let (machine, daemon) = (self.time.machine(), self.time.processes());
+        self.put("paced_loss", paced.loss());
+        self.put("paced_cpus", machine / paced.seconds);
+        self.put("paced_daemon_cpus", daemon / paced.seconds);
+        self.put("paced_cpu_s_per_mp", machine / megapackets);
+        Ok(())
+    }
+
+    fn round_trips_under_load(&mut self) -> anyhow::Result<()> {
+        self.cancel.check()?;
+        let (net, time) = (self.net, self.plan.time);
+        let loaded = thread::scope(|scope| {
+            let longer = time + Duration::from_millis(500);
+            let load = scope.spawn(move || load::streams(net, 1, longer, &mut Unmetered));
+            let loaded = load::round_trips(net, time);
+            load.join().expect("the load panicked")?;
+            loaded
+        })?;
+        self.put_round_trips("rtt_loaded", &loaded);
+        Ok(())
+    }
 }
 
 /// The highest rate at which hardly anything is lost, by bisection below `most`.

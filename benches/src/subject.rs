@@ -1,6 +1,7 @@
 //! Who carries the packets: weft, what it is compared with, and how each is set up.
 
 use std::fs::{self, File};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,8 +17,8 @@ use crate::topology::{Topology, WIRE_MTU, inner, outer, subnet};
 
 /// How long a subject may take until packets pass.
 const READY: Duration = Duration::from_secs(15);
-/// How long an ended process may keep its port: io_uring lets go of files some 20 to 80 ms after.
-const AFTERMATH: Duration = Duration::from_millis(150);
+/// flannel's port, which weft and the forwarders listen on.
+pub const PORT: u16 = 8285;
 /// VXLAN's headers over IPv4 (RFC 7348).
 const VXLAN_OVERHEAD: u16 = 50;
 /// IPv4 and UDP headers.
@@ -380,7 +381,14 @@ impl Drop for Running<'_> {
             let _ = child.kill();
             let _ = child.wait();
         }
-        thread::sleep(AFTERMATH);
+        // io_uring lets go of a port some 20 to 80 ms after its process has ended.
+        let ports = [0, 1].map(|side| (side, SocketAddr::new(outer(side), PORT)));
+        for (side, address) in ports {
+            let is_free = || self.net.hosts[side].run(|| UdpSocket::bind(address).is_ok());
+            if self.until("free port", || is_free().unwrap_or(true)).is_err() {
+                eprintln!("{address} stays in use");
+            }
+        }
         for (side, line) in self.undo.iter().rev() {
             let line: Vec<&str> = line.iter().map(String::as_str).collect();
             if let Err(error) = self.net.hosts[*side].ip(&line) {

@@ -275,18 +275,18 @@ pub const fn overhead(underlay: IpAddr) -> u32 {
 /// The way to do input and output: the one asked for, else the best.
 fn choose_io(wish: Option<IoKind>, features: &Features) -> Result<IoKind, EngineError> {
     let probed = match wish {
-        Some(IoKind::Mmsg) => return Ok(IoKind::Mmsg),
-        Some(IoKind::Uring) | None => uring::probe(),
+        Some(IoKind::Mmsg) => None,
+        Some(IoKind::Uring) | None => Some(uring::probe()),
     };
-    match (probed, wish) {
-        (Ok(read_multishot), _) => {
-            if !read_multishot {
-                features.fall(Feature::MultishotRead);
-            }
-            Ok(IoKind::Uring)
-        }
-        (Err(error), Some(_)) => Err(EngineError::Ring(error)),
-        (Err(error), None) => {
+    // Reading on and on is the ring's, and not every kernel's.
+    if !matches!(probed, Some(Ok(true))) {
+        features.fall(Feature::MultishotRead);
+    }
+    match probed {
+        None => Ok(IoKind::Mmsg),
+        Some(Ok(_)) => Ok(IoKind::Uring),
+        Some(Err(error)) if wish.is_some() => Err(EngineError::Ring(error)),
+        Some(Err(error)) => {
             tracing::info!("packets go by recvmmsg and sendmsg, since {error}");
             Ok(IoKind::Mmsg)
         }

@@ -83,17 +83,17 @@ pub(crate) fn empty_msghdr() -> libc::msghdr {
     unsafe { mem::zeroed() }
 }
 
-/// Sends datagrams that lie one behind the other in `packets`; of `transmit` its own range counts
-/// for nothing. Does not block.
+/// Sends datagrams that lie one behind the other: `packets` are the bytes of the range that
+/// `transmit` names. Does not block.
 ///
 /// # Errors
 /// Those of sendmsg(2); nothing was sent.
 pub(crate) fn send(socket: impl AsFd, packets: &[u8], transmit: &Transmit) -> io::Result<()> {
-    let transmit = Transmit { packets: 0..packets.len(), ..transmit.clone() };
+    assert_eq!(packets.len(), transmit.packets.len(), "the bytes are those of the range");
     let mut message = SendMessage::new();
-    let header = message.fill(packets.as_ptr().cast_mut(), &transmit);
-    // SAFETY: the header points into `message` and to `packets`, both of which outlive the call;
-    // sendmsg reads them only.
+    let header = message.fill(packets.as_ptr().cast_mut(), transmit);
+    // SAFETY: the header points into `message` and to `packets`, whose length is the one in it
+    // (asserted); both outlive the call, and sendmsg reads them only.
     let answer = unsafe { libc::sendmsg(socket.as_fd().as_raw_fd(), header, libc::MSG_DONTWAIT) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -131,15 +131,13 @@ impl TunToUdp {
     }
 
     /// What came of a send. A send that finds the socket full waits, and with it those behind; but
-    /// if one behind it got through, it is lost rather than late: no flow is ever reordered.
+    /// if one behind it got through, or goes out packet by packet now, it is lost rather than late:
+    /// no flow is ever reordered.
     fn sent(&mut self, io: &mut impl Io, routes: &RouteTable, sent: Sent) {
-        match &sent.result {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return self.stalled.push(sent);
-            }
-            Ok(()) => self.drop_stalled(io),
-            Err(_) => {}
+        if sent.result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            return self.stalled.push(sent);
         }
+        self.drop_stalled(io);
         let packets = io.packet(&sent.buffer, &sent.transmit.packets);
         self.finish(routes, packets, &sent.transmit, sent.result);
         io.recycle(sent.buffer);
@@ -159,7 +157,8 @@ impl TunToUdp {
         }
         self.context.stats.add(Counter::TunToUdpStalls, 1);
         let deadline = Instant::now() + STALL_MAX;
-        for Sent { buffer, transmit, .. } in std::mem::take(&mut self.stalled) {
+        let mut stalled = std::mem::take(&mut self.stalled);
+        for Sent { buffer, transmit, .. } in stalled.drain(..) {
             let packets = io.packet(&buffer, &transmit.packets);
             let socket = &self.context.sockets[transmit.outer.socket];
             let result = loop {
@@ -176,6 +175,7 @@ impl TunToUdp {
             self.finish(routes, packets, &transmit, result);
             io.recycle(buffer);
         }
+        self.stalled = stalled;
     }
 
     /// Counts a send, or does what its error asks for.

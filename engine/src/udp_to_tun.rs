@@ -106,9 +106,10 @@ impl UdpToTun {
                 }
             }
             Err(_) if count == 1 => self.context.stats.add(Counter::UdpToTunWriteFailed, 1),
-            Err(refusal) => write_apart(&self.context, bytes, feature, &refusal),
+            Err(refusal) => write_apart(&self.context, bytes, feature, count, &refusal),
         }
     }
+
     /// Back over the network, to whoever has the inner source.
     fn time_exceeded(&mut self, routes: &RouteTable, packet: &[u8]) {
         let Ok(view) = IpView::check(packet) else {
@@ -158,11 +159,20 @@ fn write_one(context: &Context, packet: &[u8]) {
 
 /// Writes packets one by one that the kernel refuses as one. Where it takes them so, it was the
 /// joining that it refused, and the engine gives that up.
-fn write_apart(context: &Context, bytes: &[u8], feature: Feature, refusal: &io::Error) {
+fn write_apart(
+    context: &Context,
+    bytes: &[u8],
+    feature: Feature,
+    count: usize,
+    refusal: &io::Error,
+) {
     let before = context.stats.get(Counter::UdpToTunPackets);
     let packet = &bytes[VirtioNetHdr::LEN..];
     let cut = VirtioNetHdr::parse(bytes).and_then(|it| Cut::plan(&it, packet).ok().flatten());
-    let Some(cut) = cut else { return };
+    // What was joined can be cut; should that ever fail, the packets are counted.
+    let Some(cut) = cut else {
+        return context.stats.add(Counter::UdpToTunWriteFailed, count as u64);
+    };
     let mut one = vec![0; cut.len_of(0)];
     for number in 0..cut.count() {
         let len = cut.len_of(number);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice, Read};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
@@ -14,8 +15,11 @@ use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use socket2::{Domain, Protocol, Socket, Type};
 use weft_benches::subject::{Running, Subject};
 use weft_benches::topology::{Mode, Topology, inner, outer};
+use weft_tests::DEADLINE;
 
 const WEFT_PORT: u16 = 8285;
+/// The time to live with which a packet arrives: one for the kernel and the engine of each host.
+const HOPS: u8 = 4;
 /// The source port of super-packets.
 const SUPER_PORT: u16 = 6000;
 /// The destination port of the datagram that says that all others have been sent.
@@ -119,21 +123,23 @@ fn datagram(port: u16, payload: &[u8], ttl: u8) -> Vec<u8> {
     packet
 }
 
-/// Sends everything from the first container to the second, in bursts.
-fn send_all(net: &Topology) -> Result<()> {
+/// Sends everything from the first container to the second, in bursts: the next one follows when
+/// the last one has arrived, so that no queue on the way is ever full.
+fn send_all(net: &Topology, arrived: &Receiver<()>) -> Result<()> {
+    let open_raw = || Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(RAW)));
+    let raw = net.containers[0].run(open_raw)??;
     let mut packets = Packets::default();
     for round in 0..40 {
+        let begin = packets.0.len();
         packets.tcp(round);
         packets.udp();
         packets.odd_ones();
-    }
-    let open_raw = || Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(RAW)));
-    let raw = net.containers[0].run(open_raw)??;
-    for burst in packets.0.chunks(64) {
+        let burst = &packets.0[begin..];
         for packet in burst {
             raw.send_to(packet, &SocketAddr::new(inner(1), 0).into())?;
         }
-        thread::sleep(Duration::from_millis(2));
+        let arriving = burst.iter().filter(|packet| packet[8] >= HOPS).count();
+        wait_for(arriving, arrived).with_context(|| format!("in round {round}"))?;
     }
     // Super-packets, which the kernel cuts where nobody else does.
     let udp = net.containers[0].run(|| UdpSocket::bind((inner(0), SUPER_PORT)))??;
@@ -143,9 +149,17 @@ fn send_all(net: &Topology) -> Result<()> {
         let control = [ControlMessage::UdpGsoSegments(&segment)];
         let none = MsgFlags::empty();
         sendmsg(udp.as_raw_fd(), &[IoSlice::new(&bytes)], &control, none, Some(&to))?;
-        thread::sleep(Duration::from_millis(2));
+        wait_for(21, arrived).with_context(|| format!("of segments of {segment} bytes"))?;
     }
     udp.send_to(b"end", (inner(1), END_PORT))?;
+    Ok(())
+}
+
+fn wait_for(count: usize, arrived: &Receiver<()>) -> Result<()> {
+    for number in 0..count {
+        let arrival = arrived.recv_timeout(DEADLINE);
+        arrival.with_context(|| format!("only {number} of {count} packets have arrived"))?;
+    }
     Ok(())
 }
 
@@ -159,8 +173,12 @@ fn open_capture(net: &Topology, container: bool) -> Result<Socket> {
     Ok(socket)
 }
 
-/// Sorts captured packets by flow until the last one has come.
-fn capture(mut socket: &Socket, pick: fn(&[u8]) -> Option<Vec<u8>>) -> Result<Flows> {
+/// Sorts captured packets by flow until the last one has come, and tells of each.
+fn capture(
+    mut socket: &Socket,
+    pick: fn(&[u8]) -> Option<Vec<u8>>,
+    tell: impl Fn(),
+) -> Result<Flows> {
     let mut flows = Flows::new();
     let mut bytes = [0; 66_000];
     loop {
@@ -175,6 +193,7 @@ fn capture(mut socket: &Socket, pick: fn(&[u8]) -> Option<Vec<u8>>) -> Result<Fl
             return Ok(flows);
         }
         flows.entry(flow).or_default().push(packet);
+        tell();
     }
 }
 
@@ -215,31 +234,18 @@ fn behind_the_tun(packet: &[u8]) -> Option<Vec<u8>> {
     Some(packet)
 }
 
-/// What there is to come, on the wire and behind the TUN device.
-const COUNTS: (usize, usize) = (2663, 2623);
-
-/// As [`what_comes_of_it`]. A busy machine may lose packets on the way, the naive forwarder having
-/// short queues, so there is more than one try; what is wrong is wrong in each.
-fn all_that_comes(net: &Topology) -> Result<(Flows, Flows)> {
-    let count = |flows: &Flows| flows.values().map(Vec::len).sum::<usize>();
-    let mut found = what_comes_of_it(net)?;
-    for _ in 0..5 {
-        if (count(&found.0), count(&found.1)) == COUNTS {
-            break;
-        }
-        found = what_comes_of_it(net)?;
-    }
-    assert_eq!((count(&found.0), count(&found.1)), COUNTS, "packets are lost, or made");
-    Ok(found)
-}
-
 /// What goes over the wire and what comes out behind the TUN device.
 fn what_comes_of_it(net: &Topology) -> Result<(Flows, Flows)> {
     let (wire, container) = (open_capture(net, false)?, open_capture(net, true)?);
     thread::scope(|scope| {
-        let wire = scope.spawn(|| capture(&wire, on_the_wire));
-        let container = scope.spawn(|| capture(&container, behind_the_tun));
-        send_all(net)?;
+        let (tell, arrived) = mpsc::channel();
+        let tell = move || {
+            // Nobody listens any more only when the test has failed.
+            let _ = tell.send(());
+        };
+        let wire = scope.spawn(|| capture(&wire, on_the_wire, || {}));
+        let container = scope.spawn(|| capture(&container, behind_the_tun, tell));
+        send_all(net, &arrived)?;
         let mut wire = wire.join().expect("a capture panicked")?;
         let mut container = container.join().expect("a capture panicked")?;
         wire.values_mut().chain(container.values_mut()).for_each(|packets| rebase_ids(packets));
@@ -270,7 +276,7 @@ fn the_engine_equals_the_naive_forwarder() -> Result<()> {
     }
     net.containers[0].tool("ethtool", &["-K", "eth0", "gso", "on", "tx", "on"])?;
     let naive = Subject::Naive.start(&net)?;
-    let (wire, container) = all_that_comes(&net)?;
+    let (wire, container) = what_comes_of_it(&net)?;
     drop(naive);
 
     for flags in [
@@ -282,7 +288,7 @@ fn the_engine_equals_the_naive_forwarder() -> Result<()> {
         &["--io=mmsg", "--offload=tun-tso=off,udp-gro=off,udp-coalesce=off"],
     ] {
         let running = Running::weft_with(&net, flags)?;
-        let (our_wire, our_container) = all_that_comes(&net)?;
+        let (our_wire, our_container) = what_comes_of_it(&net)?;
         same(&wire, &our_wire, &format!("{flags:?}, on the wire"));
         same(&container, &our_container, &format!("{flags:?}, behind the TUN"));
         drop(running);

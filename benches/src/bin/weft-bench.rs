@@ -6,18 +6,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand, ValueEnum as _};
+use clap::{Args, Parser, Subcommand};
 use weft_benches::naive::Naive;
 use weft_benches::on_tokio_uring;
 use weft_benches::report::{Machine, Report};
 use weft_benches::run::{Plan, run};
-use weft_benches::subject::Subject;
+use weft_benches::subject::{PORT, Subject};
 use weft_benches::topology::{Mode, outer, subnet};
 use weft_daemon::lab::Cancel;
 use weft_engine::{EcnMode, Peer, RouteTable};
 
-/// flannel's port.
-const PORT: u16 = 8285;
 /// Subjects of a quick run: those that targets speak of.
 const QUICK: [Subject; 5] =
     [Subject::Vxlan, Subject::WeftUring, Subject::WeftMmsg, Subject::WeftBusy, Subject::Naive];
@@ -53,10 +51,10 @@ struct RunArgs {
     /// Only what has a target, and shorter: less than three minutes
     #[arg(long)]
     quick: bool,
-    /// Modes of the wire, separated by commas
-    #[arg(long, value_delimiter = ',', default_values_t = Mode::ALL.map(|it| it.name().to_owned()))]
-    mode: Vec<String>,
-    /// Subjects, separated by commas
+    /// Modes of the wire, separated by commas [default: all]
+    #[arg(long, value_delimiter = ',', value_enum)]
+    mode: Vec<Mode>,
+    /// Subjects, separated by commas [default: all, quick: those with a target]
     #[arg(long, value_delimiter = ',', value_enum)]
     subject: Vec<Subject>,
     /// How often each is measured [default: 3, quick: 2]
@@ -92,8 +90,7 @@ fn main() -> ExitCode {
 
 fn run_all(arguments: &RunArgs) -> anyhow::Result<()> {
     let cancel = Cancel::on_signals().context("cannot listen to signals")?;
-    let modes: Result<Vec<Mode>, String> =
-        arguments.mode.iter().map(|name| Mode::from_str(name, false)).collect();
+    let modes = arguments.mode.clone();
     let wanted = match (arguments.subject.is_empty(), arguments.quick) {
         (false, _) => arguments.subject.clone(),
         (true, true) => QUICK.to_vec(),
@@ -102,7 +99,7 @@ fn run_all(arguments: &RunArgs) -> anyhow::Result<()> {
     let (subjects, missing): (Vec<_>, Vec<_>) =
         wanted.into_iter().partition(|subject| subject.is_installed());
     let plan = Plan {
-        modes: modes.map_err(anyhow::Error::msg)?,
+        modes: if modes.is_empty() { Mode::ALL.to_vec() } else { modes },
         subjects,
         repeats: arguments.repeats.unwrap_or(if arguments.quick { 2 } else { 3 }),
         time: Duration::from_millis(arguments.millis.unwrap_or(if arguments.quick {
