@@ -1,6 +1,7 @@
 //! Benchmarks: the engine's pure parts by themselves (`cargo bench`; route tables and packets for
 //! that are here), and weft end to end beside what else carries packets (`make bench`; the modules).
 
+pub mod check;
 pub mod cpu;
 pub mod load;
 pub mod naive;
@@ -23,6 +24,12 @@ use weft_engine::{EcnMode, Peer, RouteTable};
 const OVERLAY: u32 = 0x0a00_0000;
 /// Where hosts are, one after the other: 172.16.0.0.
 const UNDERLAY: u32 = 0xac10_0000;
+
+/// Whether a program is in the search path.
+pub(crate) fn is_installed(program: &str) -> bool {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&paths).any(|directory| directory.join(program).is_file())
+}
 
 /// An address in the subnet of the host with this number.
 pub fn inner_address(host: u32) -> Ipv4Addr {

@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::io;
-use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -19,7 +19,7 @@ use hdrhistogram::Histogram;
 use socket2::SockRef;
 use weft_daemon::netns::NetNs;
 
-use crate::topology::{Topology, inner};
+use crate::topology::{self, Topology, inner};
 
 /// Congestion control of all streams: what most kernels have by default.
 pub const CONGESTION: &str = "cubic";
@@ -226,19 +226,29 @@ impl Delivered {
     }
 }
 
-/// Sends IP packets of `len` bytes, each with a call of its own, `rate` a second or as fast as they
-/// go, and measures for `time` once that is steady.
+/// What datagrams to send.
+#[derive(Debug, Clone, Copy)]
+pub struct Datagrams {
+    /// Bytes of the IP packet of each.
+    pub len: usize,
+    /// How many a second; as fast as they go if there is none.
+    pub rate: Option<f64>,
+    /// To random addresses of the second container, not only one.
+    pub scattered: bool,
+}
+
+/// Sends datagrams, each with a call of its own, and measures for `time` once that is steady.
 ///
 /// # Errors
 /// A socket that cannot be made.
 pub fn datagrams(
     net: &Topology,
-    len: usize,
-    rate: Option<f64>,
+    what: Datagrams,
     time: Duration,
     meter: &mut dyn Meter,
 ) -> anyhow::Result<Delivered> {
     let (sender, receiver) = socket_pair(net)?;
+    let port = receiver.local_addr()?.port();
     // Root may go past net.core.rmem_max only with an option that needs more than a plain socket,
     // so the kernel may grant less; the reader keeps up.
     SockRef::from(&receiver).set_recv_buffer_size(RECEIVE_BUFFER)?;
@@ -250,7 +260,7 @@ pub fn datagrams(
     });
     let sending = thread::spawn({
         let (counts, stop) = (Arc::clone(&counts), Arc::clone(&stop));
-        move || send_datagrams(&sender, len - HEADERS, rate, &counts, &stop)
+        move || send_datagrams(&sender, what, port, &counts, &stop)
     });
     thread::sleep(WARM_UP);
     let begun = meter.begin();
@@ -290,12 +300,13 @@ impl Counts {
 /// for: what the socket refuses was not sent.
 fn send_datagrams(
     socket: &UdpSocket,
-    len: usize,
-    rate: Option<f64>,
+    what: Datagrams,
+    port: u16,
     counts: &Counts,
     stop: &AtomicBool,
 ) {
-    let mut payload = vec![0x5a; len];
+    let Datagrams { len, rate, scattered } = what;
+    let mut payload = vec![0x5a; len - HEADERS];
     let begin = Instant::now();
     let mut tried = 0u64;
     while !stop.load(Ordering::Relaxed) {
@@ -304,7 +315,12 @@ fn send_datagrams(
         while (tried as f64) < due {
             tried += 1;
             payload[..8].copy_from_slice(&tried.to_be_bytes());
-            sent += u64::from(socket.send(&payload).is_ok());
+            let outcome = if scattered {
+                socket.send_to(&payload, (topology::scattered(fastrand::u32(..)), port))
+            } else {
+                socket.send(&payload)
+            };
+            sent += u64::from(outcome.is_ok());
         }
         counts.sent.fetch_add(sent, Ordering::Relaxed);
         if rate.is_some() {
@@ -391,9 +407,10 @@ fn is_answered(client: &UdpSocket, number: u64) -> bool {
 /// A connected sender in the first container, a receiver in the second.
 fn socket_pair(net: &Topology) -> anyhow::Result<(UdpSocket, UdpSocket)> {
     let [from, to] = &net.containers;
-    let receiver = to.run(|| UdpSocket::bind((inner(1), 0)))??;
+    // At any of its addresses: it may have scattered ones.
+    let receiver = to.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))??;
     let sender = from.run(|| UdpSocket::bind((inner(0), 0)))??;
-    sender.connect(receiver.local_addr()?)?;
+    sender.connect((inner(1), receiver.local_addr()?.port()))?;
     Ok((sender, receiver))
 }
 

@@ -11,6 +11,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::check::CHECKS;
 use crate::load::CONGESTION;
 use crate::run::Sample;
 use crate::subject::Subject;
@@ -144,10 +145,28 @@ impl Report {
             }
             let _ = writeln!(text, "{table}\n");
         }
+        text.push_str(&self.checks());
         for subject in &self.missing {
             let _ = writeln!(text, "{} is not installed here and was not measured", subject.name());
         }
         text
+    }
+
+    /// Our figures beside those of other tools, where they are installed.
+    fn checks(&self) -> String {
+        let mut table = table(&["figure", "mode", "subject", "ours", "theirs", "by"]);
+        for check in &CHECKS {
+            let pairs = |mode| Subject::ALL.map(|subject| (mode, subject));
+            for (mode, subject) in Mode::ALL.into_iter().flat_map(pairs) {
+                let of = |name| figure(&self.samples, mode, subject, name);
+                if let (Some(ours), Some(theirs)) = (of(check.ours), of(check.theirs)) {
+                    let names = [check.what, mode.name(), subject.name()].map(str::to_owned);
+                    let figures = [cell(ours), cell(theirs), check.program.to_owned()];
+                    table.add_row(names.into_iter().chain(figures));
+                }
+            }
+        }
+        if table.is_empty() { String::new() } else { format!("{table}\n\n") }
     }
 
     fn figure_names(&self) -> BTreeSet<&str> {

@@ -8,8 +8,9 @@ use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use weft_daemon::lab::Cancel;
 
+use crate::check::CHECKS;
 use crate::cpu;
-use crate::load::{self, Meter, RoundTrips};
+use crate::load::{self, Datagrams, Meter, RoundTrips};
 use crate::subject::{Running, Subject};
 use crate::topology::{Carried, Mode, Topology};
 
@@ -66,6 +67,7 @@ pub fn run(
             let net = Topology::new(*mode)?;
             commands.entry(mode.name().to_owned()).or_insert_with(|| net.take_commands());
             let mut subjects = plan.subjects.clone();
+            subjects.retain(|subject| subject.is_for(*mode));
             let shift = repeat % subjects.len().max(1);
             subjects.rotate_left(shift);
             for subject in subjects {
@@ -99,6 +101,10 @@ fn measure(
     cancel: &Cancel,
 ) -> anyhow::Result<BTreeMap<String, f64>> {
     let mut it = Measuring { net, plan, cancel, time: Processor::of(running), figures: [].into() };
+    if subject.is_scattered() {
+        it.scattered()?;
+        return Ok(it.figures);
+    }
     it.put_round_trips("rtt", &load::round_trips(net, plan.time)?);
     // Busy polling is for round trips only.
     if subject == Subject::WeftBusy {
@@ -111,6 +117,7 @@ fn measure(
     it.paced()?;
     if !plan.quick {
         it.round_trips_under_load()?;
+        it.others()?;
     }
     let memory: Vec<f64> =
         running.processes().into_iter().map(cpu::memory_mib).collect::<anyhow::Result<_>>()?;
@@ -167,7 +174,8 @@ impl Measuring<'_> {
 
     fn flood(&mut self, len: usize) -> anyhow::Result<()> {
         self.cancel.check()?;
-        let flood = load::datagrams(self.net, len, None, self.plan.time, &mut self.time)?;
+        let what = Datagrams { len, rate: None, scattered: false };
+        let flood = load::datagrams(self.net, what, self.plan.time, &mut self.time)?;
         let megapackets = flood.received_steadily as f64 / 1e6;
         let (machine, daemon) = (self.time.machine(), self.time.processes());
         self.put(format!("udp{len}_flood_kpps"), flood.rate() / 1000.0);
@@ -182,9 +190,29 @@ impl Measuring<'_> {
         Ok(())
     }
 
+    fn scattered(&mut self) -> anyhow::Result<()> {
+        self.cancel.check()?;
+        let what = Datagrams { len: 64, rate: None, scattered: true };
+        let flood = load::datagrams(self.net, what, self.plan.time, &mut self.time)?;
+        self.put("scattered_kpps", flood.rate() / 1000.0);
+        Ok(())
+    }
+
+    /// What other tools measure beside us.
+    fn others(&mut self) -> anyhow::Result<()> {
+        self.cancel.check()?;
+        for check in &CHECKS {
+            if let Some(value) = check.measure(self.net, self.plan.time)? {
+                self.put(check.theirs, value);
+            }
+        }
+        Ok(())
+    }
+
     fn paced(&mut self) -> anyhow::Result<()> {
         self.cancel.check()?;
-        let paced = load::datagrams(self.net, 64, Some(PACED), self.plan.time, &mut self.time)?;
+        let what = Datagrams { len: 64, rate: Some(PACED), scattered: false };
+        let paced = load::datagrams(self.net, what, self.plan.time, &mut self.time)?;
         let megapackets = paced.received_steadily as f64 / 1e6;
         let (machine, daemon) = (self.time.machine(), self.time.processes());
         self.put("paced_loss", paced.loss());
@@ -221,7 +249,8 @@ fn highest_rate(
     for _ in 0..SEARCH_STEPS {
         cancel.check()?;
         let rate = f64::midpoint(good, bad);
-        let sent = load::datagrams(net, len, Some(rate), time / 2, &mut Unmetered)?;
+        let what = Datagrams { len, rate: Some(rate), scattered: false };
+        let sent = load::datagrams(net, what, time / 2, &mut Unmetered)?;
         // A sender that does not reach the rate proves nothing about it.
         let reached = sent.offered() > 0.95 * rate;
         if reached && sent.loss() < LOSS_MAX { good = rate } else { bad = rate }

@@ -1,7 +1,7 @@
 //! Who carries the packets: weft, what it is compared with, and how each is set up.
 
 use std::fs::{self, File};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,15 +12,25 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use weft_daemon::lab::PingOptions;
+use weft_daemon::netns::NetNs;
+use weft_daemon::status;
 
-use crate::topology::{Topology, WIRE_MTU, inner, outer, subnet};
+use crate::cpu;
+use crate::is_installed;
+use crate::topology::{
+    Mode, SCATTERED, Topology, WIRE_MTU, inner, outer, scattered, scattered_network, subnet,
+};
 
 /// How long a subject may take until packets pass.
 const READY: Duration = Duration::from_secs(15);
 /// flannel's port, which weft and the forwarders listen on.
 pub const PORT: u16 = 8285;
+/// Where files live in memory, on most systems: 65,000 leases on a disk take many seconds.
+const IN_MEMORY: &str = "/dev/shm";
 /// VXLAN's headers over IPv4 (RFC 7348).
 const VXLAN_OVERHEAD: u16 = 50;
+/// What a fleet of flannel's largest size has: a /24 each, in a /8.
+const MANY_ROUTES: u32 = 65_000;
 /// IPv4 and UDP headers.
 const UDP_OVERHEAD: u16 = 28;
 
@@ -40,6 +50,10 @@ pub enum Subject {
     WeftMmsg,
     /// weft's udp-tun, busy polling, for round trips.
     WeftBusy,
+    /// weft's udp-tun on io_uring, for random destinations: one route to all of them.
+    WeftOneRoute,
+    /// The same destinations behind 65,000 routes.
+    WeftManyRoutes,
     /// One packet a call, as flannel's udp.
     Naive,
     /// The same job on tokio-uring, with the same offloads.
@@ -51,12 +65,14 @@ pub enum Subject {
 }
 
 impl Subject {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::HostGw,
         Self::Vxlan,
         Self::WeftUring,
         Self::WeftMmsg,
         Self::WeftBusy,
+        Self::WeftOneRoute,
+        Self::WeftManyRoutes,
         Self::Naive,
         Self::TokioUring,
         Self::Fastd,
@@ -70,6 +86,8 @@ impl Subject {
             Self::WeftUring => "weft-uring",
             Self::WeftMmsg => "weft-mmsg",
             Self::WeftBusy => "weft-busy",
+            Self::WeftOneRoute => "weft-one-route",
+            Self::WeftManyRoutes => "weft-many-routes",
             Self::Naive => "naive",
             Self::TokioUring => "tokio-uring",
             Self::Fastd => "fastd",
@@ -87,6 +105,8 @@ impl Subject {
             | Self::WeftUring
             | Self::WeftMmsg
             | Self::WeftBusy
+            | Self::WeftOneRoute
+            | Self::WeftManyRoutes
             | Self::Naive
             | Self::TokioUring => None,
         }
@@ -94,10 +114,18 @@ impl Subject {
 
     /// Whether it can be measured here.
     pub fn is_installed(self) -> bool {
-        let paths = std::env::var_os("PATH").unwrap_or_default();
-        self.program().is_none_or(|program| {
-            std::env::split_paths(&paths).any(|dir| dir.join(program).is_file())
-        })
+        self.program().is_none_or(is_installed)
+    }
+
+    /// Whether it is there for random destinations only. Routes are looked up alike in all modes,
+    /// so one is enough.
+    pub fn is_scattered(self) -> bool {
+        matches!(self, Self::WeftOneRoute | Self::WeftManyRoutes)
+    }
+
+    /// Whether there is anything to measure in a mode.
+    pub fn is_for(self, mode: Mode) -> bool {
+        mode == Mode::Wire || !self.is_scattered()
     }
 
     /// Sets it up on both hosts, and waits until packets pass.
@@ -112,12 +140,15 @@ impl Subject {
             Self::WeftUring => running.weft(&["--io=uring"])?,
             Self::WeftMmsg => running.weft(&["--io=mmsg"])?,
             Self::WeftBusy => running.weft(&["--io=uring", "--busy-poll=500", "--workers=1"])?,
+            Self::WeftOneRoute => running.weft_routes(1)?,
+            Self::WeftManyRoutes => running.weft_routes(MANY_ROUTES)?,
             Self::Naive => running.forwarder("naive")?,
             Self::TokioUring => running.forwarder("tokio-uring")?,
             Self::Fastd => running.fastd()?,
             Self::Tinc => running.tinc()?,
         };
-        running.serve(mtu).with_context(|| format!("{} does not work", self.name()))
+        let far = if self.is_scattered() { scattered(0).into() } else { inner(1) };
+        running.serve(mtu, far).with_context(|| format!("{} does not work", self.name()))
     }
 }
 
@@ -126,14 +157,16 @@ impl Subject {
 pub struct Running<'a> {
     net: &'a Topology,
     children: Vec<Child>,
-    /// Arguments of `ip` that take back what was set up, and on which host.
-    undo: Vec<(usize, Vec<String>)>,
+    /// Arguments of `ip` that take back what was set up, and where.
+    undo: Vec<(&'a NetNs, Vec<String>)>,
     directory: TempDir,
 }
 
 impl<'a> Running<'a> {
     fn new(net: &'a Topology) -> anyhow::Result<Self> {
-        let directory = tempfile::Builder::new().prefix("weft-bench-").tempdir()?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("weft-bench-");
+        let directory = builder.tempdir_in(IN_MEMORY).or_else(|_| builder.tempdir())?;
         Ok(Self { net, children: Vec::new(), undo: Vec::new(), directory })
     }
 
@@ -144,13 +177,13 @@ impl<'a> Running<'a> {
     pub fn weft_with(net: &'a Topology, flags: &[&str]) -> anyhow::Result<Self> {
         let mut running = Self::new(net)?;
         let mtu = running.weft(flags)?;
-        running.serve(mtu)
+        running.serve(mtu, inner(1))
     }
 
-    /// Gives containers their MTU, and waits until packets pass.
-    fn serve(self, mtu: u16) -> anyhow::Result<Self> {
+    /// Gives containers their MTU, and waits until packets pass from the first to `far`.
+    fn serve(self, mtu: u16, far: IpAddr) -> anyhow::Result<Self> {
         self.net.set_mtu(mtu)?;
-        self.wait()?;
+        self.wait(far)?;
         Ok(self)
     }
 
@@ -160,8 +193,13 @@ impl<'a> Running<'a> {
     }
 
     fn ip(&mut self, side: usize, line: &str, undo: Option<&str>) -> anyhow::Result<()> {
-        self.net.command(&self.net.hosts[side], &format!("ip {line}"))?;
-        self.undo.extend(undo.map(|it| (side, it.split_whitespace().map(str::to_owned).collect())));
+        self.ip_in(&self.net.hosts[side], line, undo)
+    }
+
+    fn ip_in(&mut self, netns: &'a NetNs, line: &str, undo: Option<&str>) -> anyhow::Result<()> {
+        self.net.command(netns, &format!("ip {line}"))?;
+        let words = |line: &str| line.split_whitespace().map(str::to_owned).collect();
+        self.undo.extend(undo.map(|line| (netns, words(line))));
         Ok(())
     }
 
@@ -211,28 +249,77 @@ impl<'a> Running<'a> {
     }
 
     fn weft(&mut self, flags: &[&str]) -> anyhow::Result<u16> {
-        let leases = self.path("registry/subnets");
-        fs::create_dir_all(&leases)?;
+        let leases = [0, 1].map(|side| (subnet(side), outer(side)));
+        self.registry("registry", r#"{"Network":"10.77.0.0/16"}"#, leases)?;
         for side in [0, 1] {
-            // A reservation: the node with this address gets this subnet.
-            let lease = format!(r#"{{"PublicIP":"{}"}}"#, outer(side));
-            fs::write(leases.join(subnet(side).replace('/', "-")), lease)?;
-        }
-        for side in [0, 1] {
-            let path = |name: &str| self.path(&format!("{side}/{name}")).display().to_string();
-            let registry = format!("--registry=dir:{}", self.path("registry").display());
-            let arguments = [
-                registry,
-                "--network=10.77.0.0/16".into(),
-                "--iface=eth0".into(),
-                format!("--subnet-file={}", path("subnet.env")),
-                format!("--state-dir={}", path("state")),
-                format!("--run-dir={}", path("run")),
-            ];
-            let flags = flags.iter().map(|flag| (*flag).to_owned());
-            self.spawn(side, &beside("weftd")?, arguments.into_iter().chain(flags))?;
+            self.weftd(side, "registry", flags)?;
         }
         Ok(WIRE_MTU - UDP_OVERHEAD)
+    }
+
+    /// weft where the first host has `count` routes to the scattered addresses, which are all the
+    /// second's one subnet. Only with a registry for each can both be true.
+    fn weft_routes(&mut self, count: u32) -> anyhow::Result<u16> {
+        let (base, all) = (scattered(0), scattered_network());
+        let far: Vec<(String, IpAddr)> = if count == 1 {
+            vec![(all.to_string(), outer(1))]
+        } else {
+            let each = SCATTERED / count;
+            let prefix = 32 - each.ilog2();
+            let at = |number| format!("{}/{prefix}", scattered(number * each));
+            (0..count).map(|number| (at(number), outer(1))).collect()
+        };
+        let near = [(subnet(0), outer(0))];
+        self.registry("near", r#"{"Network":"10.0.0.0/8"}"#, near.clone().into_iter().chain(far))?;
+        let config = format!(r#"{{"Network":"10.0.0.0/8","SubnetLen":{}}}"#, all.prefix());
+        let own = (all.to_string(), outer(1));
+        self.registry("far", &config, near.into_iter().chain([own]))?;
+        self.weftd(0, "near", &["--io=uring"])?;
+        self.weftd(1, "far", &["--io=uring"])?;
+        let net = self.net;
+        self.ip(
+            1,
+            &format!("route add {all} via {}", inner(1)),
+            Some(&format!("route del {all}")),
+        )?;
+        let undo = format!("route del local {all} dev lo");
+        self.ip_in(&net.containers[1], &format!("route add local {all} dev lo"), Some(&undo))?;
+        let run = self.path("0/run");
+        self.until(&format!("{count} routes from {base} on"), || {
+            status::read(&run).is_ok_and(|status| status.peers.len() >= count as usize)
+        })?;
+        self.until_at_rest()?;
+        Ok(WIRE_MTU - UDP_OVERHEAD)
+    }
+
+    /// A directory registry with reservations: the node with an address gets its subnet.
+    fn registry(
+        &self,
+        name: &str,
+        config: &str,
+        leases: impl IntoIterator<Item = (String, IpAddr)>,
+    ) -> anyhow::Result<()> {
+        let registry = self.path(name);
+        fs::create_dir_all(registry.join("subnets"))?;
+        fs::write(registry.join("config"), config)?;
+        for (subnet, public_ip) in leases {
+            let lease = format!(r#"{{"PublicIP":"{public_ip}"}}"#);
+            fs::write(registry.join("subnets").join(subnet.replace('/', "-")), lease)?;
+        }
+        Ok(())
+    }
+
+    fn weftd(&mut self, side: usize, registry: &str, flags: &[&str]) -> anyhow::Result<()> {
+        let path = |name: &str| self.path(&format!("{side}/{name}")).display().to_string();
+        let arguments = [
+            format!("--registry=dir:{}", self.path(registry).display()),
+            "--iface=eth0".into(),
+            format!("--subnet-file={}", path("subnet.env")),
+            format!("--state-dir={}", path("state")),
+            format!("--run-dir={}", path("run")),
+        ];
+        let flags = flags.iter().map(|flag| (*flag).to_owned());
+        self.spawn(side, &beside("weftd")?, arguments.into_iter().chain(flags))
     }
 
     /// One of our own, which this very program is, too; its device is called by its name.
@@ -349,11 +436,26 @@ impl<'a> Running<'a> {
         self.until(device, there)
     }
 
-    fn wait(&self) -> anyhow::Result<()> {
-        let (from, to) = (&self.net.containers[0], inner(1));
+    fn wait(&self, far: IpAddr) -> anyhow::Result<()> {
+        let from = &self.net.containers[0];
         let once = PingOptions { count: 1, ..PingOptions::default() };
         self.until("a ping's answer", || {
-            weft_daemon::lab::ping(from, to, &once).is_ok_and(|report| report.received == 1)
+            weft_daemon::lab::ping(from, far, &once).is_ok_and(|report| report.received == 1)
+        })
+    }
+
+    /// What daemons do besides carrying packets is not to be measured: reading many leases takes
+    /// seconds of a processor.
+    fn until_at_rest(&self) -> anyhow::Result<()> {
+        let used = || {
+            let each = self.processes().into_iter().map(cpu::process_seconds);
+            each.sum::<anyhow::Result<f64>>().unwrap_or(0.0)
+        };
+        let mut before = used();
+        self.until("rest", || {
+            thread::sleep(Duration::from_millis(200));
+            let now = used();
+            now - std::mem::replace(&mut before, now) < 0.02
         })
     }
 
@@ -389,9 +491,9 @@ impl Drop for Running<'_> {
                 eprintln!("{address} stays in use");
             }
         }
-        for (side, line) in self.undo.iter().rev() {
+        for (netns, line) in self.undo.iter().rev() {
             let line: Vec<&str> = line.iter().map(String::as_str).collect();
-            if let Err(error) = self.net.hosts[*side].ip(&line) {
+            if let Err(error) = netns.ip(&line) {
                 eprintln!("left behind in the namespace: {error:#}");
             }
         }

@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, ensure};
+use ipnetwork::Ipv4Network;
 use serde::{Deserialize, Serialize};
 use weft_daemon::netns::NetNs;
 
@@ -216,6 +217,19 @@ pub fn subnet(side: usize) -> String {
 /// A container's address.
 pub fn inner(side: usize) -> IpAddr {
     Ipv4Addr::new(10, 77, number(side), 2).into()
+}
+
+/// How many addresses are scattered over: 64 for each of 65,000 routes.
+pub const SCATTERED: u32 = 65_000 * 64;
+
+/// One of the addresses of the second container that no route but its host's own tells apart.
+pub fn scattered(number: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(scattered_network().network().to_bits() + number % SCATTERED)
+}
+
+/// The network of all of them.
+pub fn scattered_network() -> Ipv4Network {
+    Ipv4Network::new_checked(Ipv4Addr::new(10, 128, 0, 0), 10).expect("10 is a prefix length")
 }
 
 fn gateway(side: usize) -> Ipv4Addr {

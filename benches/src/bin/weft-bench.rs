@@ -17,8 +17,15 @@ use weft_daemon::lab::Cancel;
 use weft_engine::{EcnMode, Peer, RouteTable};
 
 /// Subjects of a quick run: those that targets speak of.
-const QUICK: [Subject; 5] =
-    [Subject::Vxlan, Subject::WeftUring, Subject::WeftMmsg, Subject::WeftBusy, Subject::Naive];
+const QUICK: [Subject; 7] = [
+    Subject::Vxlan,
+    Subject::WeftUring,
+    Subject::WeftMmsg,
+    Subject::WeftBusy,
+    Subject::WeftOneRoute,
+    Subject::WeftManyRoutes,
+    Subject::Naive,
+];
 
 /// Measures weft beside what else carries packets between containers.
 #[derive(Debug, Parser)]
@@ -60,7 +67,7 @@ struct RunArgs {
     /// How often each is measured [default: 3, quick: 2]
     #[arg(long)]
     repeats: Option<usize>,
-    /// Milliseconds for each figure [default: 1500, quick: 700]
+    /// Milliseconds for each figure [default: 1500, quick: 600]
     #[arg(long)]
     millis: Option<u64>,
     /// Where report.json and report.html go
@@ -103,7 +110,7 @@ fn run_all(arguments: &RunArgs) -> anyhow::Result<()> {
         subjects,
         repeats: arguments.repeats.unwrap_or(if arguments.quick { 2 } else { 3 }),
         time: Duration::from_millis(arguments.millis.unwrap_or(if arguments.quick {
-            700
+            600
         } else {
             1500
         })),

@@ -4,19 +4,16 @@
 //! more key, `Expires`; `weft/nodes/<id>` holds the nodes' own records. Files that an operator puts
 //! or removes by hand count.
 
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use jiff::{SignedDuration, Timestamp};
-use notify::event::ModifyKind;
-use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::notices::Notices;
 use super::store::{Scan, Store};
 use super::{Registry, RegistryError};
 use crate::config::NetworkConfig;
@@ -65,6 +62,18 @@ impl DirectoryRegistry {
             .map_err(|reason| RegistryError::Network { network, reason })?;
         locked.write_config(&text)?;
         Ok(true)
+    }
+
+    /// Where the kernel gives no notices, the regular look stands in.
+    fn follow(&self, notices: &mut Notices) {
+        if let Err(error) = notices.follow() {
+            tracing::warn!(
+                "no notices of changes in {}: {error}; it is read every {} s instead (raise the \
+                 sysctl fs.inotify.max_user_instances)",
+                self.store.path().display(),
+                RESCAN_INTERVAL.as_secs()
+            );
+        }
     }
 
     /// Runs file work on a thread that may block.
@@ -154,13 +163,12 @@ impl Registry for DirectoryRegistry {
     }
 
     async fn watch(&self) -> Result<watch::Receiver<Arc<Snapshot>>, RegistryError> {
-        let (ring, bell) = mpsc::channel(1);
-        let mut notices = Notices::new(ring, &self.store);
+        let mut notices = Notices::new(vec![self.store.subnets(), self.store.nodes()]);
         // Before the first look, so that nothing happens unnoticed between the two.
-        notices.follow(&self.store);
+        self.follow(&mut notices);
         let scan = self.blocking(Store::scan).await?;
         let (sender, receiver) = watch::channel(Arc::new(scan.snapshot));
-        let watching = Watching { registry: self.clone(), notices, bell, sender };
+        let watching = Watching { registry: self.clone(), notices, sender };
         tokio::spawn(watching.run(scan.next_expiry));
         Ok(receiver)
     }
@@ -170,7 +178,6 @@ impl Registry for DirectoryRegistry {
 struct Watching {
     registry: DirectoryRegistry,
     notices: Notices,
-    bell: mpsc::Receiver<()>,
     sender: watch::Sender<Arc<Snapshot>>,
 }
 
@@ -180,13 +187,12 @@ impl Watching {
         loop {
             tokio::select! {
                 () = self.sender.closed() => return,
-                // No more bell: the regular look stands in.
-                Some(()) = self.bell.recv() => tokio::time::sleep(SETTLE).await,
+                () = self.notices.changed() => tokio::time::sleep(SETTLE).await,
                 () = tokio::time::sleep_until(next_look(next_expiry, away)) => {}
             }
             // A notice that came meanwhile is answered by the look below.
-            while self.bell.try_recv().is_ok() {}
-            self.notices.follow(&self.registry.store);
+            self.notices.drain();
+            self.registry.follow(&mut self.notices);
             match self.registry.blocking(Store::scan).await {
                 Ok(scan) => {
                     if std::mem::take(&mut away) {
@@ -226,77 +232,6 @@ fn next_look(next_expiry: Option<Timestamp>, away: bool) -> Instant {
     let until_expiry = next_expiry
         .map(|end| Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default());
     Instant::now() + until_expiry.map_or(RESCAN_INTERVAL, |left| left.min(RESCAN_INTERVAL) + SETTLE)
-}
-
-/// The kernel's notices about the registry's two directories.
-struct Notices {
-    /// `None` where the kernel gives none: the regular look stands in.
-    watcher: Option<RecommendedWatcher>,
-    /// A directory was removed or moved, and its watch with it. The inode does not tell: the next
-    /// directory may get the same one.
-    moved: Arc<AtomicBool>,
-    /// The directories that notices come from, by inode: one that was removed and made again is
-    /// another one.
-    followed: [Option<u64>; 2],
-}
-
-impl Notices {
-    fn new(ring: mpsc::Sender<()>, store: &Store) -> Self {
-        let moved = Arc::new(AtomicBool::new(false));
-        let dirs = [store.subnets(), store.nodes()];
-        let flag = Arc::clone(&moved);
-        let on_event = move |event: notify::Result<notify::Event>| {
-            let of_a_directory = |path| dirs.contains(path);
-            if event.as_ref().is_ok_and(|event| {
-                let goes = event.kind.is_remove()
-                    || matches!(event.kind, EventKind::Modify(ModifyKind::Name(_)));
-                goes && event.paths.iter().any(of_a_directory)
-            }) {
-                flag.store(true, Ordering::Relaxed);
-            }
-            let is_reading = event.is_ok_and(|event| event.kind.is_access());
-            if !is_reading {
-                // Full: the bell rings already.
-                let _ = ring.try_send(());
-            }
-        };
-        let watcher = notify::recommended_watcher(on_event).inspect_err(|error| {
-            tracing::warn!(
-                "no notices of changes in {}: {error}; it is read every {} s instead (raise the \
-                 sysctl fs.inotify.max_user_instances)",
-                store.path().display(),
-                RESCAN_INTERVAL.as_secs()
-            );
-        });
-        Self { watcher: watcher.ok(), moved, followed: [None; 2] }
-    }
-
-    /// Makes sure that notices come from the directories that are there now. Where that fails, the
-    /// regular look stands in.
-    fn follow(&mut self, store: &Store) {
-        let Some(watcher) = &mut self.watcher else {
-            return;
-        };
-        if self.moved.swap(false, Ordering::Relaxed) {
-            self.followed = [None; 2];
-        }
-        for (slot, dir) in self.followed.iter_mut().zip([store.subnets(), store.nodes()]) {
-            let inode = inode(&dir).ok();
-            if inode == *slot {
-                continue;
-            }
-            // Fails where the directory is gone, and its watch with it.
-            let _ = watcher.unwatch(&dir);
-            let watched =
-                inode.is_some() && watcher.watch(&dir, RecursiveMode::NonRecursive).is_ok();
-            *slot = inode.filter(|_| watched);
-        }
-    }
-}
-
-fn inode(path: &Path) -> io::Result<u64> {
-    use std::os::unix::fs::MetadataExt;
-    Ok(std::fs::metadata(path)?.ino())
 }
 
 fn end(ttl: Duration) -> Timestamp {
@@ -486,6 +421,19 @@ mod tests {
         };
         registry.publish_node(&node, DAY).await.unwrap();
         until(&mut watch, |it| it.nodes == [node.clone()]).await;
+    }
+
+    #[tokio::test]
+    async fn looking_wakes_nobody() {
+        let Fixture { dir, registry } = fixture();
+        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap();
+        let mut notices = Notices::new(vec![dir.path().join("registry/subnets")]);
+        notices.follow().unwrap();
+        registry.leases().await.unwrap();
+        let shortly = Duration::from_millis(200);
+        tokio::time::timeout(shortly, notices.changed()).await.unwrap_err();
+        registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await.unwrap();
+        tokio::time::timeout(DEADLINE, notices.changed()).await.unwrap();
     }
 
     #[tokio::test]

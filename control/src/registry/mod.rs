@@ -1,6 +1,7 @@
 //! Where leases are kept.
 
 pub mod directory;
+mod notices;
 mod store;
 
 use std::io;
