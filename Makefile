@@ -1,6 +1,7 @@
 # weft: `make lab` shows it working, `make test` proves it. Both as root; nothing else to set up.
 
 BACKEND ?= udp-tun
+REGISTRY ?= directory
 CARGO ?= cargo
 
 .PHONY: build lab test bench bench-quick fuzz lint deps
@@ -10,7 +11,7 @@ build: deps
 
 # Three hosts in network namespaces, a weftd in each, traffic between all pairs.
 lab: build
-	target/release/weft lab --backend $(BACKEND)
+	target/release/weft lab --backend $(BACKEND) --registry $(REGISTRY)
 
 # The second and third time without io_uring, and with what Linux 6.1 has: those tests that have no
 # case of their own for it.

@@ -1,6 +1,7 @@
 //! What to do about this node's lease: plans made from the registry's newest snapshot. Pure; the
 //! caller does the reading and writing, and plans again when the registry changed meanwhile.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
@@ -8,13 +9,25 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::allocate::{is_allowed, pick_subnet};
 use crate::config::NetworkConfig;
-use crate::lease::{Lease, LeaseAttrs, LeaseKey, overlap};
+use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, overlap};
 use crate::subnet_env::Previous;
 
 /// Who we are in the registry: a lease is ours by its public address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
+    /// What tells us from another node with the same address.
+    pub node_id: String,
     pub attrs: LeaseAttrs,
+}
+
+/// Another node that lives with our public address. Its lease is not ours to take up, whatever the
+/// address says.
+pub fn claimant<'a>(identity: &Identity, nodes: &'a [NodeRecord]) -> Option<&'a NodeRecord> {
+    let ours: Vec<IpAddr> = identity.attrs.public_addresses().collect();
+    nodes
+        .iter()
+        .filter(|node| node.id != identity.node_id)
+        .find(|node| node.public_addresses().any(|ip| ours.contains(&ip)))
 }
 
 /// The next step towards a lease.
@@ -65,7 +78,7 @@ pub fn plan(
 }
 
 /// Whether the config would give out just this: the families that it has, each in range.
-fn is_compatible(config: &NetworkConfig, key: &LeaseKey) -> bool {
+pub fn is_compatible(config: &NetworkConfig, key: &LeaseKey) -> bool {
     let allowed = |ipv6: bool, subnet: Option<IpNetwork>| match (config.family(ipv6), subnet) {
         (Some(family), Some(subnet)) => is_allowed(&family, subnet),
         (None, None) => true,
@@ -88,15 +101,24 @@ pub enum Own {
 pub fn check_own(own: &Lease, leases: &[Lease]) -> Own {
     match leases.iter().find(|lease| lease.key == own.key) {
         None => Own::Missing,
-        Some(found) if found.attrs.same_node(&own.attrs) => Own::Held(found.clone()),
+        Some(found) if found.attrs.same_node(&own.attrs) => {
+            // Nobody has written it since we did, so it ends when we know.
+            let is_untouched = found.revision == own.revision && found.expires == Expiry::Unknown;
+            let expires = if is_untouched { own.expires } else { found.expires };
+            Own::Held(Lease { expires, ..found.clone() })
+        }
         Some(found) => Own::TakenBy(found.clone()),
     }
 }
 
-/// When to renew: `margin` before the end. `None` for a reservation.
+/// When to renew: `margin` before the end; at once where nobody knows it. `None` for a reservation.
 pub fn renew_at(lease: &Lease, margin: Duration) -> Option<Timestamp> {
     let margin = SignedDuration::try_from(margin).unwrap_or(SignedDuration::ZERO);
-    lease.expires.map(|end| end.checked_sub(margin).unwrap_or(Timestamp::MIN))
+    match lease.expires {
+        Expiry::Never => None,
+        Expiry::At(end) => Some(end.checked_sub(margin).unwrap_or(Timestamp::MIN)),
+        Expiry::Unknown => Some(Timestamp::MIN),
+    }
 }
 
 #[cfg(test)]
@@ -112,11 +134,12 @@ mod tests {
     fn lease(key: &str, public_ip: &str) -> Lease {
         let attrs =
             LeaseAttrs { public_ip: Some(public_ip.parse().unwrap()), ..LeaseAttrs::default() };
-        Lease { key: key.parse().unwrap(), attrs, expires: None }
+        Lease { key: key.parse().unwrap(), attrs, expires: Expiry::Never, revision: 0 }
     }
 
     fn next(previous: &str, leases: &[Lease]) -> Plan {
-        let identity = Identity { attrs: lease("10.3.1.0-24", "192.0.2.9").attrs };
+        let identity =
+            Identity { node_id: "a".into(), attrs: lease("10.3.1.0-24", "192.0.2.9").attrs };
         let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
         plan(&config(), &identity, &previous, leases, &mut fastrand::Rng::with_seed(7))
     }
@@ -154,7 +177,7 @@ mod tests {
             r#"{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fd00::/48"}"#
                 .parse()
                 .unwrap();
-        let identity = Identity { attrs: LeaseAttrs::default() };
+        let identity = Identity { node_id: "a".into(), attrs: LeaseAttrs::default() };
         let v4_only = Previous { ipv4: "10.3.7.0/24".parse().ok(), ipv6: None };
         let mut rng = fastrand::Rng::with_seed(7);
         let Plan::Create(key) = plan(&config, &identity, &v4_only, &[], &mut rng) else { panic!() };
@@ -163,10 +186,34 @@ mod tests {
     }
 
     #[test]
+    fn another_node_with_our_address_is_found_by_its_id() {
+        let attrs = lease("10.3.1.0-24", "192.0.2.9").attrs;
+        let identity = Identity { node_id: "a".into(), attrs };
+        let node = |id: &str, ip: &str| NodeRecord {
+            id: id.into(),
+            name: "host".into(),
+            public_ip: ip.parse().ok(),
+            public_ipv6: None,
+            addresses: Vec::new(),
+            version: "0".into(),
+            mtu: 1472,
+        };
+        let nodes = [node("a", "192.0.2.9"), node("b", "192.0.2.8"), node("c", "192.0.2.9")];
+        assert_eq!(claimant(&identity, &nodes).map(|node| node.id.as_str()), Some("c"));
+        assert_eq!(claimant(&identity, &nodes[..2]), None);
+    }
+
+    #[test]
     fn knows_what_became_of_our_lease() {
         let own = lease("10.3.4.0-24", "192.0.2.9");
         assert_eq!(check_own(&own, &[]), Own::Missing);
         assert_eq!(check_own(&own, std::slice::from_ref(&own)), Own::Held(own.clone()));
+        let end = Expiry::At("2026-11-23T12:00:00Z".parse().unwrap());
+        let ours = Lease { expires: end, revision: 7, ..own.clone() };
+        let listed = Lease { expires: Expiry::Unknown, ..ours.clone() };
+        assert_eq!(check_own(&ours, std::slice::from_ref(&listed)), Own::Held(ours.clone()));
+        let touched = Lease { revision: 8, ..listed };
+        assert_eq!(check_own(&ours, std::slice::from_ref(&touched)), Own::Held(touched.clone()));
         let other = lease("10.3.4.0-24", "192.0.2.1");
         assert_eq!(check_own(&own, std::slice::from_ref(&other)), Own::TakenBy(other));
     }
@@ -175,7 +222,9 @@ mod tests {
     fn renewal_comes_a_margin_before_the_end() {
         let mut own = lease("10.3.4.0-24", "192.0.2.9");
         assert_eq!(renew_at(&own, Duration::from_secs(60)), None);
-        own.expires = Some("2026-11-23T12:00:00Z".parse().unwrap());
+        own.expires = Expiry::Unknown;
+        assert_eq!(renew_at(&own, Duration::from_secs(60)), Some(Timestamp::MIN));
+        own.expires = Expiry::At("2026-11-23T12:00:00Z".parse().unwrap());
         let due = renew_at(&own, Duration::from_secs(3600)).unwrap();
         assert_eq!(due.to_string(), "2026-11-23T11:00:00Z");
     }

@@ -7,7 +7,8 @@ use std::str::FromStr;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use crate::config::NetworkConfig;
@@ -109,6 +110,18 @@ fn split_len(text: &str, max: u8) -> Option<(&str, u8)> {
     (len <= max).then_some((address, len))
 }
 
+impl Serialize for LeaseKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for LeaseKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
 /// What a node publishes with its subnet; flannel's LeaseAttrs, byte for byte.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -167,12 +180,24 @@ mod unspecified_is_none {
 }
 
 /// A lease as the registry has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
     pub key: LeaseKey,
     pub attrs: LeaseAttrs,
-    /// `None`: a reservation, which never expires.
-    pub expires: Option<Timestamp>,
+    pub expires: Expiry,
+    /// What tells this state of the entry from others, where the registry numbers them: etcd v3's
+    /// mod_revision, etcd v2's modifiedIndex; else 0.
+    pub revision: u64,
+}
+
+/// When a lease ends, unless it is renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Expiry {
+    /// A reservation.
+    Never,
+    At(Timestamp),
+    /// Some day; only the registry knows when.
+    Unknown,
 }
 
 /// What weft nodes tell each other beside the leases.
@@ -181,6 +206,9 @@ pub struct Lease {
 pub struct NodeRecord {
     /// Made once by the node, 32 hexadecimal digits.
     pub id: String,
+    /// The host's name, for people.
+    #[serde(default)]
+    pub name: String,
     #[serde(rename = "PublicIP")]
     pub public_ip: Option<Ipv4Addr>,
     #[serde(rename = "PublicIPv6")]
@@ -202,15 +230,17 @@ impl NodeRecord {
 }
 
 /// Everything in the registry at one moment, in order of the keys.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
+    /// The network config's text.
+    pub config: Option<String>,
     pub leases: Vec<Lease>,
     pub nodes: Vec<NodeRecord>,
     pub skipped: Vec<Skipped>,
 }
 
 /// An entry that is there but cannot be read.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Skipped {
     pub name: String,
     pub reason: String,
@@ -320,7 +350,7 @@ mod tests {
 
     fn lease(key: &str, public_ip: &str) -> Lease {
         let attrs = LeaseAttrs { public_ip: public_ip.parse().ok(), ..LeaseAttrs::default() };
-        Lease { key: key.parse().unwrap(), attrs, expires: None }
+        Lease { key: key.parse().unwrap(), attrs, expires: Expiry::Never, revision: 0 }
     }
 
     #[test]

@@ -4,13 +4,17 @@
 //! be read is skipped and named, what could take over traffic is refused.
 
 pub mod allocate;
+pub mod backoff;
 pub mod config;
 pub mod keeper;
 pub mod lease;
 pub mod registry;
 pub mod subnet_env;
 
+pub use backoff::Backoff;
 pub use config::{ConfigError, NetworkConfig};
 pub use lease::{Lease, LeaseAttrs, LeaseKey};
 pub use registry::directory::DirectoryRegistry;
-pub use registry::{Registry, RegistryError};
+pub use registry::endpoints::{Access, Secret};
+pub use registry::etcd3::Etcd3Registry;
+pub use registry::{Registry, RegistryError, View};

@@ -129,11 +129,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::lease::LeaseAttrs;
+    use crate::lease::{Expiry, LeaseAttrs};
 
     fn env(config: &str, key: &str) -> SubnetEnv {
-        let lease =
-            Lease { key: key.parse().unwrap(), attrs: LeaseAttrs::default(), expires: None };
+        let lease = Lease {
+            key: key.parse().unwrap(),
+            attrs: LeaseAttrs::default(),
+            expires: Expiry::Never,
+            revision: 0,
+        };
         SubnetEnv::new(&config.parse().unwrap(), &lease, 1472, true)
     }
 

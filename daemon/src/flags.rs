@@ -9,18 +9,19 @@ mod engine;
 mod parse;
 mod settings;
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args};
 use ipnetwork::IpNetwork;
+use jiff::SignedDuration;
 use tracing_subscriber::EnvFilter;
+use weft_control::Secret;
 
 pub use engine::EngineFlags;
 pub use parse::{one_line, parse};
-pub use settings::{FlagError, Note, Settings};
+pub use settings::{FlagError, Note, RegistrySettings, Settings};
 
 /// What the command line and the environment say, each value by itself.
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -48,32 +49,41 @@ pub struct Flags {
 #[command(next_help_heading = "Registry")]
 pub struct RegistryFlags {
     /// A directory, by its absolute path, that is the registry of the daemons of one host
+    /// [default: etcd]
     #[arg(long, value_name = "dir:PATH", value_parser = registry_directory)]
+    #[arg(verbatim_doc_comment)]
     pub registry: Option<PathBuf>,
+    /// How long the lease lasts without renewal, as in 24h or 30m, at least 10s
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = lease_ttl)]
+    pub subnet_lease_ttl: Duration,
     /// Minutes before its expiry at which the lease is renewed, 1 to 1439
     #[arg(long, value_name = "MINUTES", default_value = "60", value_parser = renew_margin)]
     pub subnet_lease_renew_margin: Duration,
-    /// URLs of etcd, separated by commas (not built yet)
-    #[arg(long, value_name = "URLS")]
+    /// URLs of etcd, separated by commas; each is asked when those before it fail
+    /// [default: http://127.0.0.1:4001,http://127.0.0.1:2379]
+    #[arg(long, value_name = "URLS", verbatim_doc_comment)]
     pub etcd_endpoints: Option<String>,
-    /// Prefix of all keys in etcd (not built yet)
+    /// Prefix of all keys in etcd [default: /coreos.com/network]
     #[arg(long, value_name = "PREFIX")]
     pub etcd_prefix: Option<String>,
-    /// The client's private key for etcd (not built yet)
+    /// The client's private key for etcd; goes with --etcd-certfile
     #[arg(long, value_name = "FILE")]
     pub etcd_keyfile: Option<PathBuf>,
-    /// The client's certificate for etcd (not built yet)
+    /// The client's certificate for etcd; goes with --etcd-keyfile
     #[arg(long, value_name = "FILE")]
     pub etcd_certfile: Option<PathBuf>,
-    /// The authority that etcd's certificate is checked against (not built yet)
+    /// The authority that etcd's certificate is checked against [default: the system's]
     #[arg(long, value_name = "FILE")]
     pub etcd_cafile: Option<PathBuf>,
-    /// User name for etcd (not built yet)
+    /// User name for etcd
     #[arg(long, value_name = "NAME")]
     pub etcd_username: Option<String>,
-    /// Password for etcd (not built yet)
+    /// Password for etcd; who may list processes sees it, unlike that in a file
     #[arg(long, value_name = "PASSWORD")]
-    pub etcd_password: Option<Password>,
+    pub etcd_password: Option<Secret>,
+    /// A file with the password for etcd
+    #[arg(long, value_name = "FILE")]
+    pub etcd_password_file: Option<PathBuf>,
 }
 
 /// The overlay network and the daemon's files.
@@ -195,22 +205,6 @@ pub struct LoggingFlags {
     pub log_backtrace_at: Option<String>,
 }
 
-/// A secret that stays out of logs.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Password(pub String);
-
-impl From<String> for Password {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl fmt::Debug for Password {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Password(..)")
-    }
-}
-
 fn switch(text: &str) -> Result<bool, &'static str> {
     arguments::boolean(text).ok_or("give true or false")
 }
@@ -219,6 +213,11 @@ fn registry_directory(text: &str) -> Result<PathBuf, &'static str> {
     let path = text.strip_prefix("dir:").map(PathBuf::from);
     path.filter(|path| path.is_absolute())
         .ok_or("give dir: and an absolute path, as in dir:/var/lib/weft/registry")
+}
+
+fn lease_ttl(text: &str) -> Result<Duration, &'static str> {
+    let ttl = text.parse::<SignedDuration>().ok().and_then(|ttl| Duration::try_from(ttl).ok());
+    ttl.filter(|ttl| *ttl >= Duration::from_secs(10)).ok_or("give a time as in 24h, at least 10s")
 }
 
 fn renew_margin(text: &str) -> Result<Duration, &'static str> {

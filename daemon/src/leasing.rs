@@ -4,83 +4,106 @@ use std::time::Duration;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use weft_control::keeper::{self, Identity, Plan};
+use weft_control::lease::NodeRecord;
 use weft_control::subnet_env::Previous;
-use weft_control::{Lease, LeaseKey, NetworkConfig, Registry, RegistryError};
+use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry, RegistryError};
 
-use crate::retry::{Backoff, Repeats};
-
-/// How long a lease lasts without renewal, as flannel's.
-pub(crate) const LEASE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+use crate::retry::Repeats;
 
 /// Rounds of losing a race for a subnet before the daemon takes a breath.
 const RACES_MAX: u32 = 10;
 
-/// Claims a subnet, however long it takes: a registry that is away, or full, is waited for.
-pub(crate) async fn acquire<R: Registry>(
-    registry: &R,
-    config: &NetworkConfig,
-    identity: &Identity,
-    previous: &Previous,
-) -> Lease {
-    let mut backoff = Backoff::default();
-    let mut said = Repeats::default();
-    let mut rng = fastrand::Rng::new();
-    loop {
-        for _ in 0..RACES_MAX {
-            match attempt(registry, config, identity, previous, &mut rng).await {
+/// What a claim is made with.
+#[derive(Debug)]
+pub(crate) struct Claim<'a> {
+    pub(crate) config: &'a NetworkConfig,
+    pub(crate) identity: &'a Identity,
+    /// How long the lease lasts without renewal.
+    pub(crate) ttl: Duration,
+}
+
+impl Claim<'_> {
+    /// Claims a subnet, however long it takes: a registry that is away, or full, is waited for, and
+    /// so is another node that lives with our address.
+    pub(crate) async fn acquire(&self, registry: &dyn Registry, previous: &Previous) -> Lease {
+        let mut backoff = Backoff::default();
+        let mut said = Repeats::default();
+        loop {
+            match self.attempt(registry, previous).await {
                 Ok(Attempt::Ours(lease)) => return *lease,
                 Ok(Attempt::Again) => {}
-                Ok(Attempt::Full) => {
-                    said.warn(
-                        "out of subnets: every subnet between SubnetMin and SubnetMax is \
-                               leased; remove leases of nodes that are gone, or widen the range \
-                               in the network config",
-                    );
-                    break;
-                }
-                Err(error) => {
-                    said.warn(&format!("cannot get a lease yet: {error}"));
-                    break;
-                }
+                Ok(Attempt::Full) => said.warn(
+                    "out of subnets: every subnet between SubnetMin and SubnetMax is leased; \
+                     remove leases of nodes that are gone, or widen the range in the network config",
+                ),
+                Ok(Attempt::Claimed(other)) => said.error(&format!(
+                    "the node {} (id {}) lives with our public address; two nodes cannot share \
+                     one: give either a --public-ip of its own; waiting until that node is gone",
+                    other.name, other.id
+                )),
+                Err(error) => said.warn(&format!("cannot get a lease yet: {error}")),
+            }
+            backoff.wait().await;
+        }
+    }
+
+    /// As [`Claim::acquire`], but not beyond what keeps it from a lease now.
+    pub(crate) async fn attempt(
+        &self,
+        registry: &dyn Registry,
+        previous: &Previous,
+    ) -> Result<Attempt, RegistryError> {
+        let mut rng = fastrand::Rng::new();
+        for _ in 0..RACES_MAX {
+            let outcome = self.race(registry, previous, &mut rng).await?;
+            if !matches!(outcome, Attempt::Again) {
+                return Ok(outcome);
             }
         }
-        backoff.wait().await;
+        Ok(Attempt::Again)
+    }
+
+    async fn race(
+        &self,
+        registry: &dyn Registry,
+        previous: &Previous,
+        rng: &mut fastrand::Rng,
+    ) -> Result<Attempt, RegistryError> {
+        let Self { config, identity, ttl } = *self;
+        let snapshot = registry.snapshot().await?;
+        if let Some(other) = keeper::claimant(identity, &snapshot.nodes) {
+            return Ok(Attempt::Claimed(Box::new(other.clone())));
+        }
+        let lease = match keeper::plan(config, identity, previous, &snapshot.leases, rng) {
+            Plan::Reuse(seen) => {
+                tracing::info!(subnet = %seen.key, "taking up the lease that has our address");
+                registry.renew(&seen, &identity.attrs, ttl).await?
+            }
+            Plan::Create(key) => registry.create(&key, &identity.attrs, ttl).await?,
+            Plan::Remove(seen) => {
+                tracing::warn!(
+                    subnet = %seen.key,
+                    "giving up the lease that has our address: the network config does not allow \
+                     it any more"
+                );
+                registry.remove(&seen).await?;
+                None
+            }
+            Plan::OutOfSubnets => return Ok(Attempt::Full),
+        };
+        Ok(lease.map_or(Attempt::Again, |lease| Attempt::Ours(lease.into())))
     }
 }
 
-enum Attempt {
+/// What came of trying to get a lease.
+#[derive(Debug)]
+pub(crate) enum Attempt {
     Ours(Box<Lease>),
     /// The registry changed meanwhile, by us or by others.
     Again,
     Full,
-}
-
-async fn attempt<R: Registry>(
-    registry: &R,
-    config: &NetworkConfig,
-    identity: &Identity,
-    previous: &Previous,
-    rng: &mut fastrand::Rng,
-) -> Result<Attempt, RegistryError> {
-    let leases = registry.leases().await?.leases;
-    let lease = match keeper::plan(config, identity, previous, &leases, rng) {
-        Plan::Reuse(seen) => {
-            tracing::info!(subnet = %seen.key, "taking up the lease that has our address");
-            registry.renew(&seen, &identity.attrs, LEASE_TTL).await?
-        }
-        Plan::Create(key) => registry.create(&key, &identity.attrs, LEASE_TTL).await?,
-        Plan::Remove(seen) => {
-            tracing::warn!(
-                subnet = %seen.key,
-                "giving up the lease that has our address: the network config does not allow it \
-                 any more"
-            );
-            registry.remove(&seen).await?;
-            None
-        }
-        Plan::OutOfSubnets => return Ok(Attempt::Full),
-    };
-    Ok(lease.map_or(Attempt::Again, |lease| Attempt::Ours(lease.into())))
+    /// Another node lives with our address.
+    Claimed(Box<NodeRecord>),
 }
 
 /// What to ask for again, so that containers keep their addresses.

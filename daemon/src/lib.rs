@@ -10,4 +10,5 @@ mod node;
 mod overlay;
 mod retry;
 pub mod run;
+mod state_file;
 pub mod status;

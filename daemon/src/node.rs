@@ -20,6 +20,8 @@ pub(crate) struct Node {
     pub(crate) id: String,
     /// Where the daemon answers for its state.
     pub(crate) socket: PathBuf,
+    /// Where it keeps what the registry last said.
+    pub(crate) last_known: PathBuf,
     /// Held as long as the daemon runs.
     _lock: File,
 }
@@ -39,21 +41,31 @@ impl Node {
             fs::create_dir_all(dir)
                 .with_context(|| format!("cannot make {}; see {flag}", dir.display()))?;
         }
-        let mark = mark(registry, public_ip);
+        let mark = mark(&format!("{registry}\n{public_ip}"));
         let lock = run_dir.join(format!("weftd-{mark}.lock"));
         let node = Self {
             id: load_or_make_id(&state_dir.join(format!("node-{mark}")))?,
             socket: run_dir.join(format!("weftd-{mark}.sock")),
+            last_known: state_dir.join(format!("last-known-{mark}.json")),
             _lock: take_lock(&lock)?,
         };
         Ok(node)
     }
 }
 
-/// What tells this daemon's files from another's.
-fn mark(registry: &str, public_ip: IpAddr) -> String {
-    let hash = Sha256::digest(format!("{registry}\n{public_ip}"));
-    hex(&hash[..6])
+/// Where the network config of a registry is kept, for all daemons that use it.
+pub(crate) fn config_path(state_dir: &Path, registry: &str) -> PathBuf {
+    state_dir.join(format!("config-{}.json", mark(registry)))
+}
+
+/// What tells files of one thing from those of another.
+fn mark(text: &str) -> String {
+    hex(&Sha256::digest(text)[..6])
+}
+
+/// The host's name.
+pub(crate) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 fn take_lock(path: &Path) -> anyhow::Result<File> {

@@ -1,30 +1,4 @@
-//! Waiting between tries, and saying things once.
-
-use std::time::Duration;
-
-/// Pauses that double, each cut by chance so that a fleet does not act in step.
-#[derive(Debug)]
-pub(crate) struct Backoff {
-    next: Duration,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(200);
-    const LONGEST: Duration = Duration::from_secs(5);
-
-    /// Sleeps between half of this try's pause and all of it.
-    pub(crate) async fn wait(&mut self) {
-        let pause = self.next.mul_f64(0.5 + 0.5 * fastrand::f64());
-        self.next = (self.next * 2).min(Self::LONGEST);
-        tokio::time::sleep(pause).await;
-    }
-}
-
-impl Default for Backoff {
-    fn default() -> Self {
-        Self { next: Self::FIRST }
-    }
-}
+//! Saying things once.
 
 /// Keeps a loop from saying the same thing at every turn.
 #[derive(Debug, Default)]
@@ -40,6 +14,13 @@ impl Repeats {
             line.clone_into(&mut self.last);
         }
         new
+    }
+
+    /// Logs `line` as an error unless it was the last one.
+    pub(crate) fn error(&mut self, line: &str) {
+        if self.is_new(line) {
+            tracing::error!("{line}");
+        }
     }
 
     /// Logs `line` unless it was the last one.

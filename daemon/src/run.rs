@@ -10,17 +10,22 @@ use anyhow::{Context, bail};
 use rustix::thread::{CapabilitySet, capabilities};
 use weft_backends::netlink::Netlink;
 use weft_backends::{BackendError, BackendKind, ExternalInterface, Options};
-use weft_control::keeper::Identity;
+use weft_control::keeper::{self, Identity};
+use weft_control::lease::{Expiry, Snapshot};
+use weft_control::registry::minimal_config;
 use weft_control::subnet_env::read_previous;
-use weft_control::{DirectoryRegistry, Lease, NetworkConfig, Registry};
+use weft_control::{
+    Backoff, DirectoryRegistry, Etcd3Registry, Lease, LeaseAttrs, NetworkConfig, Registry,
+};
 
-use crate::flags::{Flags, Note, Settings};
-use crate::forwarding::{Ended, Forwarding};
+use crate::flags::{Flags, Note, RegistrySettings, Settings};
+use crate::forwarding::{Ended, Forwarding, expiry};
 use crate::interface::{self, Families};
-use crate::leasing;
-use crate::node::Node;
+use crate::leasing::Claim;
+use crate::node::{self, Node};
 use crate::overlay::Overlay;
-use crate::retry::{Backoff, Repeats};
+use crate::retry::Repeats;
+use crate::state_file::{LastKnown, StateFile};
 use crate::status::StatusSocket;
 
 /// How often a missing config is looked for, as flannel does.
@@ -48,7 +53,7 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
     let mut said = Repeats::default();
     let mut backoff = Backoff::default();
     loop {
-        let (config, kind) = wait_for_config(&registry, settings, &mut said).await?;
+        let (text, config, kind) = wait_for_config(registry.as_ref(), settings, &mut said).await?;
         let interface = choose_interface(settings, &config).await?;
         let options = Options {
             guard: settings.guard,
@@ -66,9 +71,9 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
         };
         match overlay.call(|backend| backend.prepare()).await? {
             Ok(attrs) => {
-                let identity = Identity { attrs };
-                let daemon = Daemon { settings, registry: &registry, config, kind, interface };
-                return daemon.serve(overlay, identity).await;
+                let registry = registry.as_ref();
+                let daemon = Daemon { settings, registry, text, config, kind, interface };
+                return daemon.serve(overlay, attrs).await;
             }
             Err(error) => end_or_warn(error, &mut said)?,
         }
@@ -79,51 +84,79 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
 /// What was decided before the lease.
 struct Daemon<'a> {
     settings: &'a Settings,
-    registry: &'a DirectoryRegistry,
+    registry: &'a dyn Registry,
+    /// The config as the registry has it.
+    text: String,
     config: NetworkConfig,
     kind: BackendKind,
     interface: ExternalInterface,
 }
 
 impl Daemon<'_> {
-    async fn serve(&self, mut overlay: Overlay, identity: Identity) -> anyhow::Result<()> {
-        let public_ip = identity
-            .attrs
+    async fn serve(&self, mut overlay: Overlay, attrs: LeaseAttrs) -> anyhow::Result<()> {
+        let public_ip = attrs
             .public_addresses()
             .next()
             .context("the interface has no address that other nodes could send to")?;
-        let describe = self.registry.describe();
+        let (settings, registry) = (self.settings, self.registry);
         let node =
-            Node::claim(&self.settings.state_dir, &self.settings.run_dir, &describe, public_ip)?;
+            Node::claim(&settings.state_dir, &settings.run_dir, &registry.identity(), public_ip)?;
         let socket = StatusSocket::open(&node.socket)?;
-        tracing::info!(node = node.id, %public_ip, registry = describe, "this node");
+        tracing::info!(node = node.id, %public_ip, registry = registry.describe(), "this node");
 
-        let previous = read_previous(&self.settings.subnet_file);
-        let mut lease = leasing::acquire(self.registry, &self.config, &identity, &previous).await;
+        let identity = Identity { node_id: node.id.clone(), attrs };
+        let claim = Claim { config: &self.config, identity: &identity, ttl: settings.lease_ttl };
+        let mut file = StateFile::new(node.last_known.clone());
+        let (mut lease, last) = self.first_lease(&claim, &file).await;
+        config_file(settings, registry).save(&self.text)?;
+        let mut watch = registry.watch(last);
         loop {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
             let started = start(&mut overlay, &lease).await?;
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
             let forwarding = Forwarding {
-                settings: self.settings,
-                registry: self.registry,
-                config: &self.config,
+                settings,
+                registry,
+                claim: &claim,
                 kind: self.kind,
                 interface: &self.interface,
-                identity: &identity,
                 node: &node,
                 public_ip,
                 started,
                 socket: &socket,
             };
-            match forwarding.run(&mut overlay, lease.clone()).await? {
+            match forwarding.run(&mut overlay, lease.clone(), &mut watch, &mut file).await? {
                 Ended::Lost(reason) => {
                     tracing::error!("forwarding broke: {reason}; starting the backend again");
                 }
                 Ended::OtherLease(other) => lease = *other,
             }
         }
+    }
+
+    /// The lease to begin with, and what else is known of the registry. While that is away: what it
+    /// was when this node last saw it.
+    async fn first_lease(
+        &self,
+        claim: &Claim<'_>,
+        file: &StateFile<LastKnown>,
+    ) -> (Lease, Snapshot) {
+        let previous = read_previous(&self.settings.subnet_file);
+        if let Err(error) = self.registry.snapshot().await
+            && let Some((known, since)) = file.load()
+            && known.lease.attrs.same_node(&claim.identity.attrs)
+            && keeper::is_compatible(claim.config, &known.lease.key)
+        {
+            tracing::warn!(
+                "{error}; starting with the lease and the {} peers known at {since}",
+                known.snapshot.leases.len().saturating_sub(1)
+            );
+            // How long it lasts now, only the registry knows.
+            return (Lease { expires: Expiry::Unknown, ..known.lease }, known.snapshot);
+        }
+        let lease = claim.acquire(self.registry, &previous).await;
+        (lease, self.registry.snapshot().await.unwrap_or_default())
     }
 }
 
@@ -164,34 +197,43 @@ fn require_net_admin() -> anyhow::Result<()> {
     bail!("weftd needs CAP_NET_ADMIN: run it as root, or grant the capability")
 }
 
-fn open_registry(settings: &Settings) -> anyhow::Result<DirectoryRegistry> {
-    let registry = DirectoryRegistry::open(&settings.registry_dir)?;
-    tracing::info!(
-        "the registry is a directory, so it serves the daemons of this host only: {}",
-        settings.registry_dir.display()
-    );
-    if let Some(network) = settings.network
-        && registry.init_config(network)?
-    {
-        tracing::info!(%network, "wrote the network config, there being none");
+fn open_registry(settings: &Settings) -> anyhow::Result<Box<dyn Registry>> {
+    match &settings.registry {
+        RegistrySettings::Directory(path) => {
+            let registry = DirectoryRegistry::open(path)?;
+            tracing::info!(
+                "the registry is a directory, so it serves the daemons of this host only: {}",
+                path.display()
+            );
+            Ok(Box::new(registry))
+        }
+        RegistrySettings::Etcd { access, prefix } => {
+            Ok(Box::new(Etcd3Registry::new(access.clone(), prefix)))
+        }
     }
-    Ok(registry)
 }
 
 /// The config, once there is one that this daemon can work by, and the backend it asks for.
 ///
 /// # Errors
 /// `--backend` and the config name different backends, or the one that only `--backend` names is
-/// not built yet.
+/// not built yet; or no overlay can be made of `--network`.
 async fn wait_for_config(
-    registry: &DirectoryRegistry,
+    registry: &dyn Registry,
     settings: &Settings,
     said: &mut Repeats,
-) -> anyhow::Result<(NetworkConfig, BackendKind)> {
+) -> anyhow::Result<(String, NetworkConfig, BackendKind)> {
+    let wanted = settings.network.map(minimal_config).transpose()?;
+    let file = config_file(settings, registry);
     loop {
-        match read_config(registry).await {
-            Ok(config) => match choose_backend(&config, settings)? {
-                Ok(kind) => return Ok((config, kind)),
+        let text = read_config(registry, wanted.as_deref(), &file).await;
+        let parsed = text.and_then(|text| {
+            let bad = |error| format!("{} holds a bad one: {error}", registry.describe());
+            text.parse().map(|config: NetworkConfig| (text, config)).map_err(bad)
+        });
+        match parsed {
+            Ok((text, config)) => match choose_backend(&config, settings)? {
+                Ok(kind) => return Ok((text, config, kind)),
                 Err(reason) => said.warn(&reason),
             },
             Err(reason) => said.warn(&format!("waiting for the network config: {reason}")),
@@ -200,12 +242,37 @@ async fn wait_for_config(
     }
 }
 
-async fn read_config(registry: &DirectoryRegistry) -> Result<NetworkConfig, String> {
-    let text = registry.config().await.map_err(|error| error.to_string())?;
-    let text = text.ok_or_else(|| {
+fn config_file(settings: &Settings, registry: &dyn Registry) -> StateFile<String> {
+    StateFile::new(node::config_path(&settings.state_dir, &registry.identity()))
+}
+
+/// The config's text; that of `--network` if there is none; while the registry is away, what it
+/// was when it could last be read.
+async fn read_config(
+    registry: &dyn Registry,
+    wanted: Option<&str>,
+    file: &StateFile<String>,
+) -> Result<String, String> {
+    let found = match registry.snapshot().await {
+        Ok(snapshot) => snapshot.config,
+        Err(error) => {
+            let (text, since) = file.load().ok_or_else(|| error.to_string())?;
+            tracing::warn!("{error}; starting with the network config known at {since}");
+            return Ok(text);
+        }
+    };
+    if let Some(text) = found {
+        return Ok(text);
+    }
+    let wanted = wanted.ok_or_else(|| {
         format!("there is none in {}; write one, or start with --network", registry.describe())
     })?;
-    text.parse().map_err(|error| format!("{} holds a bad one: {error}", registry.describe()))
+    if registry.init_config(wanted).await.map_err(|error| error.to_string())? {
+        tracing::info!("wrote the network config, there being none: {wanted}");
+    }
+    // It may be somebody else's, who was faster.
+    let found = registry.snapshot().await.map_err(|error| error.to_string())?.config;
+    found.ok_or_else(|| "it was there for a moment only".into())
 }
 
 /// The inner error is the registry's and is waited out; the outer one is the command line's.
@@ -249,8 +316,4 @@ async fn choose_interface(
     let chosen = interface::choose(&settings.wish, families, &links, &routes)?;
     tracing::info!(interface = chosen.interface.name, why = chosen.why, "external interface");
     Ok(chosen.interface)
-}
-
-fn expiry(lease: &Lease) -> String {
-    lease.expires.map_or("never (a reservation)".into(), |at| at.to_string())
 }

@@ -8,16 +8,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipnetwork::IpNetwork;
+use async_trait::async_trait;
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::notices::Notices;
 use super::store::{Scan, Store};
-use super::{Registry, RegistryError};
-use crate::config::NetworkConfig;
-use crate::lease::{Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
+use super::{Registry, RegistryError, View};
+use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
 
 /// Notices can get lost (inotify(7), queue overflow), so everything is read again this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -39,29 +38,6 @@ impl DirectoryRegistry {
     /// The directory cannot be made, or lies on a network file system.
     pub fn open(path: &Path) -> Result<Self, RegistryError> {
         Ok(Self { store: Arc::new(Store::open(path)?) })
-    }
-
-    /// Writes a config for this network, all else by default, unless there is a config already.
-    /// Says whether it wrote one.
-    ///
-    /// # Errors
-    /// No overlay can be made of the network, or the directory cannot be written to.
-    pub fn init_config(&self, network: IpNetwork) -> Result<bool, RegistryError> {
-        let locked = self.store.lock()?;
-        if Store::read(&self.store.config_path())?.is_some() {
-            return Ok(false);
-        }
-        let config = match network {
-            IpNetwork::V4(net) => serde_json::json!({ "Network": net }),
-            IpNetwork::V6(net) => serde_json::json!({
-                "EnableIPv4": false, "EnableIPv6": true, "IPv6Network": net
-            }),
-        };
-        let text = config.to_string();
-        text.parse::<NetworkConfig>()
-            .map_err(|reason| RegistryError::Network { network, reason })?;
-        locked.write_config(&text)?;
-        Ok(true)
     }
 
     /// Where the kernel gives no notices, the regular look stands in.
@@ -88,17 +64,31 @@ impl DirectoryRegistry {
     }
 }
 
+#[async_trait]
 impl Registry for DirectoryRegistry {
     fn describe(&self) -> String {
         format!("dir:{}", self.store.path().display())
     }
 
-    async fn config(&self) -> Result<Option<String>, RegistryError> {
-        self.blocking(|store| Store::read(&store.config_path())).await
+    fn identity(&self) -> String {
+        self.describe()
     }
 
-    async fn leases(&self) -> Result<Snapshot, RegistryError> {
+    async fn snapshot(&self) -> Result<Snapshot, RegistryError> {
         self.blocking(|store| Ok(store.scan()?.snapshot)).await
+    }
+
+    async fn init_config(&self, text: &str) -> Result<bool, RegistryError> {
+        let text = text.to_owned();
+        self.blocking(move |store| {
+            let locked = store.lock()?;
+            let is_free = Store::read(&store.config_path())?.is_none();
+            if is_free {
+                locked.write_config(&text)?;
+            }
+            Ok(is_free)
+        })
+        .await
     }
 
     async fn create(
@@ -107,7 +97,8 @@ impl Registry for DirectoryRegistry {
         attrs: &LeaseAttrs,
         ttl: Duration,
     ) -> Result<Option<Lease>, RegistryError> {
-        let lease = Lease { key: *key, attrs: attrs.clone(), expires: Some(end(ttl)) };
+        let expires = Expiry::At(end(ttl));
+        let lease = Lease { key: *key, attrs: attrs.clone(), expires, revision: 0 };
         self.blocking(move |store| {
             let locked = store.lock()?;
             locked.sweep()?;
@@ -130,8 +121,9 @@ impl Registry for DirectoryRegistry {
             let Some(current) = current.filter(|it| it.attrs.same_node(&seen.attrs)) else {
                 return Ok(None);
             };
-            let expires = current.expires.map(|_| end(ttl));
-            let lease = Lease { key: seen.key, attrs, expires };
+            let is_reservation = current.expires == Expiry::Never;
+            let expires = if is_reservation { Expiry::Never } else { Expiry::At(end(ttl)) };
+            let lease = Lease { key: seen.key, attrs, expires, revision: 0 };
             locked.write_lease(&lease)?;
             Ok(Some(lease))
         })
@@ -162,15 +154,14 @@ impl Registry for DirectoryRegistry {
         .await
     }
 
-    async fn watch(&self) -> Result<watch::Receiver<Arc<Snapshot>>, RegistryError> {
-        let mut notices = Notices::new(vec![self.store.subnets(), self.store.nodes()]);
-        // Before the first look, so that nothing happens unnoticed between the two.
-        self.follow(&mut notices);
-        let scan = self.blocking(Store::scan).await?;
-        let (sender, receiver) = watch::channel(Arc::new(scan.snapshot));
-        let watching = Watching { registry: self.clone(), notices, sender };
-        tokio::spawn(watching.run(scan.next_expiry));
-        Ok(receiver)
+    fn watch(&self, last: Snapshot) -> watch::Receiver<View> {
+        let directories =
+            vec![self.store.path().to_owned(), self.store.subnets(), self.store.nodes()];
+        let notices = Notices::new(directories);
+        let view = View { snapshot: Arc::new(last), readable: false };
+        let (sender, receiver) = watch::channel(view);
+        tokio::spawn(Watching { registry: self.clone(), notices, sender }.run());
+        receiver
     }
 }
 
@@ -178,19 +169,16 @@ impl Registry for DirectoryRegistry {
 struct Watching {
     registry: DirectoryRegistry,
     notices: Notices,
-    sender: watch::Sender<Arc<Snapshot>>,
+    sender: watch::Sender<View>,
 }
 
 impl Watching {
-    async fn run(mut self, mut next_expiry: Option<Timestamp>) {
+    async fn run(mut self) {
         let mut away = false;
+        let mut next_expiry = None;
         loop {
-            tokio::select! {
-                () = self.sender.closed() => return,
-                () = self.notices.changed() => tokio::time::sleep(SETTLE).await,
-                () = tokio::time::sleep_until(next_look(next_expiry, away)) => {}
-            }
-            // A notice that came meanwhile is answered by the look below.
+            // Notices that came meanwhile are answered by the look below, and before it, so that
+            // nothing happens unnoticed between the two.
             self.notices.drain();
             self.registry.follow(&mut self.notices);
             match self.registry.blocking(Store::scan).await {
@@ -208,16 +196,22 @@ impl Watching {
                             self.registry.describe()
                         );
                     }
+                    self.sender.send_if_modified(|view| std::mem::take(&mut view.readable));
                 }
+            }
+            tokio::select! {
+                () = self.sender.closed() => return,
+                () = self.notices.changed() => tokio::time::sleep(SETTLE).await,
+                () = tokio::time::sleep_until(next_look(next_expiry, away)) => {}
             }
         }
     }
 
     fn publish(&self, scan: Scan) {
-        self.sender.send_if_modified(|last| {
-            let changed = **last != scan.snapshot;
+        self.sender.send_if_modified(|view| {
+            let changed = !view.readable || *view.snapshot != scan.snapshot;
             if changed {
-                *last = Arc::new(scan.snapshot);
+                *view = View { snapshot: Arc::new(scan.snapshot), readable: true };
             }
             changed
         });
@@ -244,6 +238,8 @@ mod tests {
     use std::collections::HashSet;
     use std::fs;
 
+    use super::super::minimal_config;
+    use crate::config::NetworkConfig;
     use crate::keeper::{Identity, Plan, plan};
     use crate::subnet_env::Previous;
 
@@ -273,10 +269,12 @@ mod tests {
 
     /// Waits for a snapshot of which `ask` holds.
     async fn until(
-        watch: &mut watch::Receiver<Arc<Snapshot>>,
-        ask: impl FnMut(&Arc<Snapshot>) -> bool,
+        watch: &mut watch::Receiver<View>,
+        ask: impl Fn(&Snapshot) -> bool,
     ) -> Arc<Snapshot> {
-        tokio::time::timeout(DEADLINE, watch.wait_for(ask)).await.unwrap().unwrap().clone()
+        let found = watch.wait_for(|view| view.readable && ask(&view.snapshot));
+        let view = tokio::time::timeout(DEADLINE, found).await.unwrap().unwrap().clone();
+        view.snapshot
     }
 
     #[tokio::test]
@@ -299,7 +297,11 @@ mod tests {
         let first = registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap().unwrap();
         assert_eq!(registry.create(&key("10.3.1.0-24"), &attrs(2), DAY).await.unwrap(), None);
         let renewed = registry.renew(&first, &attrs(1), DAY * 2).await.unwrap().unwrap();
-        assert!(renewed.expires > first.expires);
+        let end = |lease: &Lease| match lease.expires {
+            Expiry::At(end) => end,
+            other @ (Expiry::Never | Expiry::Unknown) => panic!("{other:?}"),
+        };
+        assert!(end(&renewed) > end(&first));
         let others = Lease { attrs: attrs(2), ..first.clone() };
         assert_eq!(registry.renew(&others, &attrs(2), DAY).await.unwrap(), None);
         assert!(!registry.remove(&others).await.unwrap());
@@ -313,10 +315,10 @@ mod tests {
         let Fixture { dir, registry } = fixture();
         let path = dir.path().join("registry/subnets/10.3.1.0-24");
         fs::write(path, r#"{"PublicIP":"192.0.2.1"}"#).unwrap();
-        let seen = registry.leases().await.unwrap().leases.remove(0);
-        assert_eq!(seen.expires, None);
+        let seen = registry.snapshot().await.unwrap().leases.remove(0);
+        assert_eq!(seen.expires, Expiry::Never);
         let renewed = registry.renew(&seen, &attrs(1), DAY).await.unwrap().unwrap();
-        assert_eq!(renewed.expires, None);
+        assert_eq!(renewed.expires, Expiry::Never);
     }
 
     #[tokio::test]
@@ -324,8 +326,9 @@ mod tests {
         let Fixture { dir, registry } = fixture();
         let path = dir.path().join("registry/subnets/10.3.1.0-24");
         fs::write(path, r#"{"PublicIP":"192.0.2.1","Expires":"2020-01-01T00:00:00Z"}"#).unwrap();
-        assert_eq!(registry.leases().await.unwrap().leases, []);
-        let seen = Lease { key: key("10.3.1.0-24"), attrs: attrs(1), expires: None };
+        assert_eq!(registry.snapshot().await.unwrap().leases, []);
+        let seen =
+            Lease { key: key("10.3.1.0-24"), attrs: attrs(1), expires: Expiry::Never, revision: 0 };
         assert_eq!(registry.renew(&seen, &attrs(1), DAY).await.unwrap(), None);
         assert!(registry.create(&seen.key, &attrs(2), DAY).await.unwrap().is_some());
     }
@@ -346,7 +349,7 @@ mod tests {
         }
         fs::write(subnets.join("10.3.5.0-24"), vec![b' '; 1 << 20]).unwrap();
         fs::create_dir(subnets.join("10.3.6.0-24")).unwrap();
-        let snapshot = registry.leases().await.unwrap();
+        let snapshot = registry.snapshot().await.unwrap();
         assert_eq!(snapshot.leases.len(), 1);
         let names: Vec<_> = snapshot.skipped.iter().map(|it| it.name.as_str()).collect();
         assert_eq!(
@@ -379,10 +382,10 @@ mod tests {
         for last in 0..50 {
             let (registry, config) = (registry.clone(), Arc::clone(&config));
             nodes.spawn(async move {
-                let identity = Identity { attrs: attrs(last) };
+                let identity = Identity { node_id: last.to_string(), attrs: attrs(last) };
                 let mut rng = fastrand::Rng::new();
                 loop {
-                    let leases = registry.leases().await.unwrap().leases;
+                    let leases = registry.snapshot().await.unwrap().leases;
                     let plan = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
                     let Plan::Create(key) = plan else { panic!("{plan:?}") };
                     if let Some(lease) = registry.create(&key, &identity.attrs, DAY).await.unwrap()
@@ -399,7 +402,7 @@ mod tests {
     #[tokio::test]
     async fn a_watch_sees_what_hands_and_time_do() {
         let Fixture { dir, registry } = fixture();
-        let mut watch = registry.watch().await.unwrap();
+        let mut watch = registry.watch(Snapshot::default());
         let path = dir.path().join("registry/subnets/10.3.1.0-24");
         fs::write(&path, r#"{"PublicIP":"192.0.2.1"}"#).unwrap();
         until(&mut watch, |it| it.leases.len() == 1).await;
@@ -413,6 +416,7 @@ mod tests {
 
         let node = NodeRecord {
             id: "ab".repeat(16),
+            name: "host".into(),
             public_ip: Some([192, 0, 2, 2].into()),
             public_ipv6: None,
             addresses: vec!["198.51.100.2".parse().unwrap()],
@@ -429,7 +433,7 @@ mod tests {
         registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap();
         let mut notices = Notices::new(vec![dir.path().join("registry/subnets")]);
         notices.follow().unwrap();
-        registry.leases().await.unwrap();
+        registry.snapshot().await.unwrap();
         let shortly = Duration::from_millis(200);
         tokio::time::timeout(shortly, notices.changed()).await.unwrap_err();
         registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await.unwrap();
@@ -440,12 +444,14 @@ mod tests {
     async fn a_directory_that_is_away_is_not_an_empty_one() {
         let Fixture { dir, registry } = fixture();
         registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap();
-        let mut watch = registry.watch().await.unwrap();
+        let mut watch = registry.watch(Snapshot::default());
+        until(&mut watch, |it| it.leases.len() == 1).await;
         let (there, away) = (dir.path().join("registry"), dir.path().join("away"));
         fs::rename(&there, &away).unwrap();
-        tokio::time::timeout(Duration::from_secs(1), watch.changed()).await.unwrap_err();
-        assert!(registry.leases().await.is_err());
-        assert_eq!(watch.borrow().leases.len(), 1);
+        let unreadable = watch.wait_for(|view| !view.readable);
+        let view = tokio::time::timeout(DEADLINE, unreadable).await.unwrap().unwrap().clone();
+        assert_eq!(view.snapshot.leases.len(), 1);
+        assert!(registry.snapshot().await.is_err());
         fs::rename(&away, &there).unwrap();
         registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await.unwrap();
         until(&mut watch, |it| it.leases.len() == 2).await;
@@ -454,12 +460,11 @@ mod tests {
     #[tokio::test]
     async fn the_config_is_written_once() {
         let Fixture { dir: _dir, registry } = fixture();
-        assert_eq!(registry.config().await.unwrap(), None);
-        assert!(registry.init_config("10.3.0.0/16".parse().unwrap()).unwrap());
-        assert!(!registry.init_config("10.4.0.0/16".parse().unwrap()).unwrap());
-        let text = registry.config().await.unwrap().unwrap();
-        assert_eq!(text, r#"{"Network":"10.3.0.0/16"}"#);
-        text.parse::<NetworkConfig>().unwrap();
+        assert_eq!(registry.snapshot().await.unwrap().config, None);
+        let text = minimal_config("10.3.0.0/16".parse().unwrap()).unwrap();
+        assert!(registry.init_config(&text).await.unwrap());
+        assert!(!registry.init_config("{}").await.unwrap());
+        assert_eq!(registry.snapshot().await.unwrap().config, Some(text));
     }
 
     #[tokio::test]
@@ -468,7 +473,7 @@ mod tests {
         let path = dir.path().join("registry/subnets/10.3.2.0-24");
         assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
         registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap().unwrap();
-        let snapshot = tokio::time::timeout(DEADLINE, registry.leases()).await.unwrap().unwrap();
+        let snapshot = tokio::time::timeout(DEADLINE, registry.snapshot()).await.unwrap().unwrap();
         assert_eq!((snapshot.leases.len(), snapshot.skipped.len()), (1, 1));
     }
 
@@ -477,6 +482,7 @@ mod tests {
         let Fixture { dir: _dir, registry } = fixture();
         let node = NodeRecord {
             id: "../../config".into(),
+            name: "host".into(),
             public_ip: None,
             public_ipv6: None,
             addresses: Vec::new(),
@@ -484,15 +490,15 @@ mod tests {
             mtu: 1472,
         };
         assert!(registry.publish_node(&node, DAY).await.is_err());
-        assert_eq!(registry.config().await.unwrap(), None);
+        assert_eq!(registry.snapshot().await.unwrap().config, None);
     }
 
     #[test]
-    fn a_network_that_no_config_can_have_is_not_written() {
-        let Fixture { dir, registry } = fixture();
-        let refused = registry.init_config("10.3.0.0/29".parse().unwrap()).unwrap_err();
+    fn a_network_that_no_config_can_have_makes_none() {
+        let refused = minimal_config("10.3.0.0/29".parse().unwrap()).unwrap_err();
         assert!(refused.to_string().contains("10.3.0.0/29"), "{refused}");
-        assert!(!dir.path().join("registry/config").exists());
+        let text = minimal_config("10.3.0.0/16".parse().unwrap()).unwrap();
+        assert_eq!(text, r#"{"Network":"10.3.0.0/16"}"#);
     }
 
     #[test]

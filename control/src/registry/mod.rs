@@ -1,6 +1,9 @@
 //! Where leases are kept.
 
 pub mod directory;
+pub mod endpoints;
+mod entries;
+pub mod etcd3;
 mod notices;
 mod store;
 
@@ -9,57 +12,81 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, NetworkConfig};
 use crate::lease::{Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
 
 /// A registry. Every write is conditional on what the writer saw: a lease is never taken from
 /// somebody by accident.
+#[async_trait]
 pub trait Registry: Send + Sync + 'static {
-    /// Which one it is, as the flag names it. Not a secret.
+    /// Which one it is, for whoever reads the log. Not a secret.
     fn describe(&self) -> String;
 
-    /// The network config's text, if there is one.
-    fn config(&self) -> impl Future<Output = Result<Option<String>, RegistryError>> + Send;
+    /// What tells it from others on this host, and stays when servers come and go.
+    fn identity(&self) -> String;
 
     /// Everything at this moment.
-    fn leases(&self) -> impl Future<Output = Result<Snapshot, RegistryError>> + Send;
+    async fn snapshot(&self) -> Result<Snapshot, RegistryError>;
+
+    /// Writes a network config unless there is one, and says whether it did.
+    async fn init_config(&self, text: &str) -> Result<bool, RegistryError>;
 
     /// Creates a lease that lives for `ttl`; `None` if somebody has the key already.
-    fn create(
+    async fn create(
         &self,
         key: &LeaseKey,
         attrs: &LeaseAttrs,
         ttl: Duration,
-    ) -> impl Future<Output = Result<Option<Lease>, RegistryError>> + Send;
+    ) -> Result<Option<Lease>, RegistryError>;
 
     /// Writes our attributes to a lease that is still the one we saw, and lets it live for `ttl`
     /// from now, unless it is a reservation. `None` if it is not that lease any more.
-    fn renew(
+    async fn renew(
         &self,
         seen: &Lease,
         attrs: &LeaseAttrs,
         ttl: Duration,
-    ) -> impl Future<Output = Result<Option<Lease>, RegistryError>> + Send;
+    ) -> Result<Option<Lease>, RegistryError>;
 
     /// Removes a lease that is still the one we saw, and says whether it was.
-    fn remove(&self, seen: &Lease) -> impl Future<Output = Result<bool, RegistryError>> + Send;
+    async fn remove(&self, seen: &Lease) -> Result<bool, RegistryError>;
 
-    /// Writes this node's record, which lives for `ttl`.
-    fn publish_node(
-        &self,
-        node: &NodeRecord,
-        ttl: Duration,
-    ) -> impl Future<Output = Result<(), RegistryError>> + Send;
+    /// Makes sure that this node's record is there, and lives for `ttl` from now.
+    async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError>;
 
-    /// Keeps the newest snapshot at hand: the receiver changes when the registry does, also by
-    /// leases that expire. While the registry cannot be read the last snapshot stays. Ends when
-    /// every receiver is dropped.
-    fn watch(
-        &self,
-    ) -> impl Future<Output = Result<watch::Receiver<Arc<Snapshot>>, RegistryError>> + Send;
+    /// Keeps the newest view at hand, beginning with `last`: the receiver changes when the registry
+    /// does, also by leases that expire, and when it can be read no more, or again. Ends when every
+    /// receiver is dropped.
+    fn watch(&self, last: Snapshot) -> watch::Receiver<View>;
+}
+
+/// What is known of a registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// As it was when it could last be read.
+    pub snapshot: Arc<Snapshot>,
+    /// Whether that is now. While it is not, nothing is known to have expired.
+    pub readable: bool,
+}
+
+/// The text of the config that `--network` stands for.
+///
+/// # Errors
+/// No overlay can be made of the network.
+pub fn minimal_config(network: IpNetwork) -> Result<String, RegistryError> {
+    let config = match network {
+        IpNetwork::V4(net) => serde_json::json!({ "Network": net }),
+        IpNetwork::V6(net) => serde_json::json!({
+            "EnableIPv4": false, "EnableIPv6": true, "IPv6Network": net
+        }),
+    };
+    let text = config.to_string();
+    text.parse::<NetworkConfig>().map_err(|reason| RegistryError::Network { network, reason })?;
+    Ok(text)
 }
 
 /// What a registry refused.
@@ -79,4 +106,12 @@ pub enum RegistryError {
     Unreadable { path: PathBuf, reason: String },
     #[error("the registry's work was cut short: {0}")]
     Task(String),
+    /// No server answers, or none of them can.
+    #[error("{0}")]
+    Away(String),
+    /// A server answered with no.
+    #[error("{endpoint} refuses: {reason}")]
+    Refused { endpoint: String, reason: String },
+    #[error("cannot read {}, which --etcd-{flag} names: {source}", path.display())]
+    Credentials { flag: &'static str, path: PathBuf, source: io::Error },
 }

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::RegistryError;
-use crate::lease::{Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
+use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
 
 /// No entry is longer; a file that is was not meant for us.
 const FILE_LEN_MAX: u64 = 64 * 1024;
@@ -82,14 +82,15 @@ impl Store {
     pub(super) fn scan(&self) -> Result<Scan, RegistryError> {
         let now = Timestamp::now();
         let mut scan = Scan::default();
+        scan.snapshot.config = Self::read(&self.config_path())?;
         for (name, path) in self.present(&self.subnets())? {
             let lease =
                 name.parse::<LeaseKey>().map_err(|error| error.to_string()).and_then(|key| {
                     let (attrs, expires) = load::<LeaseAttrs>(&path)?;
-                    Ok(Lease { key, attrs, expires })
+                    Ok((Lease { key, attrs, expires: expiry(expires), revision: 0 }, expires))
                 });
             match lease {
-                Ok(lease) if scan.lives(lease.expires, now) => scan.snapshot.leases.push(lease),
+                Ok((lease, end)) if scan.lives(end, now) => scan.snapshot.leases.push(lease),
                 Ok(_) => {}
                 // Removed while we looked: as if it had never been there.
                 Err(_) if !path.exists() => {}
@@ -170,7 +171,7 @@ impl Locked<'_> {
     pub(super) fn lease(&self, key: &LeaseKey) -> Option<Lease> {
         let (attrs, expires) = load::<LeaseAttrs>(&self.store.lease_path(key)).ok()?;
         let alive = expires.is_none_or(|end| end > Timestamp::now());
-        alive.then_some(Lease { key: *key, attrs, expires })
+        alive.then_some(Lease { key: *key, attrs, expires: expiry(expires), revision: 0 })
     }
 
     /// Creates a lease unless a file is there already, even one put there by hand this instant, and
@@ -178,7 +179,7 @@ impl Locked<'_> {
     /// and whoever waits for it to go must hear why.
     pub(super) fn create_lease(&self, lease: &Lease) -> Result<bool, RegistryError> {
         let path = self.store.lease_path(&lease.key);
-        if create(&path, &entry(&lease.attrs, lease.expires)?)? {
+        if create(&path, &entry(&lease.attrs, end(lease.expires))?)? {
             return Ok(true);
         }
         match load::<LeaseAttrs>(&path) {
@@ -188,7 +189,7 @@ impl Locked<'_> {
     }
 
     pub(super) fn write_lease(&self, lease: &Lease) -> Result<(), RegistryError> {
-        replace(&self.store.lease_path(&lease.key), &entry(&lease.attrs, lease.expires)?)
+        replace(&self.store.lease_path(&lease.key), &entry(&lease.attrs, end(lease.expires))?)
     }
 
     pub(super) fn remove_lease(&self, key: &LeaseKey) -> Result<(), RegistryError> {
@@ -262,6 +263,18 @@ fn load<T: DeserializeOwned>(path: &Path) -> Result<(T, Option<Timestamp>), Stri
     };
     let value = serde_json::from_value(Value::Object(fields)).map_err(|error| error.to_string())?;
     Ok((value, expires))
+}
+
+fn expiry(end: Option<Timestamp>) -> Expiry {
+    end.map_or(Expiry::Never, Expiry::At)
+}
+
+/// What a lease's file says of its end; without one it is a reservation.
+fn end(expiry: Expiry) -> Option<Timestamp> {
+    match expiry {
+        Expiry::At(end) => Some(end),
+        Expiry::Never | Expiry::Unknown => None,
+    }
 }
 
 fn entry(value: &impl Serialize, expires: Option<Timestamp>) -> Result<String, RegistryError> {

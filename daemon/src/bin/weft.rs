@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, MAX_TRANSFER, RunOptions};
+use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, EtcdOptions, MAX_TRANSFER, RunOptions};
 
 /// The operator's command of weft, an overlay network for containers.
 #[derive(Debug, Parser)]
@@ -30,6 +30,9 @@ struct LabArgs {
     /// The backend that carries the traffic.
     #[arg(long, default_value = "udp-tun", value_parser = ["udp-tun", "udp", "vxlan", "host-gw"])]
     backend: String,
+    /// Where leases are kept: in a directory, or in an etcd of one member.
+    #[arg(long, default_value = "directory", value_parser = ["directory", "etcd"])]
+    registry: String,
     /// How many hosts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=32))]
     hosts: u8,
@@ -68,6 +71,10 @@ fn run_lab(arguments: &LabArgs) -> anyhow::Result<ExitCode> {
     let cancel = Cancel::on_signals().context("cannot listen to signals")?;
     let options = RunOptions {
         backend: arguments.backend.clone(),
+        etcd: EtcdOptions {
+            members: usize::from(arguments.registry == "etcd"),
+            ..EtcdOptions::default()
+        },
         hosts: arguments.hosts.into(),
         bytes: arguments.bytes,
         keep: arguments.keep,

@@ -10,8 +10,10 @@ use super::{Flags, arguments};
 const PROGRAM: &str = "weftd";
 
 /// The flags that flannel does not have; their variables begin with WEFT_.
-const WEFT_FLAGS: [&str; 14] = [
+const WEFT_FLAGS: [&str; 16] = [
     "registry",
+    "subnet-lease-ttl",
+    "etcd-password-file",
     "network",
     "state-dir",
     "run-dir",
@@ -161,8 +163,10 @@ mod tests {
         ("log_backtrace_at", "main.go:10"),
     ];
 
-    const WEFT: [(&str, &str); 14] = [
+    const WEFT: [(&str, &str); 16] = [
         ("registry", "dir:/srv/registry"),
+        ("subnet-lease-ttl", "30m"),
+        ("etcd-password-file", "/etc/password"),
         ("network", "10.42.0.0/16"),
         ("state-dir", "/srv/state"),
         ("run-dir", "/srv/run"),

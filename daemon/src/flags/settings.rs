@@ -2,6 +2,7 @@
 //! which flags' work has not landed yet.
 
 use std::fmt;
+use std::fs;
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -10,9 +11,10 @@ use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use weft_backends::{BackendKind, GuardMode, Tuning};
+use weft_control::{Access, Secret};
 
 use super::engine::MAX_WORKERS;
-use super::{Flags, LoggingFlags};
+use super::{Flags, LoggingFlags, RegistryFlags};
 use crate::interface::Wish;
 
 /// flannel's default, in seconds.
@@ -21,8 +23,15 @@ pub(super) const IPTABLES_RESYNC: u32 = 5;
 /// Where `--network` alone keeps leases.
 const DEFAULT_REGISTRY: &str = "/var/lib/weft/registry";
 
-const ANOTHER_REGISTRY: &str = "--registry dir:PATH or --network CIDR";
+const ANOTHER_REGISTRY: &str = "--etcd-endpoints URLS or --registry dir:PATH";
 const IFACE: &str = "--iface";
+
+/// flannel's defaults.
+const ETCD_ENDPOINTS: [&str; 2] = ["http://127.0.0.1:4001", "http://127.0.0.1:2379"];
+const ETCD_PREFIX: &str = "/coreos.com/network";
+
+/// Pauses between tries to renew a lease, as flannel's, unless there is less time left.
+const RENEW_RETRY: Duration = Duration::from_secs(60);
 
 /// A flag whose work has not landed yet.
 struct NotBuilt {
@@ -41,17 +50,10 @@ const fn not_built(
     NotBuilt { flag, instead, asked }
 }
 
-const NOT_BUILT: [NotBuilt; 20] = {
+const NOT_BUILT: [NotBuilt; 13] = {
     const R: Option<&str> = Some(ANOTHER_REGISTRY);
     const I: Option<&str> = Some(IFACE);
     [
-        not_built("--etcd-endpoints", R, |flags| flags.registry.etcd_endpoints.is_some()),
-        not_built("--etcd-prefix", R, |flags| flags.registry.etcd_prefix.is_some()),
-        not_built("--etcd-keyfile", R, |flags| flags.registry.etcd_keyfile.is_some()),
-        not_built("--etcd-certfile", R, |flags| flags.registry.etcd_certfile.is_some()),
-        not_built("--etcd-cafile", R, |flags| flags.registry.etcd_cafile.is_some()),
-        not_built("--etcd-username", R, |flags| flags.registry.etcd_username.is_some()),
-        not_built("--etcd-password", R, |flags| flags.registry.etcd_password.is_some()),
         not_built("--kube-subnet-mgr", R, |flags| flags.kubernetes.kube_subnet_mgr),
         not_built("--kube-api-url", R, |flags| flags.kubernetes.kube_api_url.is_some()),
         not_built("--kubeconfig-file", R, |flags| flags.kubernetes.kubeconfig_file.is_some()),
@@ -89,9 +91,15 @@ pub enum FlagError {
         /// What serves meanwhile: empty, or "; use …".
         instead: String,
     },
-    /// No flag says where leases are kept, so it would be flannel's default.
-    #[error("the etcd registry is not built yet; use {ANOTHER_REGISTRY}")]
-    NoRegistry,
+    /// Half of a client certificate, or of a user's name and password.
+    #[error("{given} goes with {missing}: give both or none")]
+    Half { given: &'static str, missing: &'static str },
+    /// Two flags say the same thing in two ways.
+    #[error("--etcd-password and --etcd-password-file: give one of them")]
+    TwoPasswords,
+    /// The file that `--etcd-password-file` names.
+    #[error("cannot read {path}, which --etcd-password-file names: {reason}")]
+    PasswordFile { path: String, reason: String },
 }
 
 /// What the operator should know of the flags, once.
@@ -126,8 +134,10 @@ impl fmt::Display for Note {
 /// What the daemon works by.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// The directory that is the registry.
-    pub registry_dir: PathBuf,
+    /// Where leases are kept.
+    pub registry: RegistrySettings,
+    /// How long the lease lasts without renewal.
+    pub lease_ttl: Duration,
     /// The Network of the config that is written if there is none.
     pub network: Option<IpNetwork>,
     /// How long before its expiry the lease is renewed.
@@ -156,6 +166,22 @@ pub struct Settings {
     pub notes: Vec<Note>,
 }
 
+/// Where leases are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RegistrySettings {
+    Directory(PathBuf),
+    Etcd { access: Access, prefix: String },
+}
+
+impl Settings {
+    /// How long before its end the lease is renewed, and the pause after a try that failed. A short
+    /// lease leaves less time for both.
+    pub fn renewal(&self) -> (Duration, Duration) {
+        let margin = self.renew_margin.min(self.lease_ttl / 2);
+        (margin, RENEW_RETRY.min(margin / 4))
+    }
+}
+
 impl Flags {
     /// Decides what the flags come to.
     ///
@@ -163,13 +189,9 @@ impl Flags {
     /// A flag asks for what is not built yet.
     pub fn settings(self) -> Result<Settings, FlagError> {
         refuse_not_built(&self)?;
-        let registry_dir = match (self.registry.registry.clone(), self.network.network) {
-            (Some(dir), _) => dir,
-            (None, Some(_)) => DEFAULT_REGISTRY.into(),
-            (None, None) => return Err(FlagError::NoRegistry),
-        };
         Ok(Settings {
-            registry_dir,
+            registry: registry(&self)?,
+            lease_ttl: self.registry.subnet_lease_ttl,
             notes: notes(&self),
             network: self.network.network,
             renew_margin: self.registry.subnet_lease_renew_margin,
@@ -189,6 +211,66 @@ impl Flags {
             ip_masq: self.firewall.ip_masq,
         })
     }
+}
+
+/// A directory where one is named, or `--network` alone asks for no servers; else etcd.
+fn registry(flags: &Flags) -> Result<RegistrySettings, FlagError> {
+    if let Some(path) = &flags.registry.registry {
+        return Ok(RegistrySettings::Directory(path.clone()));
+    }
+    if flags.network.network.is_some() && !asks_for_etcd(&flags.registry) {
+        return Ok(RegistrySettings::Directory(DEFAULT_REGISTRY.into()));
+    }
+    let RegistryFlags { etcd_cafile, etcd_certfile, etcd_keyfile, .. } = &flags.registry;
+    let half = |given, missing| Err(FlagError::Half { given, missing });
+    match (etcd_certfile, etcd_keyfile) {
+        (Some(_), None) => return half("--etcd-certfile", "--etcd-keyfile"),
+        (None, Some(_)) => return half("--etcd-keyfile", "--etcd-certfile"),
+        _ => {}
+    }
+    let user = match (flags.registry.etcd_username.clone(), password(&flags.registry)?) {
+        (Some(name), Some(password)) => Some((name, password)),
+        (Some(_), None) => return half("--etcd-username", "--etcd-password"),
+        (None, Some(_)) => return half("--etcd-password", "--etcd-username"),
+        (None, None) => None,
+    };
+    let given = flags.registry.etcd_endpoints.as_deref().unwrap_or_default().split(',');
+    let given = given.map(|url| url.trim().to_owned());
+    let mut endpoints: Vec<String> = given.filter(|url| !url.is_empty()).collect();
+    if endpoints.is_empty() {
+        endpoints = ETCD_ENDPOINTS.map(str::to_owned).to_vec();
+    }
+    let prefix = flags.registry.etcd_prefix.clone().unwrap_or_else(|| ETCD_PREFIX.to_owned());
+    let access = Access {
+        endpoints,
+        ca_file: etcd_cafile.clone(),
+        cert_file: etcd_certfile.clone(),
+        key_file: etcd_keyfile.clone(),
+        user,
+    };
+    Ok(RegistrySettings::Etcd { access, prefix })
+}
+
+fn asks_for_etcd(flags: &RegistryFlags) -> bool {
+    flags.etcd_endpoints.is_some()
+        || flags.etcd_prefix.is_some()
+        || flags.etcd_cafile.is_some()
+        || flags.etcd_certfile.is_some()
+        || flags.etcd_username.is_some()
+}
+
+fn password(flags: &RegistryFlags) -> Result<Option<Secret>, FlagError> {
+    let Some(path) = &flags.etcd_password_file else {
+        return Ok(flags.etcd_password.clone());
+    };
+    if flags.etcd_password.is_some() {
+        return Err(FlagError::TwoPasswords);
+    }
+    let text = fs::read_to_string(path).map_err(|error| FlagError::PasswordFile {
+        path: path.display().to_string(),
+        reason: error.to_string(),
+    })?;
+    Ok(Some(Secret(text.trim_end_matches(['\r', '\n']).to_owned())))
 }
 
 fn refuse_not_built(flags: &Flags) -> Result<(), FlagError> {
@@ -219,6 +301,10 @@ fn notes(flags: &Flags) -> Vec<Note> {
              for others are dropped where they arrive, their source being neither in its subnet \
              nor its public IP; --guard peer lets them through",
         ));
+    }
+    if flags.registry.registry.is_some() && asks_for_etcd(&flags.registry) {
+        notes
+            .push(Note::Warn("--registry names a directory, so the flags --etcd-… change nothing"));
     }
     if speaks_klog(&flags.logging) {
         notes.push(Note::Info(
@@ -271,16 +357,58 @@ mod tests {
 
     #[test]
     fn the_registry_is_flannels_unless_a_flag_says_otherwise() {
-        assert_eq!(settings(&[]), Err(FlagError::NoRegistry));
-        assert_eq!(
-            FlagError::NoRegistry.to_string(),
-            "the etcd registry is not built yet; use --registry dir:PATH or --network CIDR"
-        );
-        let found = settings(&["--network=10.42.0.0/16"]).unwrap();
-        assert_eq!(found.registry_dir, PathBuf::from("/var/lib/weft/registry"));
-        let found = settings(&["--network=10.42.0.0/16", REGISTRY]).unwrap();
-        assert_eq!(found.registry_dir, PathBuf::from("/srv/registry"));
-        assert_eq!(found.network, Some("10.42.0.0/16".parse().unwrap()));
+        let registry = |args: &[&str]| settings(args).unwrap().registry;
+        let directory = |path: &str| RegistrySettings::Directory(path.into());
+        let RegistrySettings::Etcd { access, prefix } = registry(&[]) else { panic!() };
+        assert_eq!(access.endpoints, ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]);
+        assert_eq!((access.user, prefix.as_str()), (None, "/coreos.com/network"));
+        assert_eq!(registry(&["--network=10.42.0.0/16"]), directory("/var/lib/weft/registry"));
+        assert_eq!(registry(&["--network=10.42.0.0/16", REGISTRY]), directory("/srv/registry"));
+        let found =
+            registry(&["--network=10.42.0.0/16", "--etcd-endpoints=a:1, b:2,", "-etcd-prefix=/x"]);
+        let RegistrySettings::Etcd { access, prefix } = found else { panic!() };
+        assert_eq!(access.endpoints, ["a:1", "b:2"]);
+        assert_eq!(prefix, "/x");
+    }
+
+    #[test]
+    fn half_a_certificate_or_a_user_is_refused() {
+        for (given, missing) in [
+            ("--etcd-certfile", "--etcd-keyfile"),
+            ("--etcd-keyfile", "--etcd-certfile"),
+            ("--etcd-username", "--etcd-password"),
+            ("--etcd-password", "--etcd-username"),
+        ] {
+            let refused = settings(&[&format!("{given}=x")]).unwrap_err();
+            assert_eq!(
+                refused.to_string(),
+                format!("{given} goes with {missing}: give both or none")
+            );
+        }
+    }
+
+    #[test]
+    fn a_password_may_come_from_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "hunter2\n").unwrap();
+        let flag = format!("--etcd-password-file={}", file.path().display());
+        let found = settings(&["--etcd-username=root", &flag]).unwrap();
+        assert!(!format!("{found:?}").contains("hunter2"));
+        let RegistrySettings::Etcd { access, .. } = found.registry else { panic!() };
+        assert_eq!(access.user, Some(("root".into(), Secret("hunter2".into()))));
+        let both = settings(&["--etcd-username=root", &flag, "--etcd-password=x"]);
+        assert_eq!(both, Err(FlagError::TwoPasswords));
+        let none = settings(&["--etcd-username=root", "--etcd-password-file=/nowhere"]);
+        assert!(none.unwrap_err().to_string().contains("/nowhere"));
+    }
+
+    #[test]
+    fn a_short_lease_is_renewed_in_time() {
+        let renewal = |args: &[&str]| settings(args).unwrap().renewal();
+        let seconds = Duration::from_secs;
+        assert_eq!(renewal(&[REGISTRY]), (seconds(3600), seconds(60)));
+        let short = [REGISTRY, "--subnet-lease-ttl=20s"];
+        assert_eq!(renewal(&short), (seconds(10), Duration::from_millis(2500)));
     }
 
     #[test]
@@ -297,14 +425,7 @@ mod tests {
     }
 
     /// Each flag of the table with a value that asks for something.
-    const ASKING: [&str; 20] = [
-        "--etcd-endpoints=http://127.0.0.1:2379",
-        "--etcd-prefix=/coreos.com/network",
-        "--etcd-keyfile=/k",
-        "--etcd-certfile=/c",
-        "--etcd-cafile=/a",
-        "--etcd-username=u",
-        "--etcd-password=p",
+    const ASKING: [&str; 13] = [
         "--kube-subnet-mgr=true",
         "--kube-api-url=u",
         "--kubeconfig-file=/k",
@@ -337,12 +458,12 @@ mod tests {
 
     #[test]
     fn all_of_what_is_not_built_is_told_at_once() {
-        let error = settings(&["-etcd-prefix=/x", "-etcd-cafile=/y", "-iface-regex=e"]);
+        let error = settings(&["-kube-subnet-mgr", "-net-config-path=/y", "-iface-regex=e"]);
         assert_eq!(
             error.unwrap_err().to_string(),
-            "not built yet: --etcd-prefix, --etcd-cafile, --iface-regex; leave out each of these \
-             flags and its FLANNELD_ variable; use --registry dir:PATH or --network CIDR; use \
-             --iface"
+            "not built yet: --kube-subnet-mgr, --net-config-path, --iface-regex; leave out each of \
+             these flags and its FLANNELD_ variable; use --etcd-endpoints URLS or --registry \
+             dir:PATH; use --iface"
         );
     }
 

@@ -1,4 +1,4 @@
-//! A weftd that the lab started.
+//! Programs that the lab started in its namespaces: weftd, etcd.
 
 use std::env;
 use std::fs::{self, File};
@@ -17,36 +17,25 @@ use crate::netns::{NetNs, apart};
 /// How often a process is asked whether it has ended.
 const POLL: Duration = Duration::from_millis(5);
 
-/// A running daemon; whoever drops it without stopping it leaves it running.
+/// A running program; whoever drops it without stopping it leaves it running.
 #[derive(Debug)]
-pub(super) struct Daemon {
+pub(super) struct RunningChild {
     child: Child,
     id: ProcessId,
+    name: String,
 }
 
-impl Daemon {
-    /// Starts weftd in `netns`, its output going to the end of the file `log`.
-    pub(super) fn start(netns: &NetNs, log: &Path, arguments: &[String]) -> anyhow::Result<Self> {
+impl RunningChild {
+    /// Starts a program in `netns`, its output going to the end of the file `log`.
+    pub(super) fn start(netns: &NetNs, log: &Path, mut command: Command) -> anyhow::Result<Self> {
         let open = || File::options().create(true).append(true).open(log);
         let context = || format!("cannot write {}", log.display());
         let (out, err) = (open().with_context(context)?, open().with_context(context)?);
-        let mut command = Command::new(program()?);
-        apart(&mut command).args(arguments).stdout(out).stderr(err);
-        // The lab says what a daemon does; the caller's own settings are for the caller's daemon.
-        for (name, value) in env::vars_os() {
-            let text = name.to_string_lossy();
-            if text.starts_with("FLANNELD_") || text.starts_with("WEFT_") || text == "NOTIFY_SOCKET"
-            {
-                command.env_remove(&name);
-            }
-            // What is meant for the lab's daemons: LAB_WEFT_IO=mmsg is their WEFT_IO.
-            if let Some(theirs) = text.strip_prefix("LAB_WEFT_") {
-                command.env(format!("WEFT_{theirs}"), value);
-            }
-        }
-        let child = netns.spawn(&mut command)?;
+        let name = Path::new(command.get_program()).file_name().unwrap_or_default();
+        let name = name.to_string_lossy().into_owned();
+        let child = netns.spawn(apart(&mut command).stdout(out).stderr(err))?;
         let id = ProcessId::of(child.id())?;
-        Ok(Self { child, id })
+        Ok(Self { child, id, name })
     }
 
     /// Which process it is.
@@ -75,9 +64,9 @@ impl Daemon {
             }
             thread::sleep(POLL);
         }
-        let pid = self.id.pid();
+        let (pid, name) = (self.id.pid(), self.name.clone());
         self.kill()?;
-        bail!("weftd (pid {pid}) did not stop within {} s and was killed", GRACE.as_secs())
+        bail!("a {name} (pid {pid}) did not stop within {} s and was killed", GRACE.as_secs())
     }
 
     /// Kills it and waits for its end.
@@ -87,14 +76,32 @@ impl Daemon {
         Ok(())
     }
 
-    fn signal(&mut self, signal: Signal) -> anyhow::Result<()> {
+    pub(super) fn signal(&mut self, signal: Signal) -> anyhow::Result<()> {
         if self.ended()?.is_some() {
             return Ok(());
         }
         // Not waited for yet, so the number is still its own.
         kill_process(Pid::from_child(&self.child), signal)
-            .with_context(|| format!("cannot signal weftd (pid {})", self.id.pid()))
+            .with_context(|| format!("cannot signal {} (pid {})", self.name, self.id.pid()))
     }
+}
+
+/// weftd with these arguments. The lab says what a daemon does; the caller's own settings are for
+/// the caller's daemon.
+pub(super) fn weftd(arguments: &[String]) -> anyhow::Result<Command> {
+    let mut command = Command::new(program()?);
+    command.args(arguments);
+    for (name, value) in env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("FLANNELD_") || text.starts_with("WEFT_") || text == "NOTIFY_SOCKET" {
+            command.env_remove(&name);
+        }
+        // What is meant for the lab's daemons: LAB_WEFT_IO=mmsg is their WEFT_IO.
+        if let Some(theirs) = text.strip_prefix("LAB_WEFT_") {
+            command.env(format!("WEFT_{theirs}"), value);
+        }
+    }
+    Ok(command)
 }
 
 /// The last `count` lines of a log; what cannot be read says so.

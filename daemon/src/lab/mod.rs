@@ -15,8 +15,9 @@
 
 mod bytes;
 mod cancel;
-mod daemon;
+mod child;
 mod down;
+mod etcd;
 mod measure;
 mod ping;
 mod process;
@@ -28,6 +29,7 @@ mod tables;
 mod topology;
 mod transfer;
 
+use std::net::IpAddr;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::thread;
@@ -36,7 +38,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use tempfile::TempDir;
 
-use self::daemon::Daemon;
+use self::child::RunningChild;
 use self::process::ProcessId;
 use self::record::Record;
 use crate::netns::NetNs;
@@ -45,6 +47,7 @@ use crate::status::{self, Status};
 pub use self::bytes::{BadBytes, Bytes};
 pub use self::cancel::{Cancel, Cancelled};
 pub use self::down::{Removed, abandoned, down};
+pub use self::etcd::{EtcdMember, EtcdOptions};
 pub use self::ping::{PingOptions, PingReport, Reply, ping};
 pub use self::run::{Outcome, RunOptions, run};
 pub use self::topology::{Container, Host};
@@ -69,6 +72,8 @@ pub struct LabOptions {
     pub hosts: usize,
     /// The daemons' `--backend`.
     pub backend: String,
+    /// Where leases are kept, if not in a directory.
+    pub etcd: EtcdOptions,
     /// How long a transfer may be without progress.
     pub stall: Duration,
     /// Ends whatever the lab waits for.
@@ -80,6 +85,7 @@ impl Default for LabOptions {
         Self {
             hosts: 3,
             backend: "udp-tun".into(),
+            etcd: EtcdOptions::default(),
             stall: Duration::from_secs(20),
             cancel: Cancel::default(),
         }
@@ -91,6 +97,7 @@ impl Default for LabOptions {
 pub struct Lab {
     options: LabOptions,
     sites: Vec<Site>,
+    etcd: Vec<EtcdMember>,
     switch: Option<NetNs>,
     /// None once removed or kept.
     directory: Option<TempDir>,
@@ -102,7 +109,7 @@ pub struct Lab {
 struct Site {
     host: Host,
     container: Option<Arc<Container>>,
-    daemon: Option<Daemon>,
+    daemon: Option<RunningChild>,
 }
 
 impl Lab {
@@ -127,14 +134,53 @@ impl Lab {
         };
         let hosts = options.hosts;
         let directory = Some(directory);
-        let mut lab = Self { options, sites: Vec::new(), switch: None, directory, record };
+        let mut lab =
+            Self { options, sites: Vec::new(), etcd: Vec::new(), switch: None, directory, record };
         let name = lab.announce("sw")?;
         lab.switch = Some(topology::make_switch(name)?);
+        lab.add_etcd()?;
         for _ in 0..hosts {
             lab.options.cancel.check()?;
             lab.add_host()?;
         }
         Ok(lab)
+    }
+
+    /// Makes the members of etcd, all at once since none serves before most are there.
+    fn add_etcd(&mut self) -> anyhow::Result<()> {
+        let options = self.options.etcd.clone();
+        let addresses: Vec<IpAddr> =
+            (1..=options.members).map(topology::etcd_address).collect::<anyhow::Result<_>>()?;
+        for number in 1..=options.members {
+            let name = self.announce(&format!("e{number}"))?;
+            let netns = topology::make_etcd(self.switch()?, name, number)?;
+            let directory = self.directory()?;
+            self.etcd.push(EtcdMember::new(netns, number, &addresses, &options, directory));
+        }
+        (0..options.members).try_for_each(|member| self.start_etcd(member))
+    }
+
+    /// A member of etcd.
+    ///
+    /// # Panics
+    /// There are not so many.
+    pub fn etcd(&mut self, member: usize) -> &mut EtcdMember {
+        &mut self.etcd[member]
+    }
+
+    /// Starts a member of etcd that was killed.
+    ///
+    /// # Errors
+    /// There is no etcd to start.
+    pub fn start_etcd(&mut self, member: usize) -> anyhow::Result<()> {
+        let id = self.etcd[member].start()?;
+        self.record.daemons.push(id);
+        self.record.save()
+    }
+
+    /// Where clients find etcd.
+    pub fn etcd_urls(&self) -> Vec<String> {
+        self.etcd.iter().map(|member| member.url.clone()).collect()
     }
 
     /// What tells this lab from others.
@@ -198,7 +244,7 @@ impl Lab {
         let mut arguments = self.arguments(host)?;
         arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
         let Host { netns, log, .. } = self.host(host);
-        let daemon = Daemon::start(netns, log, &arguments)?;
+        let daemon = RunningChild::start(netns, log, child::weftd(&arguments)?)?;
         self.record.daemons.push(daemon.id());
         self.sites[host].daemon = Some(daemon);
         self.record.save()
@@ -238,7 +284,7 @@ impl Lab {
                 Err(error) => Some(error.to_string()),
             };
             if let Some(reason) = failure {
-                let log = daemon::last_lines(&self.host(host).log, LOG_LINES);
+                let log = child::last_lines(&self.host(host).log, LOG_LINES);
                 bail!("weftd on h{} did not come up; {reason}; its log ends:\n{log}", host + 1);
             }
             thread::sleep(POLL);
@@ -317,6 +363,7 @@ impl Lab {
                 container.netns.leave();
             }
         }
+        self.etcd.drain(..).for_each(EtcdMember::leave);
         if let Some(switch) = self.switch.take() {
             switch.leave();
         }
@@ -338,8 +385,13 @@ impl Lab {
 
     fn arguments(&self, host: usize) -> anyhow::Result<Vec<String>> {
         let Host { state_dir, run_dir, subnet_file, .. } = self.host(host);
+        let registry = if self.etcd.is_empty() {
+            ("--registry", format!("dir:{}", self.registry()?.display()))
+        } else {
+            ("--etcd-endpoints", self.etcd_urls().join(","))
+        };
         let arguments = [
-            ("--registry", format!("dir:{}", self.registry()?.display())),
+            registry,
             ("--network", NETWORK.to_owned()),
             ("--backend", self.options.backend.clone()),
             ("--state-dir", state_dir.display().to_string()),
@@ -369,7 +421,7 @@ impl Lab {
         Ok(Some(state))
     }
 
-    fn take_daemon(&mut self, host: usize) -> anyhow::Result<Daemon> {
+    fn take_daemon(&mut self, host: usize) -> anyhow::Result<RunningChild> {
         let daemon = self.sites[host].daemon.take();
         daemon.with_context(|| format!("no weftd runs on h{}", host + 1))
     }
@@ -379,9 +431,11 @@ impl Lab {
             return Ok(());
         };
         let mut failures = self.end_daemons();
+        failures.extend(self.etcd.iter_mut().filter_map(|member| member.end().err()));
         let containers = self.sites.iter().filter_map(|site| site.container.as_deref());
         let namespaces = containers.map(|container| &container.netns);
         let namespaces = namespaces.chain(self.sites.iter().map(|site| &site.host.netns));
+        let namespaces = namespaces.chain(self.etcd.iter().map(|member| &member.netns));
         let namespaces = namespaces.chain(self.switch.as_ref());
         failures.extend(namespaces.filter_map(|netns| netns.remove().err()));
         failures.extend(directory.close().context("cannot remove the lab's directory").err());

@@ -9,7 +9,7 @@ use anyhow::Context;
 use super::measure::{self, Pair, measure, ordered_pairs};
 use super::progress::Progress;
 use super::tables::{self, HostStatus};
-use super::{Bytes, Cancel, Lab, LabOptions, POLL, require_root};
+use super::{Bytes, Cancel, EtcdOptions, Lab, LabOptions, POLL, require_root};
 
 /// How long the daemons may take to come up, all together.
 const UP_WITHIN: Duration = Duration::from_secs(20);
@@ -25,6 +25,8 @@ const STALL: Duration = Duration::from_secs(5);
 pub struct RunOptions {
     /// The daemons' `--backend`.
     pub backend: String,
+    /// Where leases are kept, if not in a directory.
+    pub etcd: EtcdOptions,
     /// How many hosts.
     pub hosts: usize,
     /// How much each transfer moves.
@@ -57,6 +59,7 @@ pub fn run(options: &RunOptions, cancel: &Cancel, out: &mut dyn Write) -> anyhow
     let mut lab = Lab::new(LabOptions {
         hosts: options.hosts,
         backend: options.backend.clone(),
+        etcd: options.etcd.clone(),
         stall: STALL,
         cancel: cancel.clone(),
     })?;

@@ -99,6 +99,15 @@ pub(super) fn make_host(
     Ok(host)
 }
 
+/// Makes the namespace of etcd member `number` (from 1) and plugs it into the switch.
+pub(super) fn make_etcd(switch: &NetNs, name: String, number: usize) -> anyhow::Result<NetNs> {
+    let netns = NetNs::create(name)?;
+    plug(switch, "br0", &format!("e{number}"), &netns, None)?;
+    netns.ip(&["address", "add", &format!("{}/24", etcd_address(number)?), "dev", "eth0"])?;
+    netns.ip(&["link", "set", "eth0", "up"])?;
+    Ok(netns)
+}
+
 /// Makes a container behind host `number` as docker does with `--bip` and `--mtu`.
 pub(super) fn make_container(
     host: &Host,
@@ -165,6 +174,12 @@ fn set_forwarding(name: &str) -> anyhow::Result<()> {
         fs::write(path, "1").with_context(|| format!("cannot set {path} in {name}"))?;
     }
     Ok(())
+}
+
+/// Below the hosts'.
+pub(super) fn etcd_address(number: usize) -> anyhow::Result<IpAddr> {
+    let last = u8::try_from(number).context("too many members of etcd")?;
+    Ok(Ipv4Addr::new(10, 168, 0, last).into())
 }
 
 fn host_address(number: usize) -> anyhow::Result<IpAddr> {

@@ -1,0 +1,100 @@
+//! Files in the state directory that hold what the registry last said: a daemon that starts while
+//! the registry is away goes on with it.
+
+use std::fs;
+use std::io::{self, Write};
+use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use weft_control::Lease;
+use weft_control::lease::Snapshot;
+
+/// The registry as this node last saw it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LastKnown {
+    /// Our own lease.
+    pub(crate) lease: Lease,
+    pub(crate) snapshot: Snapshot,
+}
+
+/// A file with one value.
+#[derive(Debug)]
+pub(crate) struct StateFile<T> {
+    path: PathBuf,
+    /// What was last written.
+    written: Vec<u8>,
+    value: PhantomData<T>,
+}
+
+impl<T: Serialize + DeserializeOwned> StateFile<T> {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self { path, written: Vec::new(), value: PhantomData }
+    }
+
+    /// What is in it, and since when. A file that cannot be read is as good as none: it is only
+    /// ever a help.
+    pub(crate) fn load(&self) -> Option<(T, Timestamp)> {
+        let text = fs::read(&self.path).ok()?;
+        let since = fs::metadata(&self.path).and_then(|found| found.modified()).ok()?;
+        let value = serde_json::from_slice(&text).inspect_err(|error| {
+            tracing::warn!("cannot use {}: {error}", self.path.display());
+        });
+        Some((value.ok()?, since.try_into().ok()?))
+    }
+
+    /// Writes it, unless it is what was last written.
+    ///
+    /// # Errors
+    /// The directory cannot be written to.
+    pub(crate) fn save(&mut self, value: &T) -> anyhow::Result<()> {
+        let text = serde_json::to_vec(value)?;
+        if text != self.written {
+            let context = || format!("cannot write {}; see --state-dir", self.path.display());
+            replace(&self.path, &text).with_context(context)?;
+            self.written = text;
+        }
+        Ok(())
+    }
+}
+
+/// Neither a power cut nor a reader finds half of it.
+fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(dir)?;
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(text)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    fs::File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_saved_comes_back_and_garbage_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state/last-known.json");
+        let mut file: StateFile<LastKnown> = StateFile::new(path.clone());
+        assert!(file.load().is_none());
+        let lease: Lease = serde_json::from_str(
+            r#"{"key":"10.3.1.0-24","attrs":{"PublicIP":"192.0.2.1"},"expires":"Never","revision":7}"#,
+        )
+        .unwrap();
+        let known = LastKnown {
+            lease: lease.clone(),
+            snapshot: Snapshot { leases: vec![lease], ..Snapshot::default() },
+        };
+        file.save(&known).unwrap();
+        assert_eq!(file.load().unwrap().0, known);
+        fs::write(&path, "{").unwrap();
+        assert!(file.load().is_none());
+        file.save(&known).unwrap();
+        assert!(file.load().is_none(), "what has not changed is not written again");
+    }
+}
