@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: hosts that are up, deadlines, daemons started by hand, and
 //! packets made by hand.
 
+pub mod etcd;
 pub mod fuzz;
 
 use std::fs::{self, File};

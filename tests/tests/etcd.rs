@@ -1,0 +1,457 @@
+//! Leases in a real etcd: what is written there, who owns what, and what goes on while it is away.
+
+use std::collections::HashSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use ipnetwork::IpNetwork;
+use rustix::process::{Pid, Signal, kill_process};
+use weft_control::keeper::{Identity, Plan, plan};
+use weft_control::lease::{Expiry, Snapshot};
+use weft_control::subnet_env::Previous;
+use weft_control::{LeaseAttrs, NetworkConfig, Registry};
+use weft_daemon::lab::{Lab, PingOptions};
+use weft_tests::etcd::{delete, get, get_one, hosts, inside, put, registry, wait_until_it_serves};
+use weft_tests::{DEADLINE, all_acquainted, bring_up, until};
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+fn subnet(lab: &Lab, host: usize) -> Result<IpNetwork> {
+    lab.status(host)?.subnets.first().copied().context("no subnet")
+}
+
+/// The key of a host's lease, below the prefix.
+fn lease_path(lab: &Lab, host: usize) -> Result<String> {
+    let subnet = subnet(lab, host)?;
+    Ok(format!("subnets/{}-{}", subnet.network(), subnet.prefix()))
+}
+
+fn log(lab: &Lab, host: usize) -> Result<String> {
+    Ok(fs::read_to_string(&lab.host(host).log)?)
+}
+
+fn logs(lab: &Lab, host: usize, text: &str) -> Result<()> {
+    until(&format!("host {host} logs {text:?}"), || Ok(log(lab, host)?.contains(text)))
+        .with_context(|| log(lab, host).unwrap_or_default())
+}
+
+fn pings(lab: &Lab) -> Result<()> {
+    for (from, to) in [(0, 1), (1, 0)] {
+        let report = lab.ping(from, to, &PingOptions::default())?;
+        assert!(report.complete(), "{report:?}");
+    }
+    Ok(())
+}
+
+fn attrs(last: u8) -> LeaseAttrs {
+    LeaseAttrs { public_ip: Some([192, 0, 2, last].into()), ..LeaseAttrs::default() }
+}
+
+#[test]
+fn keys_and_values_are_flannels() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    pings(&lab)?;
+    assert_eq!(get_one(&lab, "config")?.value_str()?, r#"{"Network":"10.42.0.0/16"}"#);
+    for host in 0..2 {
+        let found = get_one(&lab, &lease_path(&lab, host)?)?;
+        let address = lab.host(host).address;
+        let value = format!(r#"{{"PublicIP":"{address}","PublicIPv6":null}}"#);
+        assert_eq!((found.value_str()?, found.lease() != 0), (value.as_str(), true));
+    }
+    assert_eq!(get(&lab, "subnets/")?.len(), 2);
+    until("both have their records", || Ok(get(&lab, "weft/nodes/")?.len() == 2))?;
+    lab.remove()
+}
+
+#[test]
+fn writes_are_conditional() -> Result<()> {
+    let lab = hosts(1, 1)?;
+    let registry = registry(&lab);
+    inside(&lab.host(0).netns, || async {
+        let key = "10.3.1.0-24".parse()?;
+        let first = registry.create(&key, &attrs(1), DAY).await?.context("it is free")?;
+        assert_eq!(registry.create(&key, &attrs(2), DAY).await?, None);
+        let renewed = registry.renew(&first, &attrs(1), DAY).await?.context("it is ours")?;
+        assert!(renewed.revision > first.revision);
+        assert_eq!(registry.renew(&first, &attrs(1), DAY).await?, None, "it was written since");
+        assert!(!registry.remove(&first).await?);
+        let found = registry.snapshot().await?.leases;
+        assert_eq!((found[0].revision, found[0].expires), (renewed.revision, Expiry::Unknown));
+        assert!(registry.remove(&found[0]).await?);
+        assert!(registry.snapshot().await?.leases.is_empty());
+        assert!(registry.init_config("{}").await?);
+        assert!(!registry.init_config("x").await?);
+        assert_eq!(registry.snapshot().await?.config.as_deref(), Some("{}"));
+        Ok(())
+    })?;
+    lab.remove()
+}
+
+/// A reservation is kept without a time to live, also when it is taken up and when it is written.
+#[test]
+fn a_reservation_stays_one() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    let address = lab.host(0).address;
+    put(&lab, "subnets/10.42.7.0-24", format!(r#"{{"PublicIP":"{address}"}}"#), None)?;
+    bring_up(&mut lab, &["--subnet-lease-ttl=10s"])?;
+    assert_eq!(subnet(&lab, 0)?.to_string(), "10.42.7.0/24");
+    assert_eq!(lab.status(0)?.lease_expires, None);
+    assert!(lab.status(1)?.lease_expires.is_some());
+    let other = get_one(&lab, &lease_path(&lab, 1)?)?;
+    until("the other lease is renewed", || {
+        Ok(get_one(&lab, &lease_path(&lab, 1)?)?.mod_revision() > other.mod_revision())
+    })?;
+    let found = get_one(&lab, "subnets/10.42.7.0-24")?;
+    assert_eq!(found.lease(), 0);
+    assert_eq!(found.value_str()?, format!(r#"{{"PublicIP":"{address}","PublicIPv6":null}}"#));
+    pings(&lab)?;
+    lab.remove()
+}
+
+#[test]
+fn fifty_keepers_race_for_fifty_subnets() -> Result<()> {
+    let lab = hosts(1, 1)?;
+    let config: NetworkConfig =
+        r#"{"Network":"10.3.0.0/16","SubnetMin":"10.3.1.0","SubnetMax":"10.3.50.0"}"#.parse()?;
+    inside(&lab.host(0).netns, || async {
+        let mut keepers = tokio::task::JoinSet::new();
+        for last in 0..50 {
+            let (registry, config) = (registry(&lab), config.clone());
+            keepers.spawn(async move {
+                let identity = Identity { node_id: last.to_string(), attrs: attrs(last) };
+                let mut rng = fastrand_seeded(last);
+                loop {
+                    let leases = registry.snapshot().await?.leases;
+                    let next = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
+                    let Plan::Create(key) = next else { anyhow::bail!("{next:?}") };
+                    if let Some(lease) = registry.create(&key, &identity.attrs, DAY).await? {
+                        return Ok(lease.key);
+                    }
+                }
+            });
+        }
+        let mut found = HashSet::new();
+        while let Some(key) = keepers.join_next().await {
+            assert!(found.insert(key??), "a subnet was given twice");
+        }
+        assert_eq!(found.len(), 50);
+        Ok(())
+    })?;
+    lab.remove()
+}
+
+fn fastrand_seeded(seed: u8) -> fastrand::Rng {
+    fastrand::Rng::with_seed(seed.into())
+}
+
+#[test]
+fn garbage_is_skipped_and_named() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let own = subnet(&lab, 0)?;
+    let half = format!("subnets/{}-25", own.network());
+    let long = format!(r#"{{"PublicIP":"192.0.2.9"}}{}"#, " ".repeat(1 << 20));
+    for (path, value, said) in [
+        ("subnets/10.42.9.0-24", "garbage", "skipped"),
+        ("subnets/10.42.9.0-24", long.as_str(), "longer than"),
+        ("subnets/what", "{}", "skipped"),
+        ("subnets/192.0.2.0-24", r#"{"PublicIP":"192.0.2.9"}"#, "outside of the Network"),
+        (half.as_str(), r#"{"PublicIP":"192.0.2.9"}"#, "overlaps our own"),
+        ("subnets/10.42.9.0-24", r#"{"PublicIP":"10.42.9.9"}"#, "inside the overlay"),
+    ] {
+        put(&lab, path, value, None)?;
+        until(&format!("{path} is told of: {said}"), || {
+            Ok(lab.status(0)?.problems.iter().any(|problem| problem.contains(said)))
+        })?;
+        // Half of our subnet is another node's to others: the longer prefix wins there.
+        if path != half {
+            pings(&lab)?;
+        }
+        delete(&lab, path)?;
+        until("it is forgotten", || Ok(lab.status(0)?.problems.is_empty()))?;
+    }
+    assert_eq!(lab.status(0)?.peers.len(), 1);
+    lab.remove()
+}
+
+/// What an operator removes by mistake comes back, with the same subnet.
+#[test]
+fn a_deleted_lease_is_claimed_again() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let (before, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
+    delete(&lab, &path)?;
+    until("the lease is back", || Ok(!get(&lab, &path)?.is_empty()))?;
+    logs(&lab, 0, "our lease is gone; claiming it again")?;
+    assert_eq!(subnet(&lab, 0)?, before);
+    all_acquainted(&lab)?;
+    pings(&lab)?;
+    lab.remove()
+}
+
+/// A lease that ran out while its node was down, and that another node got: it is not stolen back.
+#[test]
+fn a_lease_that_was_given_away_is_not_stolen_back() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &["--subnet-lease-ttl=10s"])?;
+    let (lost, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
+    lab.kill_daemon(0)?;
+    until("the lease expires", || Ok(get(&lab, &path)?.is_empty()))?;
+    put(&lab, &path, r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#, None)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_ne!(subnet(&lab, 0)?, lost);
+    assert!(get_one(&lab, &path)?.value_str()?.contains("10.168.0.200"));
+    lab.remove()
+}
+
+/// Somebody takes the subnet of a node that runs: that node moves on and says so.
+#[test]
+fn a_node_whose_subnet_is_taken_moves_to_another() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let (lost, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
+    put(&lab, &path, r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#, None)?;
+    logs(&lab, 0, "our subnet has another owner")?;
+    until("it has another subnet", || Ok(subnet(&lab, 0)? != lost))?;
+    assert!(get_one(&lab, &path)?.value_str()?.contains("10.168.0.200"));
+    lab.remove()
+}
+
+#[test]
+fn a_second_node_with_our_address_is_named_and_waits() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    let address = lab.host(0).address.to_string();
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    until("its record is there", || Ok(get(&lab, "weft/nodes/")?.len() == 1))?;
+    let path = lease_path(&lab, 0)?;
+    let before = get_one(&lab, &path)?.mod_revision();
+    lab.start_daemon(1, &["--iface=eth0", &format!("--public-ip={address}")])?;
+    logs(&lab, 1, "lives with our public address")?;
+    let id = lab.status(0)?.node_id;
+    assert!(log(&lab, 1)?.contains(&format!("(id {id})")));
+    assert_eq!(get_one(&lab, &path)?.mod_revision(), before, "the lease was not touched");
+    assert!(!lab.host(1).subnet_file.exists());
+    // As if the first were gone for a minute.
+    lab.kill_daemon(0)?;
+    delete(&lab, "weft/nodes/")?;
+    lab.wait_ready(1, DEADLINE)?;
+    assert_eq!(lease_path(&lab, 1)?, path);
+    lab.remove()
+}
+
+/// CPU time of a host's daemon, in seconds.
+fn cpu_seconds(lab: &Lab, host: usize) -> Result<f64> {
+    weft_benches::cpu::process_seconds(lab.status(host)?.pid)
+}
+
+/// Longer than the leases live: nothing is torn down, and afterwards all is as it was.
+#[test]
+fn an_outage_is_not_noticed() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &["--subnet-lease-ttl=10s"])?;
+    let before = [subnet(&lab, 0)?, subnet(&lab, 1)?];
+    lab.etcd(0).kill()?;
+    for host in 0..2 {
+        logs(&lab, host, "is away, going on with what was last read")?;
+    }
+    let (since, used) = (Instant::now(), cpu_seconds(&lab, 0)?);
+    until("the leases would have run out", || Ok(since.elapsed() > Duration::from_secs(14)))?;
+    let share = (cpu_seconds(&lab, 0)? - used) / since.elapsed().as_secs_f64();
+    assert!(share < 0.01, "{share} of a core");
+    pings(&lab)?;
+    lab.start_etcd(0)?;
+    for host in 0..2 {
+        logs(&lab, host, " is back after ")?;
+    }
+    all_acquainted(&lab)?;
+    assert_eq!([subnet(&lab, 0)?, subnet(&lab, 1)?], before);
+    until("the leases are there", || Ok(get(&lab, "subnets/")?.len() == 2))?;
+    pings(&lab)?;
+    for host in 0..2 {
+        assert_eq!(log(&lab, host)?.matches("is away").count(), 1);
+        assert_eq!(log(&lab, host)?.matches("is back").count(), 1);
+    }
+    lab.remove()
+}
+
+#[test]
+fn a_restart_during_an_outage_goes_on_with_what_was_known() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let before = subnet(&lab, 0)?;
+    lab.etcd(0).kill()?;
+    logs(&lab, 0, "is away")?;
+    lab.kill_daemon(0)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    logs(&lab, 0, "starting with the lease and the 1 peers known at")?;
+    assert_eq!((subnet(&lab, 0)?, lab.status(0)?.peers.len()), (before, 1));
+    pings(&lab)?;
+    lab.start_etcd(0)?;
+    logs(&lab, 0, " is back after ")?;
+    until("the lease is renewed", || Ok(lab.status(0)?.lease_expires.is_some()))?;
+    assert_eq!(subnet(&lab, 0)?, before);
+    pings(&lab)?;
+    lab.remove()
+}
+
+/// An etcd that comes back empty gets all leases again, with the same subnets.
+#[test]
+fn wiped_data_are_written_again() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let before = [subnet(&lab, 0)?, subnet(&lab, 1)?];
+    lab.etcd(0).kill()?;
+    fs::remove_dir_all(&lab.etcd(0).data)?;
+    lab.start_etcd(0)?;
+    wait_until_it_serves(&lab)?;
+    until("both leases are there", || Ok(get(&lab, "subnets/")?.len() == 2))?;
+    all_acquainted(&lab)?;
+    assert_eq!([subnet(&lab, 0)?, subnet(&lab, 1)?], before);
+    until("the config is missed", || {
+        Ok(lab.status(0)?.problems.iter().any(|problem| problem.contains("config is gone")))
+    })?;
+    pings(&lab)?;
+    lab.remove()
+}
+
+/// The member that daemons talk to is killed, frozen, or cut off; another one serves, and what
+/// happens meanwhile is seen.
+#[test]
+fn one_member_of_three_may_fail() -> Result<()> {
+    let mut lab = hosts(2, 3)?;
+    bring_up(&mut lab, &[])?;
+    let drop_all = "add table ip cut { chain in { type filter hook input priority 0; policy drop; }; \
+                    chain out { type filter hook output priority 0; policy drop; }; }";
+    for number in 0..3_u8 {
+        let path = format!("subnets/10.42.{}.0-24", 200 + number);
+        match number {
+            0 => lab.etcd(0).kill()?,
+            1 => lab.etcd(0).freeze()?,
+            _ => lab.etcd(0).netns.tool("nft", &[drop_all]).map(drop)?,
+        }
+        let lease = format!(r#"{{"PublicIP":"10.168.0.{}"}}"#, 200 + number);
+        until("the others take the write", || {
+            put(&lab, &path, lease.clone(), None).map(|()| true)
+        })?;
+        for host in 0..2 {
+            until(&format!("host {host} sees it (failure {number})"), || {
+                Ok(lab.status(host)?.peers.len() == 2 + usize::from(number))
+            })?;
+        }
+        pings(&lab)?;
+        match number {
+            0 => lab.start_etcd(0)?,
+            1 => lab.etcd(0).thaw()?,
+            _ => lab.etcd(0).netns.tool("nft", &["delete table ip cut"]).map(drop)?,
+        }
+        wait_until_it_serves(&lab)?;
+    }
+    for host in 0..2 {
+        assert!(!log(&lab, host)?.contains("is away"), "{}", log(&lab, host)?);
+    }
+    lab.remove()
+}
+
+/// A daemon that slept through a compaction of what it watched lists anew.
+#[test]
+fn compaction_past_our_revision_loses_nothing() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let pid = i32::try_from(lab.status(0)?.pid)?;
+    let pid = Pid::from_raw(pid).context("no pid")?;
+    kill_process(pid, Signal::STOP)?;
+    for number in 1..=100_u8 {
+        put(
+            &lab,
+            "subnets/10.42.200.0-24",
+            format!(r#"{{"PublicIP":"10.168.1.{number}"}}"#),
+            None,
+        )?;
+    }
+    weft_tests::etcd::client(&lab, |mut client| async move {
+        let revision = client.get("x", None).await?.header().context("no header")?.revision();
+        client.compact(revision, None).await?;
+        Ok(())
+    })?;
+    delete(&lab, "subnets/10.42.200.0-24")?;
+    put(&lab, "subnets/10.42.201.0-24", r#"{"PublicIP":"10.168.1.1"}"#, None)?;
+    kill_process(pid, Signal::CONT)?;
+    until("it has caught up", || {
+        let peers = lab.status(0)?.peers;
+        let has = |text: &str| peers.iter().any(|peer| peer.subnets[0].to_string() == text);
+        Ok(has("10.42.201.0/24") && !has("10.42.200.0/24"))
+    })?;
+    pings(&lab)?;
+    lab.remove()
+}
+
+/// Peers that change their address while nobody watches are followed.
+#[test]
+fn a_peer_that_moves_is_followed() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let path = "subnets/10.42.200.0-24";
+    put(&lab, path, r#"{"PublicIP":"10.168.1.1"}"#, None)?;
+    let address = |text: &'static str| {
+        until(&format!("the peer is at {text}"), || {
+            let peers = lab.status(0)?.peers;
+            Ok(peers.iter().any(|peer| peer.public_ip.to_string() == text))
+        })
+    };
+    address("10.168.1.1")?;
+    put(&lab, path, r#"{"PublicIP":"10.168.1.2"}"#, None)?;
+    address("10.168.1.2")?;
+    lab.remove()
+}
+
+/// Started in one instant, again and again: all know each other.
+#[test]
+fn all_that_start_at_once_know_each_other() -> Result<()> {
+    let mut lab = hosts(3, 1)?;
+    for _ in 0..10 {
+        for host in 0..3 {
+            lab.start_daemon(host, &[])?;
+        }
+        for host in 0..3 {
+            lab.wait_ready(host, DEADLINE)?;
+        }
+        all_acquainted(&lab)?;
+        for host in 0..3 {
+            lab.stop_daemon(host)?;
+        }
+        delete(&lab, "subnets/")?;
+        delete(&lab, "weft/nodes/")?;
+        for host in 0..3 {
+            fs::remove_file(&lab.host(host).subnet_file)?;
+        }
+    }
+    lab.remove()
+}
+
+/// What a watch sees of an etcd, from an empty one on.
+#[test]
+fn a_watch_begins_unread_and_follows() -> Result<()> {
+    let mut lab = hosts(1, 1)?;
+    let registry = registry(&lab);
+    put(&lab, "subnets/10.42.1.0-24", r#"{"PublicIP":"10.168.1.1"}"#, None)?;
+    inside(&lab.host(0).netns, || async {
+        let mut watch = registry.watch(Snapshot::default());
+        assert!(!watch.borrow().readable);
+        let found = watch.wait_for(|view| view.readable && view.snapshot.leases.len() == 1);
+        tokio::time::timeout(DEADLINE, found).await??;
+        let key = "10.42.2.0-24".parse()?;
+        registry.create(&key, &attrs(2), Duration::from_secs(2)).await?.context("it is free")?;
+        let found = watch.wait_for(|view| view.snapshot.leases.len() == 2);
+        tokio::time::timeout(DEADLINE, found).await??;
+        let gone = watch.wait_for(|view| view.snapshot.leases.len() == 1);
+        tokio::time::timeout(DEADLINE, gone).await??;
+        Ok(())
+    })?;
+    lab.etcd(0).kill()?;
+    lab.remove()
+}

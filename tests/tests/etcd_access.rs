@@ -1,0 +1,126 @@
+//! etcd with TLS and with users.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use tempfile::TempDir;
+use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
+use weft_tests::etcd::{client, hosts};
+use weft_tests::{bring_up, until};
+
+/// Where the lab's first member of etcd lives.
+const ADDRESS: &str = "10.168.0.1";
+
+/// An authority, a server's certificate and a client's, as files.
+struct Certificates {
+    dir: TempDir,
+}
+
+impl Certificates {
+    fn make() -> Result<Self> {
+        let it = Self { dir: tempfile::tempdir()? };
+        let mut params = CertificateParams::new(Vec::new())?;
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate()?;
+        fs::write(it.path("ca.pem"), params.self_signed(&key)?.pem())?;
+        let issuer = Issuer::new(params, key);
+        for (name, subject) in [("server", ADDRESS), ("client", "weft")] {
+            let key = KeyPair::generate()?;
+            let params = CertificateParams::new(vec![subject.to_owned()])?;
+            fs::write(it.path(&format!("{name}.pem")), params.signed_by(&key, &issuer)?.pem())?;
+            fs::write(it.path(&format!("{name}-key.pem")), key.serialize_pem())?;
+        }
+        Ok(it)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn flag(&self, flag: &str, name: &str) -> String {
+        format!("--{flag}={}", self.path(name).display())
+    }
+
+    fn lab(&self, mutual: bool) -> Result<Lab> {
+        let mut arguments =
+            vec![self.flag("cert-file", "server.pem"), self.flag("key-file", "server-key.pem")];
+        if mutual {
+            arguments.push("--client-cert-auth".into());
+            arguments.push(self.flag("trusted-ca-file", "ca.pem"));
+        }
+        let etcd = EtcdOptions { members: 1, arguments, tls: true };
+        Lab::new(LabOptions { hosts: 2, etcd, ..LabOptions::default() })
+    }
+}
+
+fn log(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+/// Starts a daemon that gets nothing from etcd, and waits for the reason.
+fn is_told(lab: &mut Lab, flags: &[&str], reason: &str) -> Result<()> {
+    lab.start_daemon(0, flags)?;
+    let path = lab.host(0).log.clone();
+    until(&format!("the log says {reason:?}"), || Ok(log(&path).contains(reason)))
+        .with_context(|| log(&path))?;
+    lab.stop_daemon(0)?;
+    Ok(())
+}
+
+#[test]
+fn the_authority_alone_is_enough_and_a_wrong_one_is_told() -> Result<()> {
+    let (right, wrong) = (Certificates::make()?, Certificates::make()?);
+    let mut lab = right.lab(false)?;
+    let flag = wrong.flag("etcd-cafile", "ca.pem");
+    is_told(&mut lab, &[&flag], "waiting for the network config: https://10.168.0.1:2379: ")?;
+    assert!(log(&lab.host(0).log).contains("invalid peer certificate"));
+    is_told(&mut lab, &["--etcd-cafile=/nowhere"], "cannot read /nowhere, which --etcd-cafile")?;
+    bring_up(&mut lab, &[&right.flag("etcd-cafile", "ca.pem")])?;
+    assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    lab.remove()
+}
+
+#[test]
+fn a_client_certificate_is_shown_and_its_lack_is_told() -> Result<()> {
+    let certificates = Certificates::make()?;
+    let mut lab = certificates.lab(true)?;
+    let ca = certificates.flag("etcd-cafile", "ca.pem");
+    is_told(&mut lab, &[&ca], "waiting for the network config: https://10.168.0.1:2379: ")?;
+    let cert = certificates.flag("etcd-certfile", "client.pem");
+    let key = certificates.flag("etcd-keyfile", "client-key.pem");
+    bring_up(&mut lab, &[&ca, &cert, &key])?;
+    assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    lab.remove()
+}
+
+/// A restarted etcd knows no token any more: daemons show who they are again.
+#[test]
+fn users_are_known_by_password_and_again_when_tokens_are_gone() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    client(&lab, |mut client| async move {
+        client.user_add("root", "hunter2", None).await?;
+        client.role_add("root").await?;
+        client.user_grant_role("root", "root").await?;
+        client.auth_enable().await?;
+        Ok(())
+    })?;
+    is_told(&mut lab, &[], "refuses: etcdserver: user name is empty")?;
+    let wrong = ["--etcd-username=root", "--etcd-password=hunter3"];
+    is_told(&mut lab, &wrong, "refuses: etcdserver: authentication failed")?;
+    let password = tempfile::NamedTempFile::new()?;
+    fs::write(password.path(), "hunter2\n")?;
+    let file = format!("--etcd-password-file={}", password.path().display());
+    bring_up(&mut lab, &["--etcd-username=root", &file, "--subnet-lease-ttl=10s"])?;
+    let renewed = |lab: &Lab| Ok::<_, anyhow::Error>(lab.status(0)?.lease_expires);
+    lab.etcd(0).kill()?;
+    lab.start_etcd(0)?;
+    let before = renewed(&lab)?;
+    until("the lease is renewed", || Ok(renewed(&lab)? > before))?;
+    assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    for host in 0..2 {
+        assert!(!log(&lab.host(host).log).contains("hunter"));
+    }
+    lab.remove()
+}
