@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, ValueEnum};
 use ipnetwork::IpNetwork;
 use jiff::SignedDuration;
 use tracing_subscriber::EnvFilter;
@@ -63,6 +63,9 @@ pub struct RegistryFlags {
     /// [default: http://127.0.0.1:4001,http://127.0.0.1:2379]
     #[arg(long, value_name = "URLS", verbatim_doc_comment)]
     pub etcd_endpoints: Option<String>,
+    /// etcd's API: v3, v2 (flannel up to 0.17), or auto, the one by which there is a network config
+    #[arg(long, value_name = "API", value_enum, default_value_t = EtcdApi::Auto)]
+    pub etcd_api: EtcdApi,
     /// Prefix of all keys in etcd [default: /coreos.com/network]
     #[arg(long, value_name = "PREFIX")]
     pub etcd_prefix: Option<String>,
@@ -203,6 +206,14 @@ pub struct LoggingFlags {
     /// flannel's stack trace at a line; changes nothing
     #[arg(long = "log_backtrace_at", value_name = "FILE:N")]
     pub log_backtrace_at: Option<String>,
+}
+
+/// By which API leases are kept in etcd. Each has a store of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum EtcdApi {
+    Auto,
+    V3,
+    V2,
 }
 
 fn switch(text: &str) -> Result<bool, &'static str> {

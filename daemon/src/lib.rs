@@ -8,6 +8,7 @@ mod leasing;
 pub mod netns;
 mod node;
 mod overlay;
+mod registry;
 mod retry;
 pub mod run;
 mod state_file;

@@ -14,22 +14,21 @@ use weft_control::keeper::{self, Identity};
 use weft_control::lease::{Expiry, Snapshot};
 use weft_control::registry::minimal_config;
 use weft_control::subnet_env::read_previous;
-use weft_control::{
-    Backoff, DirectoryRegistry, Etcd3Registry, Lease, LeaseAttrs, NetworkConfig, Registry,
-};
+use weft_control::{Backoff, Lease, LeaseAttrs, NetworkConfig, Registry};
 
-use crate::flags::{Flags, Note, RegistrySettings, Settings};
+use crate::flags::{Flags, Note, Settings};
 use crate::forwarding::{Ended, Forwarding, expiry};
 use crate::interface::{self, Families};
 use crate::leasing::Claim;
-use crate::node::{self, Node};
+use crate::node::Node;
 use crate::overlay::Overlay;
+use crate::registry::{self, config_file};
 use crate::retry::Repeats;
 use crate::state_file::{LastKnown, StateFile};
 use crate::status::StatusSocket;
 
 /// How often a missing config is looked for, as flannel does.
-const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
+pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs the daemon until `shutdown` completes, at whatever point that finds it.
 ///
@@ -49,7 +48,7 @@ pub async fn run(flags: Flags, shutdown: impl Future<Output = ()>) -> anyhow::Re
 
 async fn serve(settings: &Settings) -> anyhow::Result<()> {
     require_net_admin()?;
-    let registry = open_registry(settings)?;
+    let registry = registry::open(settings).await?;
     let mut said = Repeats::default();
     let mut backoff = Backoff::default();
     loop {
@@ -197,22 +196,6 @@ fn require_net_admin() -> anyhow::Result<()> {
     bail!("weftd needs CAP_NET_ADMIN: run it as root, or grant the capability")
 }
 
-fn open_registry(settings: &Settings) -> anyhow::Result<Box<dyn Registry>> {
-    match &settings.registry {
-        RegistrySettings::Directory(path) => {
-            let registry = DirectoryRegistry::open(path)?;
-            tracing::info!(
-                "the registry is a directory, so it serves the daemons of this host only: {}",
-                path.display()
-            );
-            Ok(Box::new(registry))
-        }
-        RegistrySettings::Etcd { access, prefix } => {
-            Ok(Box::new(Etcd3Registry::new(access.clone(), prefix)))
-        }
-    }
-}
-
 /// The config, once there is one that this daemon can work by, and the backend it asks for.
 ///
 /// # Errors
@@ -240,10 +223,6 @@ async fn wait_for_config(
         }
         tokio::time::sleep(CONFIG_INTERVAL).await;
     }
-}
-
-fn config_file(settings: &Settings, registry: &dyn Registry) -> StateFile<String> {
-    StateFile::new(node::config_path(&settings.state_dir, &registry.identity()))
 }
 
 /// The config's text; that of `--network` if there is none; while the registry is away, what it

@@ -1,10 +1,15 @@
-//! An etcd in the lab, and a client that looks at it and meddles with it as an operator would.
+//! An etcd in the lab, and a client that looks at it and meddles with it as an operator would, by the
+//! API that the lab's daemons use: `LAB_WEFT_ETCD_API=v2` is for both.
 
+use std::env;
 use std::future::Future;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
-use etcd_client::{Client, ConnectOptions, DeleteOptions, GetOptions, KeyValue, PutOptions};
-use weft_control::{Access, Etcd3Registry};
+use anyhow::{Context, Result, bail};
+use etcd_client::{Client, ConnectOptions, DeleteOptions, GetOptions, PutOptions};
+use serde_json::Value;
+use ureq::Agent;
+use weft_control::{Access, Etcd2Registry, Etcd3Registry, Registry};
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 
@@ -12,10 +17,26 @@ use crate::until;
 
 /// flannel's default.
 pub const PREFIX: &str = "/coreos.com/network";
+/// More events than etcd keeps by its v2 API.
+const V2_HISTORY: usize = 1_100;
+
+/// A key's value, and what else is known of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub value: String,
+    /// Whether it has a time to live.
+    pub ends: bool,
+    pub revision: u64,
+}
+
+/// Whether daemons use the v2 API.
+pub fn is_v2() -> bool {
+    env::var("LAB_WEFT_ETCD_API").is_ok_and(|api| api == "v2")
+}
 
 /// Hosts, and an etcd that serves.
 pub fn hosts(hosts: usize, members: usize) -> Result<Lab> {
-    let etcd = EtcdOptions { members, ..EtcdOptions::default() };
+    let etcd = EtcdOptions { members, arguments: vec!["--enable-v2".into()], tls: false };
     let lab = Lab::new(LabOptions { hosts, etcd, ..LabOptions::default() })?;
     wait_until_it_serves(&lab)?;
     Ok(lab)
@@ -38,46 +59,112 @@ pub fn inside<T: Send, F: Future<Output = Result<T>>>(
 }
 
 /// The registry that daemons of this lab use, for use on its first host.
-pub fn registry(lab: &Lab) -> Etcd3Registry {
-    Etcd3Registry::new(Access { endpoints: lab.etcd_urls(), ..Access::default() }, PREFIX)
+pub fn registry(lab: &Lab) -> Box<dyn Registry> {
+    let access = Access { endpoints: lab.etcd_urls(), ..Access::default() };
+    if is_v2() {
+        Box::new(Etcd2Registry::new(&access, PREFIX))
+    } else {
+        Box::new(Etcd3Registry::new(&access, PREFIX))
+    }
 }
 
-/// Works with etcd itself, from the first host.
+/// Works with etcd itself by its v3 API, from the first host.
 pub fn client<T: Send, F: Future<Output = Result<T>>>(
     lab: &Lab,
     work: impl FnOnce(Client) -> F + Send,
 ) -> Result<T> {
     let urls = lab.etcd_urls();
     inside(&lab.host(0).netns, || async move {
-        let options = ConnectOptions::new().with_timeout(std::time::Duration::from_secs(5));
+        let options = ConnectOptions::new().with_timeout(Duration::from_secs(5));
         work(Client::connect(urls, Some(options)).await?).await
     })
 }
 
+/// Asks by the v2 API: the first member that answers.
+fn v2(lab: &Lab, ask: impl Fn(&Agent, String) -> Result<Value> + Sync) -> Result<Value> {
+    let mut outcome = Err(anyhow::anyhow!("there is no etcd"));
+    for url in lab.etcd_urls() {
+        outcome = lab.host(0).netns.run(|| {
+            let config = Agent::config_builder().http_status_as_error(false);
+            let agent = config.timeout_global(Some(Duration::from_secs(3))).build().into();
+            ask(&agent, format!("{url}/v2/keys{PREFIX}"))
+        })?;
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    let answer = outcome?;
+    match answer["errorCode"].as_u64() {
+        None | Some(100) => Ok(answer),
+        Some(_) => bail!("{answer}"),
+    }
+}
+
+fn json(response: ureq::http::Response<ureq::Body>) -> Result<Value> {
+    Ok(serde_json::from_str(&response.into_body().read_to_string()?)?)
+}
+
+fn put_by_v2(agent: &Agent, url: &str, value: &str) -> Result<Value> {
+    json(agent.put(url).send_form([("value", value)])?)
+}
+
 /// What lies below the prefix and `path`.
-pub fn get(lab: &Lab, path: &str) -> Result<Vec<KeyValue>> {
+pub fn get(lab: &Lab, path: &str) -> Result<Vec<Entry>> {
+    if is_v2() {
+        let query = "recursive=true&quorum=true";
+        let answer =
+            v2(lab, |agent, url| json(agent.get(format!("{url}/{path}?{query}")).call()?))?;
+        let mut found = Vec::new();
+        collect(&answer["node"], &mut found);
+        return Ok(found);
+    }
     let key = format!("{PREFIX}/{path}");
     client(lab, |mut client| async move {
         let found = client.get(key, Some(GetOptions::new().with_prefix())).await?;
-        Ok(found.kvs().to_vec())
+        let entry = |kv: &etcd_client::KeyValue| {
+            Ok(Entry {
+                value: kv.value_str()?.to_owned(),
+                ends: kv.lease() != 0,
+                revision: u64::try_from(kv.mod_revision())?,
+            })
+        };
+        found.kvs().iter().map(entry).collect()
     })
 }
 
-/// Writes a key below the prefix, with a time to live where one is given.
-pub fn put(lab: &Lab, path: &str, value: impl Into<Vec<u8>>, ttl: Option<i64>) -> Result<()> {
-    let (key, value) = (format!("{PREFIX}/{path}"), value.into());
+fn collect(node: &Value, found: &mut Vec<Entry>) {
+    node["nodes"].as_array().into_iter().flatten().for_each(|node| collect(node, found));
+    if let Some(value) = node["value"].as_str() {
+        found.push(Entry {
+            value: value.to_owned(),
+            ends: node["expiration"].is_string(),
+            revision: node["modifiedIndex"].as_u64().unwrap_or(0),
+        });
+    }
+}
+
+/// Writes a key below the prefix, without a time to live.
+pub fn put(lab: &Lab, path: &str, value: impl Into<String>) -> Result<()> {
+    let value = value.into();
+    if is_v2() {
+        let put = |agent: &Agent, url| put_by_v2(agent, &format!("{url}/{path}"), &value);
+        return v2(lab, put).map(drop);
+    }
+    let key = format!("{PREFIX}/{path}");
     client(lab, |mut client| async move {
-        let mut options = PutOptions::new();
-        if let Some(ttl) = ttl {
-            options = options.with_lease(client.lease_grant(ttl, None).await?.id());
-        }
-        client.put(key, value, Some(options)).await?;
+        client.put(key, value, Some(PutOptions::new())).await?;
         Ok(())
     })
 }
 
 /// Removes what lies below the prefix and `path`.
 pub fn delete(lab: &Lab, path: &str) -> Result<()> {
+    if is_v2() {
+        let path = path.trim_end_matches('/');
+        let delete =
+            |agent: &Agent, url| json(agent.delete(format!("{url}/{path}?recursive=true")).call()?);
+        return v2(lab, delete).map(drop);
+    }
     let key = format!("{PREFIX}/{path}");
     client(lab, |mut client| async move {
         client.delete(key, Some(DeleteOptions::new().with_prefix())).await?;
@@ -85,7 +172,32 @@ pub fn delete(lab: &Lab, path: &str) -> Result<()> {
     })
 }
 
+/// Has etcd forget what has happened so far.
+pub fn forget_history(lab: &Lab) -> Result<()> {
+    if is_v2() {
+        let many = |agent: &Agent, url| {
+            let url = format!("{url}/elsewhere");
+            (1..V2_HISTORY).try_for_each(|_| put_by_v2(agent, &url, "x").map(drop))?;
+            put_by_v2(agent, &url, "x")
+        };
+        return v2(lab, many).map(drop);
+    }
+    client(lab, |mut client| async move {
+        let revision = client.get("x", None).await?.header().context("no header")?.revision();
+        client.compact(revision, None).await?;
+        Ok(())
+    })
+}
+
 /// The one key below the prefix and `path`.
-pub fn get_one(lab: &Lab, path: &str) -> Result<KeyValue> {
+pub fn get_one(lab: &Lab, path: &str) -> Result<Entry> {
+    if is_v2() {
+        let query = "quorum=true";
+        let answer =
+            v2(lab, |agent, url| json(agent.get(format!("{url}/{path}?{query}")).call()?))?;
+        let mut found = Vec::new();
+        collect(&answer["node"], &mut found);
+        return found.pop().with_context(|| format!("no key {path}"));
+    }
     get(lab, path)?.into_iter().next().with_context(|| format!("no key {path}"))
 }

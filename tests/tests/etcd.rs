@@ -10,9 +10,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use weft_control::keeper::{Identity, Plan, plan};
 use weft_control::lease::{Expiry, Snapshot};
 use weft_control::subnet_env::Previous;
-use weft_control::{LeaseAttrs, NetworkConfig, Registry};
+use weft_control::{LeaseAttrs, NetworkConfig};
 use weft_daemon::lab::{Lab, PingOptions};
-use weft_tests::etcd::{delete, get, get_one, hosts, inside, put, registry, wait_until_it_serves};
+use weft_tests::etcd::{
+    delete, forget_history, get, get_one, hosts, inside, put, registry, wait_until_it_serves,
+};
 use weft_tests::{DEADLINE, all_acquainted, bring_up, until};
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -53,12 +55,12 @@ fn keys_and_values_are_flannels() -> Result<()> {
     let mut lab = hosts(2, 1)?;
     bring_up(&mut lab, &[])?;
     pings(&lab)?;
-    assert_eq!(get_one(&lab, "config")?.value_str()?, r#"{"Network":"10.42.0.0/16"}"#);
+    assert_eq!(get_one(&lab, "config")?.value, r#"{"Network":"10.42.0.0/16"}"#);
     for host in 0..2 {
         let found = get_one(&lab, &lease_path(&lab, host)?)?;
         let address = lab.host(host).address;
         let value = format!(r#"{{"PublicIP":"{address}","PublicIPv6":null}}"#);
-        assert_eq!((found.value_str()?, found.lease() != 0), (value.as_str(), true));
+        assert_eq!((found.value, found.ends), (value, true));
     }
     assert_eq!(get(&lab, "subnets/")?.len(), 2);
     until("both have their records", || Ok(get(&lab, "weft/nodes/")?.len() == 2))?;
@@ -94,18 +96,18 @@ fn writes_are_conditional() -> Result<()> {
 fn a_reservation_stays_one() -> Result<()> {
     let mut lab = hosts(2, 1)?;
     let address = lab.host(0).address;
-    put(&lab, "subnets/10.42.7.0-24", format!(r#"{{"PublicIP":"{address}"}}"#), None)?;
+    put(&lab, "subnets/10.42.7.0-24", format!(r#"{{"PublicIP":"{address}"}}"#))?;
     bring_up(&mut lab, &["--subnet-lease-ttl=10s"])?;
     assert_eq!(subnet(&lab, 0)?.to_string(), "10.42.7.0/24");
     assert_eq!(lab.status(0)?.lease_expires, None);
     assert!(lab.status(1)?.lease_expires.is_some());
     let other = get_one(&lab, &lease_path(&lab, 1)?)?;
     until("the other lease is renewed", || {
-        Ok(get_one(&lab, &lease_path(&lab, 1)?)?.mod_revision() > other.mod_revision())
+        Ok(get_one(&lab, &lease_path(&lab, 1)?)?.revision > other.revision)
     })?;
     let found = get_one(&lab, "subnets/10.42.7.0-24")?;
-    assert_eq!(found.lease(), 0);
-    assert_eq!(found.value_str()?, format!(r#"{{"PublicIP":"{address}","PublicIPv6":null}}"#));
+    assert!(!found.ends);
+    assert_eq!(found.value, format!(r#"{{"PublicIP":"{address}","PublicIPv6":null}}"#));
     pings(&lab)?;
     lab.remove()
 }
@@ -161,7 +163,7 @@ fn garbage_is_skipped_and_named() -> Result<()> {
         (half.as_str(), r#"{"PublicIP":"192.0.2.9"}"#, "overlaps our own"),
         ("subnets/10.42.9.0-24", r#"{"PublicIP":"10.42.9.9"}"#, "inside the overlay"),
     ] {
-        put(&lab, path, value, None)?;
+        put(&lab, path, value)?;
         until(&format!("{path} is told of: {said}"), || {
             Ok(lab.status(0)?.problems.iter().any(|problem| problem.contains(said)))
         })?;
@@ -199,11 +201,11 @@ fn a_lease_that_was_given_away_is_not_stolen_back() -> Result<()> {
     let (lost, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
     lab.kill_daemon(0)?;
     until("the lease expires", || Ok(get(&lab, &path)?.is_empty()))?;
-    put(&lab, &path, r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#, None)?;
+    put(&lab, &path, r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#)?;
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, DEADLINE)?;
     assert_ne!(subnet(&lab, 0)?, lost);
-    assert!(get_one(&lab, &path)?.value_str()?.contains("10.168.0.200"));
+    assert!(get_one(&lab, &path)?.value.contains("10.168.0.200"));
     lab.remove()
 }
 
@@ -213,10 +215,10 @@ fn a_node_whose_subnet_is_taken_moves_to_another() -> Result<()> {
     let mut lab = hosts(2, 1)?;
     bring_up(&mut lab, &[])?;
     let (lost, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
-    put(&lab, &path, r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#, None)?;
+    put(&lab, &path, r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#)?;
     logs(&lab, 0, "our subnet has another owner")?;
     until("it has another subnet", || Ok(subnet(&lab, 0)? != lost))?;
-    assert!(get_one(&lab, &path)?.value_str()?.contains("10.168.0.200"));
+    assert!(get_one(&lab, &path)?.value.contains("10.168.0.200"));
     lab.remove()
 }
 
@@ -228,12 +230,12 @@ fn a_second_node_with_our_address_is_named_and_waits() -> Result<()> {
     lab.wait_ready(0, DEADLINE)?;
     until("its record is there", || Ok(get(&lab, "weft/nodes/")?.len() == 1))?;
     let path = lease_path(&lab, 0)?;
-    let before = get_one(&lab, &path)?.mod_revision();
+    let before = get_one(&lab, &path)?.revision;
     lab.start_daemon(1, &["--iface=eth0", &format!("--public-ip={address}")])?;
     logs(&lab, 1, "lives with our public address")?;
     let id = lab.status(0)?.node_id;
     assert!(log(&lab, 1)?.contains(&format!("(id {id})")));
-    assert_eq!(get_one(&lab, &path)?.mod_revision(), before, "the lease was not touched");
+    assert_eq!(get_one(&lab, &path)?.revision, before, "the lease was not touched");
     assert!(!lab.host(1).subnet_file.exists());
     // As if the first were gone for a minute.
     lab.kill_daemon(0)?;
@@ -335,9 +337,7 @@ fn one_member_of_three_may_fail() -> Result<()> {
             _ => lab.etcd(0).netns.tool("nft", &[drop_all]).map(drop)?,
         }
         let lease = format!(r#"{{"PublicIP":"10.168.0.{}"}}"#, 200 + number);
-        until("the others take the write", || {
-            put(&lab, &path, lease.clone(), None).map(|()| true)
-        })?;
+        until("the others take the write", || put(&lab, &path, lease.clone()).map(|()| true))?;
         for host in 0..2 {
             until(&format!("host {host} sees it (failure {number})"), || {
                 Ok(lab.status(host)?.peers.len() == 2 + usize::from(number))
@@ -366,20 +366,11 @@ fn compaction_past_our_revision_loses_nothing() -> Result<()> {
     let pid = Pid::from_raw(pid).context("no pid")?;
     kill_process(pid, Signal::STOP)?;
     for number in 1..=100_u8 {
-        put(
-            &lab,
-            "subnets/10.42.200.0-24",
-            format!(r#"{{"PublicIP":"10.168.1.{number}"}}"#),
-            None,
-        )?;
+        put(&lab, "subnets/10.42.200.0-24", format!(r#"{{"PublicIP":"10.168.1.{number}"}}"#))?;
     }
-    weft_tests::etcd::client(&lab, |mut client| async move {
-        let revision = client.get("x", None).await?.header().context("no header")?.revision();
-        client.compact(revision, None).await?;
-        Ok(())
-    })?;
+    forget_history(&lab)?;
     delete(&lab, "subnets/10.42.200.0-24")?;
-    put(&lab, "subnets/10.42.201.0-24", r#"{"PublicIP":"10.168.1.1"}"#, None)?;
+    put(&lab, "subnets/10.42.201.0-24", r#"{"PublicIP":"10.168.1.1"}"#)?;
     kill_process(pid, Signal::CONT)?;
     until("it has caught up", || {
         let peers = lab.status(0)?.peers;
@@ -396,7 +387,7 @@ fn a_peer_that_moves_is_followed() -> Result<()> {
     let mut lab = hosts(2, 1)?;
     bring_up(&mut lab, &[])?;
     let path = "subnets/10.42.200.0-24";
-    put(&lab, path, r#"{"PublicIP":"10.168.1.1"}"#, None)?;
+    put(&lab, path, r#"{"PublicIP":"10.168.1.1"}"#)?;
     let address = |text: &'static str| {
         until(&format!("the peer is at {text}"), || {
             let peers = lab.status(0)?.peers;
@@ -404,7 +395,7 @@ fn a_peer_that_moves_is_followed() -> Result<()> {
         })
     };
     address("10.168.1.1")?;
-    put(&lab, path, r#"{"PublicIP":"10.168.1.2"}"#, None)?;
+    put(&lab, path, r#"{"PublicIP":"10.168.1.2"}"#)?;
     address("10.168.1.2")?;
     lab.remove()
 }
@@ -438,7 +429,7 @@ fn all_that_start_at_once_know_each_other() -> Result<()> {
 fn a_watch_begins_unread_and_follows() -> Result<()> {
     let mut lab = hosts(1, 1)?;
     let registry = registry(&lab);
-    put(&lab, "subnets/10.42.1.0-24", r#"{"PublicIP":"10.168.1.1"}"#, None)?;
+    put(&lab, "subnets/10.42.1.0-24", r#"{"PublicIP":"10.168.1.1"}"#)?;
     inside(&lab.host(0).netns, || async {
         let mut watch = registry.watch(Snapshot::default());
         assert!(!watch.borrow().readable);

@@ -7,11 +7,14 @@ use anyhow::{Context, Result};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
-use weft_tests::etcd::{client, hosts};
+use weft_tests::etcd::{PREFIX, client, get, hosts, put as put_by_v3};
 use weft_tests::{bring_up, until};
 
 /// Where the lab's first member of etcd lives.
 const ADDRESS: &str = "10.168.0.1";
+
+const APIS: [&str; 2] = ["--etcd-api=v3", "--etcd-api=v2"];
+const WAITING: &str = "waiting for the network config: https://10.168.0.1:2379: ";
 
 /// An authority, a server's certificate and a client's, as files.
 struct Certificates {
@@ -46,6 +49,7 @@ impl Certificates {
     fn lab(&self, mutual: bool) -> Result<Lab> {
         let mut arguments =
             vec![self.flag("cert-file", "server.pem"), self.flag("key-file", "server-key.pem")];
+        arguments.push("--enable-v2".into());
         if mutual {
             arguments.push("--client-cert-auth".into());
             arguments.push(self.flag("trusted-ca-file", "ca.pem"));
@@ -72,26 +76,54 @@ fn is_told(lab: &mut Lab, flags: &[&str], reason: &str) -> Result<()> {
 #[test]
 fn the_authority_alone_is_enough_and_a_wrong_one_is_told() -> Result<()> {
     let (right, wrong) = (Certificates::make()?, Certificates::make()?);
-    let mut lab = right.lab(false)?;
-    let flag = wrong.flag("etcd-cafile", "ca.pem");
-    is_told(&mut lab, &[&flag], "waiting for the network config: https://10.168.0.1:2379: ")?;
-    assert!(log(&lab.host(0).log).contains("invalid peer certificate"));
-    is_told(&mut lab, &["--etcd-cafile=/nowhere"], "cannot read /nowhere, which --etcd-cafile")?;
-    bring_up(&mut lab, &[&right.flag("etcd-cafile", "ca.pem")])?;
-    assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
-    lab.remove()
+    for api in APIS {
+        let mut lab = right.lab(false)?;
+        let flag = wrong.flag("etcd-cafile", "ca.pem");
+        is_told(&mut lab, &[api, &flag], WAITING)?;
+        assert!(log(&lab.host(0).log).contains("invalid peer certificate"));
+        let nowhere = "cannot read /nowhere, which --etcd-cafile";
+        is_told(&mut lab, &[api, "--etcd-cafile=/nowhere"], nowhere)?;
+        bring_up(&mut lab, &[api, &right.flag("etcd-cafile", "ca.pem")])?;
+        assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+        lab.remove()?;
+    }
+    Ok(())
 }
 
 #[test]
 fn a_client_certificate_is_shown_and_its_lack_is_told() -> Result<()> {
     let certificates = Certificates::make()?;
-    let mut lab = certificates.lab(true)?;
-    let ca = certificates.flag("etcd-cafile", "ca.pem");
-    is_told(&mut lab, &[&ca], "waiting for the network config: https://10.168.0.1:2379: ")?;
-    let cert = certificates.flag("etcd-certfile", "client.pem");
-    let key = certificates.flag("etcd-keyfile", "client-key.pem");
-    bring_up(&mut lab, &[&ca, &cert, &key])?;
+    for api in APIS {
+        let mut lab = certificates.lab(true)?;
+        let ca = certificates.flag("etcd-cafile", "ca.pem");
+        is_told(&mut lab, &[api, &ca], WAITING)?;
+        let cert = certificates.flag("etcd-certfile", "client.pem");
+        let key = certificates.flag("etcd-keyfile", "client-key.pem");
+        bring_up(&mut lab, &[api, &ca, &cert, &key])?;
+        assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+/// flannel up to 0.17 knows the v2 API only; a config there is found, and where each API has one,
+/// that is told.
+#[test]
+fn the_api_is_the_one_that_has_a_config() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    let url = format!("{}/v2/keys{PREFIX}/config", lab.etcd_urls()[0]);
+    let put = || ureq::put(&url).send_form([("value", r#"{"Network":"10.42.0.0/16"}"#)]);
+    lab.host(0).netns.run(put)??;
+    bring_up(&mut lab, &[])?;
     assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    assert!(lab.status(0)?.registry.contains("v2 API"), "{}", lab.status(0)?.registry);
+    assert!(get(&lab, "")?.is_empty(), "nothing is written by v3");
+
+    lab.stop_daemon(1)?;
+    put_by_v3(&lab, "config", r#"{"Network":"10.42.0.0/16"}"#)?;
+    lab.start_daemon(1, &[])?;
+    let path = lab.host(1).log.clone();
+    until("both are told of", || Ok(log(&path).contains("and one by its v2 API; taking v3's")))?;
     lab.remove()
 }
 

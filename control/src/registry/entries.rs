@@ -16,12 +16,18 @@ pub(super) const NODES: &str = "weft/nodes/";
 /// No entry is longer; one that is was not meant for us.
 const VALUE_LEN_MAX: usize = 64 * 1024;
 
+/// A prefix as Go's path.Join cleans it, which flannel makes its keys with.
+pub(super) fn clean(prefix: &str) -> String {
+    let root = if prefix.starts_with('/') { "/" } else { "" };
+    let parts: Vec<&str> = prefix.split('/').filter(|part| !part.is_empty()).collect();
+    format!("{root}{}", parts.join("/"))
+}
+
 /// One entry as a server has it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Entry<'a> {
     pub(super) value: &'a [u8],
-    /// Whether the server will remove it some day.
-    pub(super) ends: bool,
+    pub(super) expires: Expiry,
     pub(super) revision: u64,
 }
 
@@ -51,8 +57,8 @@ impl Entries {
         } else if let Some(name) = path.strip_prefix(SUBNETS) {
             let key: LeaseKey = name.parse().map_err(|error| format!("{error}"))?;
             let attrs: LeaseAttrs = parse(entry.value)?;
-            let expires = if entry.ends { Expiry::Unknown } else { Expiry::Never };
-            self.leases.insert(key, Lease { key, attrs, expires, revision: entry.revision });
+            let Entry { expires, revision, .. } = entry;
+            self.leases.insert(key, Lease { key, attrs, expires, revision });
         } else if let Some(id) = path.strip_prefix(NODES) {
             let record: NodeRecord = parse(entry.value)?;
             if record.id != id {
@@ -103,17 +109,28 @@ mod tests {
     use super::*;
 
     fn entry(value: &str) -> Entry<'_> {
-        Entry { value: value.as_bytes(), ends: true, revision: 7 }
+        Entry { value: value.as_bytes(), expires: Expiry::Unknown, revision: 7 }
     }
 
     const LEASE: &str = r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#;
+
+    #[test]
+    fn prefixes_are_cleaned_as_flannel_does() {
+        for (given, cleaned) in [
+            ("/coreos.com/network", "/coreos.com/network"),
+            ("/coreos.com//network/", "/coreos.com/network"),
+            ("fleet", "fleet"),
+        ] {
+            assert_eq!(clean(given), cleaned);
+        }
+    }
 
     #[test]
     fn entries_come_change_and_go() {
         let mut entries = Entries::default();
         entries.put("config", entry(r#"{"Network":"10.3.0.0/16"}"#));
         entries.put("subnets/10.3.1.0-24", entry(LEASE));
-        entries.put("subnets/10.3.2.0-24", Entry { ends: false, ..entry(LEASE) });
+        entries.put("subnets/10.3.2.0-24", Entry { expires: Expiry::Never, ..entry(LEASE) });
         entries.put("elsewhere", entry("x"));
         let found = entries.snapshot();
         assert_eq!(found.config.as_deref(), Some(r#"{"Network":"10.3.0.0/16"}"#));

@@ -4,30 +4,111 @@
 //! so one list gives a consistent picture, and one watch tells what happens to it from the next
 //! revision on. Whenever the watch ends or is in doubt, everything is listed again and compared.
 
+use std::error::Error as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use etcd_client::{
-    Client, Compare, CompareOp, Error, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp,
-    TxnOpResponse, WatchOptions, WatchResponse, WatchStream,
+    Certificate, Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions,
+    Identity, KeyValue, PutOptions, ResponseHeader, TlsOptions, Txn, TxnOp, TxnOpResponse,
+    WatchOptions, WatchResponse, WatchStream,
 };
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Mutex, watch};
+use tonic::Code;
 
-use super::endpoints::{self, Access, Endpoints};
-use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS};
+use super::access::{Access, Secret};
+use super::endpoints::{CONNECT_TIMEOUT, Dial, Endpoints, Failure};
+use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean};
+use super::watching::{self, Publish, Source};
 use super::{Registry, RegistryError, View};
-use crate::backoff::Backoff;
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
 
 /// Bytes of a list at most: some 500,000 leases.
 const LIST_LEN_MAX: usize = 128 << 20;
-/// Everything is listed again this often, give or take a fifth: etcd has lost events before.
-const RELIST_INTERVAL: Duration = Duration::from_secs(300);
-/// A watch that ended sooner was not worth much: the next one waits.
-const WATCH_SHORT: Duration = Duration::from_secs(5);
+/// A connection whose server says nothing for so long, and then does not answer a ping, is dead.
+const PING_INTERVAL: Duration = Duration::from_secs(3);
+const PING_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Connects to endpoints by gRPC.
+struct Grpc(Access);
+
+#[async_trait]
+impl Dial for Grpc {
+    type Client = Client;
+    type Error = Error;
+
+    async fn dial(&self, url: &str) -> Result<Client, Failure> {
+        let mut options = ConnectOptions::new()
+            .with_connect_timeout(CONNECT_TIMEOUT)
+            .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
+            .with_keep_alive_while_idle(true)
+            .with_require_leader(true)
+            .with_auto_token_refresh(true);
+        if let Some((name, Secret(password))) = &self.0.user {
+            options = options.with_user(name, password);
+        }
+        if url.starts_with("https://") {
+            options = options.with_tls(self.tls().await.map_err(Failure::Final)?);
+        }
+        let made = Client::connect([url], Some(options)).await;
+        made.map_err(|error| Self::failure(url, &error))
+    }
+
+    fn failure(url: &str, error: &Error) -> Failure {
+        Failure::new(url, reason(error), is_final(error))
+    }
+}
+
+impl Grpc {
+    async fn tls(&self) -> Result<TlsOptions, RegistryError> {
+        let found = self.0.credentials().await?;
+        let mut tls = match found.authority {
+            Some(pem) => TlsOptions::new().ca_certificate(Certificate::from_pem(pem)),
+            None => TlsOptions::new().with_native_roots(),
+        };
+        if let Some((cert, key)) = found.client {
+            tls = tls.identity(Identity::from_pem(cert, key));
+        }
+        Ok(tls)
+    }
+}
+
+/// Whether the request or its sender is at fault, not the server.
+fn is_final(error: &Error) -> bool {
+    if let Error::GRpcStatus(status) = error {
+        return matches!(
+            status.code(),
+            Code::InvalidArgument
+                | Code::PermissionDenied
+                | Code::Unauthenticated
+                | Code::FailedPrecondition
+        );
+    }
+    matches!(error, Error::InvalidArgs(_) | Error::InvalidUri(_))
+}
+
+/// What went wrong, down to its cause, which the error's own text leaves out.
+fn reason(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = None;
+    if let Error::GRpcStatus(status) = error {
+        status.message().clone_into(&mut text);
+        cause = status.source();
+    } else if let Error::TransportError(error) = error {
+        cause = error.source();
+    }
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
 
 /// The registry under one prefix of an etcd.
 #[derive(Debug, Clone)]
@@ -37,7 +118,7 @@ pub struct Etcd3Registry {
 
 #[derive(Debug)]
 struct Shared {
-    endpoints: Endpoints,
+    endpoints: Endpoints<Grpc>,
     /// Without a slash at its end.
     prefix: String,
     /// Whoever watches finds that no endpoint answers: nobody else need ask.
@@ -48,22 +129,15 @@ struct Shared {
 
 impl Etcd3Registry {
     /// Connects to nothing yet.
-    pub fn new(access: Access, prefix: &str) -> Self {
+    pub fn new(access: &Access, prefix: &str) -> Self {
         let shared = Shared {
-            endpoints: Endpoints::new(access),
+            endpoints: Endpoints::new(Grpc(access.clone()), access.urls()),
             prefix: clean(prefix),
             away: AtomicBool::new(false),
             node: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
     }
-}
-
-/// As Go's path.Join cleans it, which flannel makes its keys with.
-fn clean(prefix: &str) -> String {
-    let root = if prefix.starts_with('/') { "/" } else { "" };
-    let parts: Vec<&str> = prefix.split('/').filter(|part| !part.is_empty()).collect();
-    format!("{root}{}", parts.join("/"))
 }
 
 impl Shared {
@@ -92,26 +166,6 @@ impl Shared {
             return Err(RegistryError::Away("etcd is away".into()));
         }
         Ok(())
-    }
-
-    async fn list(&self) -> Result<Listed, RegistryError> {
-        let answer = self.endpoints.ask(|client| async move {
-            let mut kv = client.kv_client().max_decoding_message_size(LIST_LEN_MAX);
-            kv.get(self.key(""), Some(GetOptions::new().with_prefix())).await
-        });
-        let answer = answer.await?;
-        let mut entries = Entries::default();
-        for kv in answer.kvs() {
-            if let Some(path) = self.path(kv) {
-                entries.put(path, entry(kv));
-            }
-        }
-        let header = answer.header();
-        Ok(Listed {
-            entries,
-            revision: header.map_or(0, etcd_client::ResponseHeader::revision),
-            cluster: header.map_or(0, etcd_client::ResponseHeader::cluster_id),
-        })
     }
 
     /// What follows the prefix and a slash.
@@ -149,7 +203,7 @@ impl Shared {
         });
         let answer = answer.await?;
         if answer.succeeded() {
-            let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+            let revision = answer.header().map_or(0, ResponseHeader::revision);
             return Ok(Some(unsigned(revision)));
         }
         // An answer that got lost, and the request sent again: it is what we have put ourselves.
@@ -162,9 +216,8 @@ impl Shared {
     }
 }
 
-/// Everything at one revision.
-struct Listed {
-    entries: Entries,
+/// When a list was made.
+struct Mark {
     revision: i64,
     cluster: u64,
 }
@@ -190,7 +243,8 @@ fn signed(revision: u64) -> i64 {
 }
 
 fn entry(kv: &KeyValue) -> Entry<'_> {
-    Entry { value: kv.value(), ends: kv.lease() != 0, revision: unsigned(kv.mod_revision()) }
+    let expires = if kv.lease() == 0 { Expiry::Never } else { Expiry::Unknown };
+    Entry { value: kv.value(), expires, revision: unsigned(kv.mod_revision()) }
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String, RegistryError> {
@@ -200,7 +254,7 @@ fn json(value: &impl serde::Serialize) -> Result<String, RegistryError> {
 #[async_trait]
 impl Registry for Etcd3Registry {
     fn describe(&self) -> String {
-        format!("etcd ({}, {})", self.shared.endpoints.describe(), self.shared.prefix)
+        self.shared.describe()
     }
 
     fn identity(&self) -> String {
@@ -209,7 +263,7 @@ impl Registry for Etcd3Registry {
 
     async fn snapshot(&self) -> Result<Snapshot, RegistryError> {
         self.shared.refuse_while_away()?;
-        Ok(self.shared.list().await?.entries.snapshot())
+        Ok(self.shared.list().await?.0.snapshot())
     }
 
     async fn init_config(&self, text: &str) -> Result<bool, RegistryError> {
@@ -293,19 +347,7 @@ impl Registry for Etcd3Registry {
     }
 
     fn watch(&self, last: Snapshot) -> watch::Receiver<View> {
-        let view = View { snapshot: Arc::new(last), readable: false };
-        let (sender, receiver) = watch::channel(view);
-        let shared = Arc::clone(&self.shared);
-        let describe = self.describe();
-        tokio::spawn(async move {
-            let mut watching =
-                Watching { shared, describe, sender: &sender, backoff: Backoff::default() };
-            tokio::select! {
-                () = sender.closed() => {}
-                () = watching.run() => {}
-            }
-        });
-        receiver
+        watching::watch(Arc::clone(&self.shared), last)
     }
 }
 
@@ -319,104 +361,83 @@ async fn keep_alive(mut client: Client, id: i64) -> Result<bool, Error> {
     }
 }
 
-/// The background of one [`Registry::watch`].
-struct Watching<'a> {
-    shared: Arc<Shared>,
-    describe: String,
-    sender: &'a watch::Sender<View>,
-    /// Between looks while nobody answers, and between watches that end at once.
-    backoff: Backoff,
-}
+#[async_trait]
+impl Source for Shared {
+    type Mark = Mark;
 
-impl Watching<'_> {
-    async fn run(&mut self) {
-        loop {
-            match self.shared.list().await {
-                Ok(listed) => {
-                    let begun = Instant::now();
-                    let why = self.follow(listed).await;
-                    tracing::debug!("listing {} anew: {why}", self.describe);
-                    if begun.elapsed() < WATCH_SHORT {
-                        self.backoff.wait().await;
-                    } else {
-                        self.backoff = Backoff::default();
-                    }
-                }
-                Err(error) => self.wait_for_answer(&error).await,
-            }
-        }
+    fn describe(&self) -> String {
+        format!("etcd ({}, {})", self.endpoints.describe(), self.prefix)
     }
 
-    /// Says once that nobody answers, looks from time to time, and says when somebody does.
-    async fn wait_for_answer(&mut self, error: &RegistryError) {
-        tracing::error!("{} is away, going on with what was last read: {error}", self.describe);
-        self.sender.send_if_modified(|view| std::mem::take(&mut view.readable));
-        self.shared.away.store(true, Ordering::Relaxed);
-        let (since, mut looks) = (Instant::now(), 0_u32);
-        self.backoff = Backoff::default();
-        let key = self.shared.key(CONFIG);
-        loop {
-            self.backoff.wait().await;
-            looks += 1;
-            let count = |mut client: Client| {
-                let key = key.clone();
-                async move { client.get(key, Some(GetOptions::new().with_count_only())).await }
-            };
-            if self.shared.endpoints.probe(count).await.is_ok() {
-                break;
-            }
-        }
-        self.shared.away.store(false, Ordering::Relaxed);
-        self.backoff = Backoff::default();
-        let seconds = since.elapsed().as_secs();
-        tracing::warn!("{} is back after {seconds} s and {looks} tries", self.describe);
+    fn away(&self) -> &AtomicBool {
+        &self.away
     }
 
-    /// Publishes what was listed and what happens from then on, until that is in doubt; says why.
-    async fn follow(&self, listed: Listed) -> String {
-        let Listed { mut entries, revision, cluster } = listed;
-        self.publish(&entries);
-        let options = WatchOptions::new()
-            .with_prefix()
-            .with_start_revision(revision + 1)
-            .with_progress_notify()
-            .with_fragment();
-        let opened = self.shared.endpoints.ask(|client| {
-            let (key, options) = (self.shared.key(""), options.clone());
-            async move {
-                let mut watch = client.watch_client().max_decoding_message_size(LIST_LEN_MAX);
-                watch.watch(key, Some(options)).await
-            }
+    async fn list(&self) -> Result<(Entries, Mark), RegistryError> {
+        let answer = self.endpoints.ask(|client| async move {
+            let mut kv = client.kv_client().max_decoding_message_size(LIST_LEN_MAX);
+            kv.get(self.key(""), Some(GetOptions::new().with_prefix())).await
         });
-        let mut stream = match opened.await {
+        let answer = answer.await?;
+        let mut entries = Entries::default();
+        for kv in answer.kvs() {
+            if let Some(path) = self.path(kv) {
+                entries.put(path, entry(kv));
+            }
+        }
+        let (revision, cluster) =
+            answer.header().map_or((0, 0), |header| (header.revision(), header.cluster_id()));
+        Ok((entries, Mark { revision, cluster }))
+    }
+
+    async fn probe(&self) -> Result<(), RegistryError> {
+        let count = |mut client: Client| async move {
+            client.get(self.key(CONFIG), Some(GetOptions::new().with_count_only())).await
+        };
+        self.endpoints.probe(count).await
+    }
+
+    async fn follow(&self, mut entries: Entries, mark: Mark, publish: &Publish<'_>) -> String {
+        let mut stream = match self.open_watch(mark.revision + 1).await {
             Ok(stream) => stream,
             Err(error) => return error.to_string(),
         };
-        let relist = tokio::time::sleep(RELIST_INTERVAL.mul_f64(0.8 + 0.4 * fastrand::f64()));
-        tokio::pin!(relist);
         loop {
-            let message = tokio::select! {
-                message = next(&mut stream) => message,
-                () = &mut relist => return "it is time to".into(),
-            };
-            let response = match message {
+            let response = match next(&mut stream).await {
                 Ok(response) => response,
                 Err(why) => return why,
             };
-            if response.header().is_some_and(|header| header.cluster_id() != cluster) {
+            if response.header().is_some_and(|header| header.cluster_id() != mark.cluster) {
                 return "it is another cluster now".into();
             }
             if self.apply(&mut entries, &response) {
-                self.publish(&entries);
+                publish(&entries);
             }
         }
+    }
+}
+
+impl Shared {
+    async fn open_watch(&self, revision: i64) -> Result<WatchStream, RegistryError> {
+        let options = WatchOptions::new()
+            .with_prefix()
+            .with_start_revision(revision)
+            .with_progress_notify()
+            .with_fragment();
+        let opened = self.endpoints.ask(|client| {
+            let options = options.clone();
+            async move {
+                let mut watch = client.watch_client().max_decoding_message_size(LIST_LEN_MAX);
+                watch.watch(self.key(""), Some(options)).await
+            }
+        });
+        opened.await
     }
 
     /// Takes in events, and says whether there were any.
     fn apply(&self, entries: &mut Entries, response: &WatchResponse) -> bool {
         for event in response.events() {
-            let Some((kv, path)) = event.kv().and_then(|kv| Some((kv, self.shared.path(kv)?)))
-            else {
+            let Some((kv, path)) = event.kv().and_then(|kv| Some((kv, self.path(kv)?))) else {
                 continue;
             };
             match event.event_type() {
@@ -425,17 +446,6 @@ impl Watching<'_> {
             }
         }
         !response.events().is_empty()
-    }
-
-    fn publish(&self, entries: &Entries) {
-        let snapshot = entries.snapshot();
-        self.sender.send_if_modified(|view| {
-            let changed = !view.readable || *view.snapshot != snapshot;
-            if changed {
-                *view = View { snapshot: Arc::new(snapshot), readable: true };
-            }
-            changed
-        });
     }
 }
 
@@ -450,23 +460,6 @@ async fn next(stream: &mut WatchStream) -> Result<WatchResponse, String> {
         }
         Ok(Some(response)) => Ok(response),
         Ok(None) => Err("the watch was closed".into()),
-        Err(error) => Err(endpoints::reason(&error)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prefixes_are_cleaned_as_flannel_does() {
-        for (given, key) in [
-            ("/coreos.com/network", "/coreos.com/network/config"),
-            ("/coreos.com//network/", "/coreos.com/network/config"),
-            ("fleet", "fleet/config"),
-        ] {
-            let registry = Etcd3Registry::new(Access::default(), given);
-            assert_eq!(registry.shared.key(CONFIG), key);
-        }
+        Err(error) => Err(reason(&error)),
     }
 }

@@ -1,11 +1,14 @@
 //! Where leases are kept.
 
+pub mod access;
 pub mod directory;
-pub mod endpoints;
+mod endpoints;
 mod entries;
+pub mod etcd2;
 pub mod etcd3;
 mod notices;
 mod store;
+mod watching;
 
 use std::io;
 use std::path::PathBuf;

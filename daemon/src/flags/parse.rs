@@ -10,9 +10,10 @@ use super::{Flags, arguments};
 const PROGRAM: &str = "weftd";
 
 /// The flags that flannel does not have; their variables begin with WEFT_.
-const WEFT_FLAGS: [&str; 16] = [
+const WEFT_FLAGS: [&str; 17] = [
     "registry",
     "subnet-lease-ttl",
+    "etcd-api",
     "etcd-password-file",
     "network",
     "state-dir",
@@ -163,9 +164,10 @@ mod tests {
         ("log_backtrace_at", "main.go:10"),
     ];
 
-    const WEFT: [(&str, &str); 16] = [
+    const WEFT: [(&str, &str); 17] = [
         ("registry", "dir:/srv/registry"),
         ("subnet-lease-ttl", "30m"),
+        ("etcd-api", "v2"),
         ("etcd-password-file", "/etc/password"),
         ("network", "10.42.0.0/16"),
         ("state-dir", "/srv/state"),

@@ -14,7 +14,7 @@ use weft_backends::{BackendKind, GuardMode, Tuning};
 use weft_control::{Access, Secret};
 
 use super::engine::MAX_WORKERS;
-use super::{Flags, LoggingFlags, RegistryFlags};
+use super::{EtcdApi, Flags, LoggingFlags, RegistryFlags};
 use crate::interface::Wish;
 
 /// flannel's default, in seconds.
@@ -170,7 +170,7 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RegistrySettings {
     Directory(PathBuf),
-    Etcd { access: Access, prefix: String },
+    Etcd { access: Access, prefix: String, api: EtcdApi },
 }
 
 impl Settings {
@@ -248,12 +248,13 @@ fn registry(flags: &Flags) -> Result<RegistrySettings, FlagError> {
         key_file: etcd_keyfile.clone(),
         user,
     };
-    Ok(RegistrySettings::Etcd { access, prefix })
+    Ok(RegistrySettings::Etcd { access, prefix, api: flags.registry.etcd_api })
 }
 
 fn asks_for_etcd(flags: &RegistryFlags) -> bool {
     flags.etcd_endpoints.is_some()
         || flags.etcd_prefix.is_some()
+        || flags.etcd_api != EtcdApi::Auto
         || flags.etcd_cafile.is_some()
         || flags.etcd_certfile.is_some()
         || flags.etcd_username.is_some()
@@ -359,14 +360,16 @@ mod tests {
     fn the_registry_is_flannels_unless_a_flag_says_otherwise() {
         let registry = |args: &[&str]| settings(args).unwrap().registry;
         let directory = |path: &str| RegistrySettings::Directory(path.into());
-        let RegistrySettings::Etcd { access, prefix } = registry(&[]) else { panic!() };
+        let RegistrySettings::Etcd { access, prefix, api: EtcdApi::Auto } = registry(&[]) else {
+            panic!()
+        };
         assert_eq!(access.endpoints, ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]);
         assert_eq!((access.user, prefix.as_str()), (None, "/coreos.com/network"));
         assert_eq!(registry(&["--network=10.42.0.0/16"]), directory("/var/lib/weft/registry"));
         assert_eq!(registry(&["--network=10.42.0.0/16", REGISTRY]), directory("/srv/registry"));
         let found =
             registry(&["--network=10.42.0.0/16", "--etcd-endpoints=a:1, b:2,", "-etcd-prefix=/x"]);
-        let RegistrySettings::Etcd { access, prefix } = found else { panic!() };
+        let RegistrySettings::Etcd { access, prefix, .. } = found else { panic!() };
         assert_eq!(access.endpoints, ["a:1", "b:2"]);
         assert_eq!(prefix, "/x");
     }

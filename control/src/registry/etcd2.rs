@@ -1,0 +1,489 @@
+//! The registry in etcd, by its v2 API over HTTP, for fleets of flannel up to 0.17: the same keys
+//! and values as by v3, in a store of their own.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize;
+use tokio::sync::{oneshot, watch};
+use ureq::Agent;
+use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
+
+use super::access::{Access, Credentials, Secret};
+use super::endpoints::{CONNECT_TIMEOUT, DEADLINE, Dial, Endpoints, Failure};
+use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean};
+use super::watching::{self, Publish, Source};
+use super::{Registry, RegistryError, View};
+use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
+
+/// Bytes of a list at most.
+const LIST_LEN_MAX: u64 = 128 << 20;
+/// How long one wait for an event lasts; the answer may then take as long as any.
+const POLL: Duration = Duration::from_secs(60);
+const POLL_DEADLINE: Duration = Duration::from_secs(60 + 5);
+/// While one waits, whether the server is still there is asked this often.
+const CHECK_INTERVAL: Duration = Duration::from_secs(4);
+
+/// etcd's error codes (etcd v2 errorcode.md).
+const KEY_NOT_FOUND: u32 = 100;
+const TEST_FAILED: u32 = 101;
+const NODE_EXIST: u32 = 105;
+const EVENT_INDEX_CLEARED: u32 = 401;
+/// Raft's own troubles, such as an election: another member may do better.
+const RAFT_ERRORS: std::ops::Range<u32> = 300..400;
+
+/// Connects to endpoints by HTTP.
+struct Http(Access);
+
+/// A client of one endpoint.
+#[derive(Clone)]
+struct Client {
+    agent: Agent,
+    url: String,
+    authorization: Option<String>,
+}
+
+/// What is asked for.
+#[derive(Clone)]
+enum Method {
+    Get,
+    Put(Vec<(&'static str, String)>),
+    Delete,
+}
+
+/// Why a request brought nothing.
+struct HttpError {
+    reason: String,
+    is_final: bool,
+    is_timeout: bool,
+}
+
+impl HttpError {
+    fn new(reason: String, is_final: bool) -> Self {
+        Self { reason, is_final, is_timeout: false }
+    }
+}
+
+impl From<ureq::Error> for HttpError {
+    fn from(error: ureq::Error) -> Self {
+        let is_timeout = matches!(error, ureq::Error::Timeout(_));
+        Self { reason: error.to_string(), is_final: false, is_timeout }
+    }
+}
+
+/// What a server says; which fields are there depends on what was asked.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Answer {
+    action: String,
+    node: Node,
+    error_code: u32,
+    message: String,
+    cause: String,
+    /// How far the store was when the request was taken up.
+    #[serde(skip)]
+    index: u64,
+}
+
+/// A key, or a directory with more of them.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Node {
+    key: String,
+    value: String,
+    dir: bool,
+    nodes: Vec<Node>,
+    modified_index: u64,
+    expiration: Option<String>,
+}
+
+#[async_trait]
+impl Dial for Http {
+    type Client = Client;
+    type Error = HttpError;
+
+    async fn dial(&self, url: &str) -> Result<Client, Failure> {
+        let found = self.0.credentials().await.map_err(Failure::Final)?;
+        let tls = tls(&found).map_err(|error| Failure::new(url, error.to_string(), true))?;
+        let agent = Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .tls_config(tls)
+            .build()
+            .into();
+        let basic = |(name, Secret(password)): &(String, Secret)| {
+            format!("Basic {}", BASE64_STANDARD.encode(format!("{name}:{password}")))
+        };
+        let authorization = self.0.user.as_ref().map(basic);
+        Ok(Client { agent, url: url.to_owned(), authorization })
+    }
+
+    fn failure(url: &str, error: &HttpError) -> Failure {
+        Failure::new(url, error.reason.clone(), error.is_final)
+    }
+}
+
+fn tls(found: &Credentials) -> Result<TlsConfig, ureq::Error> {
+    let certificates = |pem: &str| {
+        let items = parse_pem(pem.as_bytes()).filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
+            Ok(_) => None,
+            Err(error) => Some(Err(error)),
+        });
+        items.collect::<Result<Vec<Certificate<'static>>, _>>()
+    };
+    let mut tls = TlsConfig::builder().root_certs(match &found.authority {
+        Some(pem) => RootCerts::new_with_certs(&certificates(pem)?),
+        None => RootCerts::PlatformVerifier,
+    });
+    if let Some((cert, key)) = &found.client {
+        let key = PrivateKey::from_pem(key.as_bytes())?;
+        tls = tls.client_cert(Some(ClientCert::new_with_certs(&certificates(cert)?, key)));
+    }
+    Ok(tls.build())
+}
+
+impl Client {
+    /// Asks on a thread of its own, which may go on waiting when nobody listens any more.
+    async fn ask(self, method: Method, path: String, time: Duration) -> Result<Answer, HttpError> {
+        let (sender, receiver) = oneshot::channel();
+        thread::spawn(move || {
+            // Fails where nobody listens any more.
+            let _ = sender.send(self.ask_now(&method, &path, time));
+        });
+        receiver
+            .await
+            .unwrap_or_else(|_| Err(HttpError::new("the asking thread panicked".into(), false)))
+    }
+
+    /// Waits for an event; an answer without an action is that there was none.
+    async fn wait(self, path: String) -> Result<Answer, HttpError> {
+        match self.ask(Method::Get, path, POLL).await {
+            Err(HttpError { is_timeout: true, .. }) => Ok(Answer::default()),
+            outcome => outcome,
+        }
+    }
+
+    fn ask_now(&self, method: &Method, path: &str, time: Duration) -> Result<Answer, HttpError> {
+        let url = format!("{}/v2/keys/{path}", self.url);
+        let authorization = self.authorization.as_deref();
+        let mut response = match method {
+            Method::Get => self.prepare(self.agent.get(url), authorization, time).call(),
+            Method::Delete => self.prepare(self.agent.delete(url), authorization, time).call(),
+            Method::Put(form) => {
+                let form = form.iter().map(|(name, value)| (*name, value.as_str()));
+                self.prepare(self.agent.put(url), authorization, time).send_form(form)
+            }
+        }?;
+        let index = response.headers().get("X-Etcd-Index").and_then(|it| it.to_str().ok());
+        let index = index.and_then(|text| text.parse().ok()).unwrap_or(0);
+        let status = response.status();
+        let body = response.body_mut().with_config().limit(LIST_LEN_MAX);
+        let text = body.read_to_string()?;
+        understand(status.as_u16(), &text, index)
+    }
+
+    fn prepare<B>(
+        &self,
+        request: ureq::RequestBuilder<B>,
+        authorization: Option<&str>,
+        time: Duration,
+    ) -> ureq::RequestBuilder<B> {
+        let request = request.config().timeout_global(Some(time)).build();
+        match authorization {
+            Some(value) => request.header("Authorization", value),
+            None => request,
+        }
+    }
+}
+
+/// Errors that an answer can be: those that no request of ours counts on.
+fn understand(status: u16, text: &str, index: u64) -> Result<Answer, HttpError> {
+    if text.is_empty() {
+        // A wait that ended without an event.
+        return Ok(Answer { index, ..Answer::default() });
+    }
+    let Ok(answer) = serde_json::from_str::<Answer>(text) else {
+        let start: String = text.chars().take(80).collect();
+        let hint = if status == 404 { " (is its v2 API switched on?)" } else { "" };
+        let reason = format!("HTTP {status}: {}{hint}", start.trim());
+        return Err(HttpError::new(reason, status < 500));
+    };
+    match answer.error_code {
+        0 | KEY_NOT_FOUND | TEST_FAILED | NODE_EXIST | EVENT_INDEX_CLEARED => {
+            Ok(Answer { index, ..answer })
+        }
+        code => {
+            let reason = format!("{code}: {} ({})", answer.message, answer.cause);
+            Err(HttpError::new(reason, !RAFT_ERRORS.contains(&code) && status < 500))
+        }
+    }
+}
+
+/// The registry under one prefix of an etcd.
+#[derive(Debug, Clone)]
+pub struct Etcd2Registry {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    endpoints: Endpoints<Http>,
+    /// Without slashes at its ends.
+    prefix: String,
+    /// Whoever watches finds that no endpoint answers: nobody else need ask.
+    away: AtomicBool,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.describe())
+    }
+}
+
+impl Etcd2Registry {
+    /// Connects to nothing yet.
+    pub fn new(access: &Access, prefix: &str) -> Self {
+        let shared = Shared {
+            endpoints: Endpoints::new(Http(access.clone()), access.urls()),
+            prefix: clean(prefix).trim_start_matches('/').to_owned(),
+            away: AtomicBool::new(false),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+}
+
+impl Shared {
+    /// One request, to whichever endpoint answers.
+    async fn ask(&self, method: Method, path: &str) -> Result<Answer, RegistryError> {
+        let path = format!("{}/{path}", self.prefix);
+        let request = |client: Client| client.ask(method.clone(), path.clone(), DEADLINE);
+        self.endpoints.ask(request).await
+    }
+
+    /// As [`Shared::ask`], but not while it is known that nobody answers.
+    async fn ask_if_there(&self, method: Method, path: &str) -> Result<Answer, RegistryError> {
+        if self.away.load(Ordering::Relaxed) {
+            return Err(RegistryError::Away("etcd is away".into()));
+        }
+        self.ask(method, path).await
+    }
+
+    /// Writes a key where `condition` holds, and says at which index; `None` where it does not.
+    async fn put_if(
+        &self,
+        condition: &str,
+        path: &str,
+        value: String,
+        ttl: Option<Duration>,
+    ) -> Result<Option<u64>, RegistryError> {
+        let mut form = vec![("value", value)];
+        form.extend(ttl.map(|ttl| ("ttl", ttl.as_secs().max(1).to_string())));
+        let path = format!("{path}?{condition}");
+        let answer = self.ask_if_there(Method::Put(form), &path).await?;
+        Ok((answer.error_code == 0).then_some(answer.node.modified_index))
+    }
+
+    /// Everything below a directory.
+    fn put_all(&self, entries: &mut Entries, node: &Node) {
+        for node in &node.nodes {
+            if node.dir {
+                self.put_all(entries, node);
+            } else if let Some(path) = self.path(&node.key) {
+                entries.put(path, entry(node));
+            }
+        }
+    }
+
+    /// What follows the prefix and a slash.
+    fn path<'a>(&self, key: &'a str) -> Option<&'a str> {
+        key.strip_prefix('/')?.strip_prefix(&self.prefix)?.strip_prefix('/')
+    }
+
+    /// Ends when the server that is asked is no longer there; says why.
+    async fn until_gone(&self) -> String {
+        let at = self.endpoints.current();
+        loop {
+            tokio::time::sleep(CHECK_INTERVAL).await;
+            if let Err(error) = self.ask(Method::Get, CONFIG).await {
+                return error.to_string();
+            }
+            if self.endpoints.current() != at {
+                return "another server is asked now".into();
+            }
+        }
+    }
+}
+
+fn entry(node: &Node) -> Entry<'_> {
+    let ends = node.expiration.is_some();
+    let expires = if ends { Expiry::Unknown } else { Expiry::Never };
+    Entry { value: node.value.as_bytes(), expires, revision: node.modified_index }
+}
+
+fn end(ttl: Duration) -> Expiry {
+    let ttl = SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
+    Expiry::At(Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX))
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String, RegistryError> {
+    serde_json::to_string(value).map_err(|error| RegistryError::Task(error.to_string()))
+}
+
+#[async_trait]
+impl Registry for Etcd2Registry {
+    fn describe(&self) -> String {
+        self.shared.describe()
+    }
+
+    fn identity(&self) -> String {
+        format!("etcd2:/{}", self.shared.prefix)
+    }
+
+    async fn snapshot(&self) -> Result<Snapshot, RegistryError> {
+        if self.shared.away.load(Ordering::Relaxed) {
+            return Err(RegistryError::Away("etcd is away".into()));
+        }
+        Ok(self.shared.list().await?.0.snapshot())
+    }
+
+    async fn init_config(&self, text: &str) -> Result<bool, RegistryError> {
+        let written = self.shared.put_if("prevExist=false", CONFIG, text.to_owned(), None);
+        Ok(written.await?.is_some())
+    }
+
+    async fn create(
+        &self,
+        key: &LeaseKey,
+        attrs: &LeaseAttrs,
+        ttl: Duration,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let (path, value) = (format!("{SUBNETS}{key}"), json(attrs)?);
+        let revision = self.shared.put_if("prevExist=false", &path, value, Some(ttl)).await?;
+        let lease =
+            |revision| Lease { key: *key, attrs: attrs.clone(), expires: end(ttl), revision };
+        Ok(revision.map(lease))
+    }
+
+    async fn renew(
+        &self,
+        seen: &Lease,
+        attrs: &LeaseAttrs,
+        ttl: Duration,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let (path, value) = (format!("{SUBNETS}{}", seen.key), json(attrs)?);
+        let same = format!("prevIndex={}", seen.revision);
+        let is_reservation = seen.expires == Expiry::Never;
+        let ttl = (!is_reservation).then_some(ttl);
+        let revision = self.shared.put_if(&same, &path, value, ttl).await?;
+        let expires = ttl.map_or(Expiry::Never, end);
+        let lease = |revision| Lease { key: seen.key, attrs: attrs.clone(), expires, revision };
+        Ok(revision.map(lease))
+    }
+
+    async fn remove(&self, seen: &Lease) -> Result<bool, RegistryError> {
+        let path = format!("{SUBNETS}{}?prevIndex={}", seen.key, seen.revision);
+        Ok(self.shared.ask_if_there(Method::Delete, &path).await?.error_code == 0)
+    }
+
+    async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError> {
+        let path = format!("{NODES}{}", node.id);
+        let form = vec![("value", json(node)?), ("ttl", ttl.as_secs().to_string())];
+        self.shared.ask_if_there(Method::Put(form), &path).await.map(drop)
+    }
+
+    fn watch(&self, last: Snapshot) -> watch::Receiver<View> {
+        watching::watch(Arc::clone(&self.shared), last)
+    }
+}
+
+#[async_trait]
+impl Source for Shared {
+    /// The index to wait for an event from.
+    type Mark = u64;
+
+    fn describe(&self) -> String {
+        format!("etcd by its v2 API ({}, /{})", self.endpoints.describe(), self.prefix)
+    }
+
+    fn away(&self) -> &AtomicBool {
+        &self.away
+    }
+
+    async fn list(&self) -> Result<(Entries, u64), RegistryError> {
+        let answer = self.ask(Method::Get, "?recursive=true&quorum=true").await?;
+        let mut entries = Entries::default();
+        self.put_all(&mut entries, &answer.node);
+        Ok((entries, answer.index + 1))
+    }
+
+    async fn probe(&self) -> Result<(), RegistryError> {
+        let path = format!("{}/{CONFIG}?quorum=true", self.prefix);
+        let request = |client: Client| client.ask(Method::Get, path.clone(), DEADLINE);
+        self.endpoints.probe(request).await
+    }
+
+    async fn follow(&self, mut entries: Entries, mut mark: u64, publish: &Publish<'_>) -> String {
+        let gone = self.until_gone();
+        tokio::pin!(gone);
+        loop {
+            let path = format!("{}/?recursive=true&wait=true&waitIndex={mark}", self.prefix);
+            let request = |client: Client| client.wait(path.clone());
+            let answer = tokio::select! {
+                answer = self.endpoints.ask_within(POLL_DEADLINE, request) => answer,
+                why = &mut gone => return why,
+            };
+            let Answer { action, node, error_code, .. } = match answer {
+                Ok(answer) => answer,
+                Err(error) => return error.to_string(),
+            };
+            match (error_code, action.as_str()) {
+                (EVENT_INDEX_CLEARED, _) => return "the index to wait for is cleared".into(),
+                // The wait ended without an event.
+                (_, "") => continue,
+                _ if node.dir => return "a directory came or went".into(),
+                (_, "delete" | "expire" | "compareAndDelete") => {
+                    self.path(&node.key).into_iter().for_each(|path| entries.remove(path));
+                }
+                _ => {
+                    let path = self.path(&node.key);
+                    path.into_iter().for_each(|path| entries.put(path, entry(&node)));
+                }
+            }
+            mark = node.modified_index + 1;
+            publish(&entries);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_told_from_errors() {
+        let cleared = r#"{"errorCode":401,"message":"cleared","cause":"","index":7}"#;
+        assert_eq!(understand(400, cleared, 7).ok().map(|it| it.error_code), Some(401));
+        assert_eq!(
+            understand(200, "", 7).ok().map(|it| (it.index, it.action)),
+            Some((7, String::new()))
+        );
+        let error = |status, text: &str| {
+            let error = understand(status, text, 0).err().unwrap();
+            (error.reason, error.is_final)
+        };
+        let election = r#"{"errorCode":301,"message":"During Leader Election","cause":"x"}"#;
+        assert_eq!(error(500, election), ("301: During Leader Election (x)".into(), false));
+        let refused = r#"{"errorCode":110,"message":"no","cause":"user"}"#;
+        assert!(error(401, refused).1);
+        let (reason, is_final) = error(404, "404 page not found\n");
+        assert!(reason.contains("v2 API") && is_final, "{reason}");
+        assert!(!error(503, "<html>").1);
+    }
+}

@@ -1,0 +1,119 @@
+//! Following a registry of keys and values: list everything, follow what happens from there on, and
+//! list again whenever that is in doubt. While nobody answers, look from time to time.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use super::entries::Entries;
+use super::{RegistryError, View};
+use crate::backoff::Backoff;
+use crate::lease::Snapshot;
+
+/// Everything is listed again this often, give or take a fifth: etcd has lost events before.
+const RELIST_INTERVAL: Duration = Duration::from_secs(300);
+/// Following that ended sooner was not worth much: the next time waits.
+const FOLLOWED_SHORTLY: Duration = Duration::from_secs(5);
+
+/// What a source calls when something has changed.
+pub(super) type Publish<'a> = dyn Fn(&Entries) + Send + Sync + 'a;
+
+/// What can be followed so.
+#[async_trait]
+pub(super) trait Source: Send + Sync + 'static {
+    /// Where in its history a list was made.
+    type Mark: Send;
+
+    /// Which one it is, for whoever reads the log.
+    fn describe(&self) -> String;
+
+    /// Set while nobody answers: others need not ask.
+    fn away(&self) -> &AtomicBool;
+
+    /// Everything at one moment.
+    async fn list(&self) -> Result<(Entries, Self::Mark), RegistryError>;
+
+    /// Asks for next to nothing, all endpoints at once.
+    async fn probe(&self) -> Result<(), RegistryError>;
+
+    /// Takes in what has happened since the mark, and calls `publish` after each change, until it
+    /// is in doubt whether it sees everything; says why. Cancel safe.
+    async fn follow(&self, entries: Entries, mark: Self::Mark, publish: &Publish<'_>) -> String;
+}
+
+/// Follows a source in the background, until every receiver is dropped.
+pub(super) fn watch<S: Source>(source: Arc<S>, last: Snapshot) -> watch::Receiver<View> {
+    let view = View { snapshot: Arc::new(last), readable: false };
+    let (sender, receiver) = watch::channel(view);
+    tokio::spawn(async move {
+        tokio::select! {
+            () = sender.closed() => {}
+            () = follow_for_ever(source.as_ref(), &sender) => {}
+        }
+    });
+    receiver
+}
+
+async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
+    let mut backoff = Backoff::default();
+    loop {
+        let (entries, mark) = match source.list().await {
+            Ok(listed) => listed,
+            Err(error) => {
+                wait_for_answer(source, sender, &error).await;
+                continue;
+            }
+        };
+        let begun = Instant::now();
+        publish(sender, &entries);
+        let publish = |entries: &Entries| publish(sender, entries);
+        let why = tokio::select! {
+            why = source.follow(entries, mark, &publish) => why,
+            () = tokio::time::sleep(RELIST_INTERVAL.mul_f64(0.8 + 0.4 * fastrand::f64())) => {
+                "it is time to".into()
+            }
+        };
+        tracing::debug!("listing {} anew: {why}", source.describe());
+        if begun.elapsed() > FOLLOWED_SHORTLY {
+            backoff = Backoff::default();
+        } else {
+            backoff.wait().await;
+        }
+    }
+}
+
+/// Says once that nobody answers, looks from time to time, and says when somebody does.
+async fn wait_for_answer(
+    source: &impl Source,
+    sender: &watch::Sender<View>,
+    error: &RegistryError,
+) {
+    tracing::error!("{} is away, going on with what was last read: {error}", source.describe());
+    sender.send_if_modified(|view| std::mem::take(&mut view.readable));
+    source.away().store(true, Ordering::Relaxed);
+    let (since, mut looks, mut backoff) = (Instant::now(), 0_u32, Backoff::default());
+    loop {
+        backoff.wait().await;
+        looks += 1;
+        if source.probe().await.is_ok() {
+            break;
+        }
+    }
+    source.away().store(false, Ordering::Relaxed);
+    let seconds = since.elapsed().as_secs();
+    tracing::warn!("{} is back after {seconds} s and {looks} tries", source.describe());
+}
+
+fn publish(sender: &watch::Sender<View>, entries: &Entries) {
+    let snapshot = entries.snapshot();
+    sender.send_if_modified(|view| {
+        let changed = !view.readable || *view.snapshot != snapshot;
+        if changed {
+            *view = View { snapshot: Arc::new(snapshot), readable: true };
+        }
+        changed
+    });
+}

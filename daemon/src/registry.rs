@@ -1,0 +1,86 @@
+//! The registry that the flags name.
+
+use weft_control::{
+    Access, DirectoryRegistry, Etcd2Registry, Etcd3Registry, Registry, RegistryError,
+};
+
+use crate::flags::{EtcdApi, RegistrySettings, Settings};
+use crate::node;
+use crate::retry::Repeats;
+use crate::run::CONFIG_INTERVAL;
+use crate::state_file::StateFile;
+
+/// Opens it. Where the flags leave open by which API etcd is to be used, waits until that is known.
+///
+/// # Errors
+/// A directory cannot be one.
+pub(crate) async fn open(settings: &Settings) -> Result<Box<dyn Registry>, RegistryError> {
+    match &settings.registry {
+        RegistrySettings::Directory(path) => {
+            let registry = DirectoryRegistry::open(path)?;
+            tracing::info!(
+                "the registry is a directory, so it serves the daemons of this host only: {}",
+                path.display()
+            );
+            Ok(Box::new(registry))
+        }
+        RegistrySettings::Etcd { access, prefix, api: EtcdApi::V3 } => {
+            Ok(Box::new(Etcd3Registry::new(access, prefix)))
+        }
+        RegistrySettings::Etcd { access, prefix, api: EtcdApi::V2 } => {
+            Ok(Box::new(Etcd2Registry::new(access, prefix)))
+        }
+        RegistrySettings::Etcd { access, prefix, api: EtcdApi::Auto } => {
+            Ok(find_config(settings, access, prefix).await)
+        }
+    }
+}
+
+/// The config as it was last read from a registry.
+pub(crate) fn config_file(settings: &Settings, registry: &dyn Registry) -> StateFile<String> {
+    StateFile::new(node::config_path(&settings.state_dir, &registry.identity()))
+}
+
+/// The API by which there is a network config, v3 before v2. While there is none: v3 if one is to be
+/// written, the one of the last run if nobody answers, and else both are asked again.
+async fn find_config(settings: &Settings, access: &Access, prefix: &str) -> Box<dyn Registry> {
+    let mut said = Repeats::default();
+    loop {
+        let v3 = Etcd3Registry::new(access, prefix);
+        let v2 = Etcd2Registry::new(access, prefix);
+        let (by_v3, by_v2) = tokio::join!(v3.snapshot(), v2.snapshot());
+        let has_config = |found: &Result<weft_control::lease::Snapshot, RegistryError>| {
+            found.as_ref().is_ok_and(|snapshot| snapshot.config.is_some())
+        };
+        match (has_config(&by_v3), has_config(&by_v2)) {
+            (true, both) => {
+                if both {
+                    tracing::warn!(
+                        "there is a network config by etcd's v3 API and one by its v2 API; taking \
+                         v3's; --etcd-api v2 takes the other"
+                    );
+                }
+                return Box::new(v3);
+            }
+            (false, true) => return Box::new(v2),
+            (false, false) => {}
+        }
+        let reason = match by_v3 {
+            Ok(_) if settings.network.is_some() => return Box::new(v3),
+            Ok(_) => {
+                format!("there is none in {}; write one, or start with --network", v3.describe())
+            }
+            Err(error) => {
+                if by_v2.is_err() && config_file(settings, &v3).load().is_some() {
+                    return Box::new(v3);
+                }
+                if by_v2.is_err() && config_file(settings, &v2).load().is_some() {
+                    return Box::new(v2);
+                }
+                error.to_string()
+            }
+        };
+        said.warn(&format!("waiting for the network config: {reason}"));
+        tokio::time::sleep(CONFIG_INTERVAL).await;
+    }
+}
