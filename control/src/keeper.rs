@@ -111,6 +111,11 @@ pub fn check_own(own: &Lease, leases: &[Lease]) -> Own {
     }
 }
 
+/// How long a lease that is written again is to live: a reservation stays one.
+pub fn ttl(lease: &Lease, ttl: Duration) -> Option<Duration> {
+    (lease.expires != Expiry::Never).then_some(ttl)
+}
+
 /// When to renew: `margin` before the end; at once where nobody knows it. `None` for a reservation.
 pub fn renew_at(lease: &Lease, margin: Duration) -> Option<Timestamp> {
     let margin = SignedDuration::try_from(margin).unwrap_or(SignedDuration::ZERO);

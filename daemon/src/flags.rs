@@ -29,6 +29,8 @@ pub struct Flags {
     #[command(flatten)]
     pub registry: RegistryFlags,
     #[command(flatten)]
+    pub lease: LeaseFlags,
+    #[command(flatten)]
     pub network: NetworkFlags,
     #[command(flatten)]
     pub interface: InterfaceFlags,
@@ -53,12 +55,6 @@ pub struct RegistryFlags {
     #[arg(long, value_name = "dir:PATH", value_parser = registry_directory)]
     #[arg(verbatim_doc_comment)]
     pub registry: Option<PathBuf>,
-    /// How long the lease lasts without renewal, as in 24h or 30m, at least 10s
-    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = lease_ttl)]
-    pub subnet_lease_ttl: Duration,
-    /// Minutes before its expiry at which the lease is renewed, 1 to 1439
-    #[arg(long, value_name = "MINUTES", default_value = "60", value_parser = renew_margin)]
-    pub subnet_lease_renew_margin: Duration,
     /// URLs of etcd, separated by commas; each is asked when those before it fail
     /// [default: http://127.0.0.1:4001,http://127.0.0.1:2379]
     #[arg(long, value_name = "URLS", verbatim_doc_comment)]
@@ -87,6 +83,18 @@ pub struct RegistryFlags {
     /// A file with the password for etcd
     #[arg(long, value_name = "FILE")]
     pub etcd_password_file: Option<PathBuf>,
+}
+
+/// How long this node's lease lasts.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Registry")]
+pub struct LeaseFlags {
+    /// How long the lease lasts without renewal, as in 24h or 30m, at least 10s
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = lease_ttl)]
+    pub subnet_lease_ttl: Duration,
+    /// Minutes before its expiry at which the lease is renewed, 1 to 1439
+    #[arg(long, value_name = "MINUTES", default_value = "60", value_parser = renew_margin)]
+    pub subnet_lease_renew_margin: Duration,
 }
 
 /// The overlay network and the daemon's files.

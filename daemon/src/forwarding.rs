@@ -261,6 +261,7 @@ impl Forwarding<'_> {
 
     async fn renew(&self, turn: &mut Turn) {
         let Claim { identity, ttl, .. } = *self.claim;
+        let ttl = keeper::ttl(&turn.lease, ttl);
         match self.registry.renew(&turn.lease, &identity.attrs, ttl).await {
             Ok(Some(lease)) => {
                 tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");

@@ -77,9 +77,9 @@ impl Claim<'_> {
         let lease = match keeper::plan(config, identity, previous, &snapshot.leases, rng) {
             Plan::Reuse(seen) => {
                 tracing::info!(subnet = %seen.key, "taking up the lease that has our address");
-                registry.renew(&seen, &identity.attrs, ttl).await?
+                registry.renew(&seen, &identity.attrs, keeper::ttl(&seen, ttl)).await?
             }
-            Plan::Create(key) => registry.create(&key, &identity.attrs, ttl).await?,
+            Plan::Create(key) => registry.create(&key, &identity.attrs, Some(ttl)).await?,
             Plan::Remove(seen) => {
                 tracing::warn!(
                     subnet = %seen.key,

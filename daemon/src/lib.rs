@@ -9,6 +9,7 @@ pub mod netns;
 mod node;
 mod overlay;
 mod registry;
+pub mod registry_command;
 mod retry;
 pub mod run;
 mod state_file;

@@ -1,5 +1,6 @@
 //! The registry that the flags name.
 
+use weft_control::lease::Snapshot;
 use weft_control::{
     Access, DirectoryRegistry, Etcd2Registry, Etcd3Registry, Registry, RegistryError,
 };
@@ -24,16 +25,44 @@ pub(crate) async fn open(settings: &Settings) -> Result<Box<dyn Registry>, Regis
             );
             Ok(Box::new(registry))
         }
+        RegistrySettings::Etcd { access, prefix, api: EtcdApi::Auto } => {
+            Ok(find_config(settings, access, prefix).await)
+        }
         RegistrySettings::Etcd { access, prefix, api: EtcdApi::V3 } => {
             Ok(Box::new(Etcd3Registry::new(access, prefix)))
         }
         RegistrySettings::Etcd { access, prefix, api: EtcdApi::V2 } => {
             Ok(Box::new(Etcd2Registry::new(access, prefix)))
         }
-        RegistrySettings::Etcd { access, prefix, api: EtcdApi::Auto } => {
-            Ok(find_config(settings, access, prefix).await)
+    }
+}
+
+/// Opens it for one command: where the API is left open, v2 only if there alone is a config.
+///
+/// # Errors
+/// A directory cannot be one.
+pub(crate) async fn open_now(
+    settings: &RegistrySettings,
+) -> Result<Box<dyn Registry>, RegistryError> {
+    match settings {
+        RegistrySettings::Directory(path) => Ok(Box::new(DirectoryRegistry::open(path)?)),
+        RegistrySettings::Etcd { access, prefix, api } => {
+            let (v3, v2) = (Etcd3Registry::new(access, prefix), Etcd2Registry::new(access, prefix));
+            let is_v2 = match api {
+                EtcdApi::V2 => true,
+                EtcdApi::V3 => false,
+                EtcdApi::Auto => {
+                    let (by_v3, by_v2) = tokio::join!(v3.snapshot(), v2.snapshot());
+                    !has_config(&by_v3) && has_config(&by_v2)
+                }
+            };
+            Ok(if is_v2 { Box::new(v2) } else { Box::new(v3) })
         }
     }
+}
+
+fn has_config(found: &Result<Snapshot, RegistryError>) -> bool {
+    found.as_ref().is_ok_and(|snapshot| snapshot.config.is_some())
 }
 
 /// The config as it was last read from a registry.
@@ -49,9 +78,6 @@ async fn find_config(settings: &Settings, access: &Access, prefix: &str) -> Box<
         let v3 = Etcd3Registry::new(access, prefix);
         let v2 = Etcd2Registry::new(access, prefix);
         let (by_v3, by_v2) = tokio::join!(v3.snapshot(), v2.snapshot());
-        let has_config = |found: &Result<weft_control::lease::Snapshot, RegistryError>| {
-            found.as_ref().is_ok_and(|snapshot| snapshot.config.is_some())
-        };
         match (has_config(&by_v3), has_config(&by_v2)) {
             (true, both) => {
                 if both {

@@ -73,11 +73,15 @@ fn writes_are_conditional() -> Result<()> {
     let registry = registry(&lab);
     inside(&lab.host(0).netns, || async {
         let key = "10.3.1.0-24".parse()?;
-        let first = registry.create(&key, &attrs(1), DAY).await?.context("it is free")?;
-        assert_eq!(registry.create(&key, &attrs(2), DAY).await?, None);
-        let renewed = registry.renew(&first, &attrs(1), DAY).await?.context("it is ours")?;
+        let first = registry.create(&key, &attrs(1), Some(DAY)).await?.context("it is free")?;
+        assert_eq!(registry.create(&key, &attrs(2), Some(DAY)).await?, None);
+        let renewed = registry.renew(&first, &attrs(1), Some(DAY)).await?.context("it is ours")?;
         assert!(renewed.revision > first.revision);
-        assert_eq!(registry.renew(&first, &attrs(1), DAY).await?, None, "it was written since");
+        assert_eq!(
+            registry.renew(&first, &attrs(1), Some(DAY)).await?,
+            None,
+            "it was written since"
+        );
         assert!(!registry.remove(&first).await?);
         let found = registry.snapshot().await?.leases;
         assert_eq!((found[0].revision, found[0].expires), (renewed.revision, Expiry::Unknown));
@@ -128,7 +132,7 @@ fn fifty_keepers_race_for_fifty_subnets() -> Result<()> {
                     let leases = registry.snapshot().await?.leases;
                     let next = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
                     let Plan::Create(key) = next else { anyhow::bail!("{next:?}") };
-                    if let Some(lease) = registry.create(&key, &identity.attrs, DAY).await? {
+                    if let Some(lease) = registry.create(&key, &identity.attrs, Some(DAY)).await? {
                         return Ok(lease.key);
                     }
                 }
@@ -436,7 +440,10 @@ fn a_watch_begins_unread_and_follows() -> Result<()> {
         let found = watch.wait_for(|view| view.readable && view.snapshot.leases.len() == 1);
         tokio::time::timeout(DEADLINE, found).await??;
         let key = "10.42.2.0-24".parse()?;
-        registry.create(&key, &attrs(2), Duration::from_secs(2)).await?.context("it is free")?;
+        registry
+            .create(&key, &attrs(2), Some(Duration::from_secs(2)))
+            .await?
+            .context("it is free")?;
         let found = watch.wait_for(|view| view.snapshot.leases.len() == 2);
         tokio::time::timeout(DEADLINE, found).await??;
         let gone = watch.wait_for(|view| view.snapshot.leases.len() == 1);

@@ -95,9 +95,9 @@ impl Registry for DirectoryRegistry {
         &self,
         key: &LeaseKey,
         attrs: &LeaseAttrs,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
-        let expires = Expiry::At(end(ttl));
+        let expires = expiry(ttl);
         let lease = Lease { key: *key, attrs: attrs.clone(), expires, revision: 0 };
         self.blocking(move |store| {
             let locked = store.lock()?;
@@ -112,7 +112,7 @@ impl Registry for DirectoryRegistry {
         &self,
         seen: &Lease,
         attrs: &LeaseAttrs,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
         let (seen, attrs) = (seen.clone(), attrs.clone());
         self.blocking(move |store| {
@@ -121,9 +121,10 @@ impl Registry for DirectoryRegistry {
             let Some(current) = current.filter(|it| it.attrs.same_node(&seen.attrs)) else {
                 return Ok(None);
             };
-            let is_reservation = current.expires == Expiry::Never;
-            let expires = if is_reservation { Expiry::Never } else { Expiry::At(end(ttl)) };
-            let lease = Lease { key: seen.key, attrs, expires, revision: 0 };
+            if (current.expires == Expiry::Never) != (seen.expires == Expiry::Never) {
+                return Ok(None);
+            }
+            let lease = Lease { key: seen.key, attrs, expires: expiry(ttl), revision: 0 };
             locked.write_lease(&lease)?;
             Ok(Some(lease))
         })
@@ -142,6 +143,11 @@ impl Registry for DirectoryRegistry {
             Ok(is_it)
         })
         .await
+    }
+
+    async fn time_left(&self, lease: &Lease) -> Result<Option<Duration>, RegistryError> {
+        let Expiry::At(end) = lease.expires else { return Ok(None) };
+        Ok(Duration::try_from(end.duration_since(Timestamp::now())).ok())
     }
 
     async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError> {
@@ -228,6 +234,10 @@ fn next_look(next_expiry: Option<Timestamp>, away: bool) -> Instant {
     Instant::now() + until_expiry.map_or(RESCAN_INTERVAL, |left| left.min(RESCAN_INTERVAL) + SETTLE)
 }
 
+fn expiry(ttl: Option<Duration>) -> Expiry {
+    ttl.map_or(Expiry::Never, |ttl| Expiry::At(end(ttl)))
+}
+
 fn end(ttl: Duration) -> Timestamp {
     let ttl = SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
     Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX)
@@ -280,7 +290,7 @@ mod tests {
     #[tokio::test]
     async fn a_lease_is_etcds_value_and_an_end() {
         let Fixture { dir, registry } = fixture();
-        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap().unwrap();
+        registry.create(&key("10.3.1.0-24"), &attrs(1), Some(DAY)).await.unwrap().unwrap();
         let path = dir.path().join("registry/subnets/10.3.1.0-24");
         let text = fs::read_to_string(&path).unwrap();
         assert!(
@@ -294,20 +304,21 @@ mod tests {
     #[tokio::test]
     async fn writes_are_conditional() {
         let Fixture { dir: _dir, registry } = fixture();
-        let first = registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap().unwrap();
-        assert_eq!(registry.create(&key("10.3.1.0-24"), &attrs(2), DAY).await.unwrap(), None);
-        let renewed = registry.renew(&first, &attrs(1), DAY * 2).await.unwrap().unwrap();
+        let first =
+            registry.create(&key("10.3.1.0-24"), &attrs(1), Some(DAY)).await.unwrap().unwrap();
+        assert_eq!(registry.create(&key("10.3.1.0-24"), &attrs(2), Some(DAY)).await.unwrap(), None);
+        let renewed = registry.renew(&first, &attrs(1), Some(DAY * 2)).await.unwrap().unwrap();
         let end = |lease: &Lease| match lease.expires {
             Expiry::At(end) => end,
             other @ (Expiry::Never | Expiry::Unknown) => panic!("{other:?}"),
         };
         assert!(end(&renewed) > end(&first));
         let others = Lease { attrs: attrs(2), ..first.clone() };
-        assert_eq!(registry.renew(&others, &attrs(2), DAY).await.unwrap(), None);
+        assert_eq!(registry.renew(&others, &attrs(2), Some(DAY)).await.unwrap(), None);
         assert!(!registry.remove(&others).await.unwrap());
         assert!(registry.remove(&first).await.unwrap());
         assert!(!registry.remove(&first).await.unwrap());
-        assert_eq!(registry.renew(&first, &attrs(1), DAY).await.unwrap(), None);
+        assert_eq!(registry.renew(&first, &attrs(1), Some(DAY)).await.unwrap(), None);
     }
 
     #[tokio::test]
@@ -317,7 +328,7 @@ mod tests {
         fs::write(path, r#"{"PublicIP":"192.0.2.1"}"#).unwrap();
         let seen = registry.snapshot().await.unwrap().leases.remove(0);
         assert_eq!(seen.expires, Expiry::Never);
-        let renewed = registry.renew(&seen, &attrs(1), DAY).await.unwrap().unwrap();
+        let renewed = registry.renew(&seen, &attrs(1), None).await.unwrap().unwrap();
         assert_eq!(renewed.expires, Expiry::Never);
     }
 
@@ -329,15 +340,15 @@ mod tests {
         assert_eq!(registry.snapshot().await.unwrap().leases, []);
         let seen =
             Lease { key: key("10.3.1.0-24"), attrs: attrs(1), expires: Expiry::Never, revision: 0 };
-        assert_eq!(registry.renew(&seen, &attrs(1), DAY).await.unwrap(), None);
-        assert!(registry.create(&seen.key, &attrs(2), DAY).await.unwrap().is_some());
+        assert_eq!(registry.renew(&seen, &attrs(1), Some(DAY)).await.unwrap(), None);
+        assert!(registry.create(&seen.key, &attrs(2), Some(DAY)).await.unwrap().is_some());
     }
 
     #[tokio::test]
     async fn what_cannot_be_read_is_named_and_harms_nobody() {
         let Fixture { dir, registry } = fixture();
         let subnets = dir.path().join("registry/subnets");
-        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap();
+        registry.create(&key("10.3.1.0-24"), &attrs(1), Some(DAY)).await.unwrap();
         for (name, text) in [
             ("10.3.2.0-24", "{"),
             ("10.3.3.0-24", r#"{"PublicIP":"2001:db8::1"}"#),
@@ -363,7 +374,7 @@ mod tests {
                 "notes.txt"
             ]
         );
-        let refused = registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await;
+        let refused = registry.create(&key("10.3.2.0-24"), &attrs(2), Some(DAY)).await;
         let refused = refused.unwrap_err().to_string();
         assert!(refused.contains("subnets/10.3.2.0-24"), "{refused}");
         assert_eq!(fs::read(subnets.join("10.3.2.0-24")).unwrap(), b"{");
@@ -388,7 +399,8 @@ mod tests {
                     let leases = registry.snapshot().await.unwrap().leases;
                     let plan = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
                     let Plan::Create(key) = plan else { panic!("{plan:?}") };
-                    if let Some(lease) = registry.create(&key, &identity.attrs, DAY).await.unwrap()
+                    if let Some(lease) =
+                        registry.create(&key, &identity.attrs, Some(DAY)).await.unwrap()
                     {
                         return lease.key;
                     }
@@ -410,7 +422,7 @@ mod tests {
         until(&mut watch, |it| it.leases.is_empty()).await;
 
         let short = Duration::from_millis(300);
-        registry.create(&key("10.3.2.0-24"), &attrs(2), short).await.unwrap();
+        registry.create(&key("10.3.2.0-24"), &attrs(2), Some(short)).await.unwrap();
         until(&mut watch, |it| it.leases.len() == 1).await;
         until(&mut watch, |it| it.leases.is_empty()).await;
 
@@ -430,20 +442,20 @@ mod tests {
     #[tokio::test]
     async fn looking_wakes_nobody() {
         let Fixture { dir, registry } = fixture();
-        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap();
+        registry.create(&key("10.3.1.0-24"), &attrs(1), Some(DAY)).await.unwrap();
         let mut notices = Notices::new(vec![dir.path().join("registry/subnets")]);
         notices.follow().unwrap();
         registry.snapshot().await.unwrap();
         let shortly = Duration::from_millis(200);
         tokio::time::timeout(shortly, notices.changed()).await.unwrap_err();
-        registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await.unwrap();
+        registry.create(&key("10.3.2.0-24"), &attrs(2), Some(DAY)).await.unwrap();
         tokio::time::timeout(DEADLINE, notices.changed()).await.unwrap();
     }
 
     #[tokio::test]
     async fn a_directory_that_is_away_is_not_an_empty_one() {
         let Fixture { dir, registry } = fixture();
-        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap();
+        registry.create(&key("10.3.1.0-24"), &attrs(1), Some(DAY)).await.unwrap();
         let mut watch = registry.watch(Snapshot::default());
         until(&mut watch, |it| it.leases.len() == 1).await;
         let (there, away) = (dir.path().join("registry"), dir.path().join("away"));
@@ -453,7 +465,7 @@ mod tests {
         assert_eq!(view.snapshot.leases.len(), 1);
         assert!(registry.snapshot().await.is_err());
         fs::rename(&away, &there).unwrap();
-        registry.create(&key("10.3.2.0-24"), &attrs(2), DAY).await.unwrap();
+        registry.create(&key("10.3.2.0-24"), &attrs(2), Some(DAY)).await.unwrap();
         until(&mut watch, |it| it.leases.len() == 2).await;
     }
 
@@ -472,7 +484,7 @@ mod tests {
         let Fixture { dir, registry } = fixture();
         let path = dir.path().join("registry/subnets/10.3.2.0-24");
         assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
-        registry.create(&key("10.3.1.0-24"), &attrs(1), DAY).await.unwrap().unwrap();
+        registry.create(&key("10.3.1.0-24"), &attrs(1), Some(DAY)).await.unwrap().unwrap();
         let snapshot = tokio::time::timeout(DEADLINE, registry.snapshot()).await.unwrap().unwrap();
         assert_eq!((snapshot.leases.len(), snapshot.skipped.len()), (1, 1));
     }

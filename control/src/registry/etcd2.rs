@@ -102,6 +102,8 @@ struct Node {
     nodes: Vec<Node>,
     modified_index: u64,
     expiration: Option<String>,
+    /// Seconds.
+    ttl: Option<u64>,
 }
 
 #[async_trait]
@@ -362,12 +364,12 @@ impl Registry for Etcd2Registry {
         &self,
         key: &LeaseKey,
         attrs: &LeaseAttrs,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
         let (path, value) = (format!("{SUBNETS}{key}"), json(attrs)?);
-        let revision = self.shared.put_if("prevExist=false", &path, value, Some(ttl)).await?;
-        let lease =
-            |revision| Lease { key: *key, attrs: attrs.clone(), expires: end(ttl), revision };
+        let revision = self.shared.put_if("prevExist=false", &path, value, ttl).await?;
+        let expires = ttl.map_or(Expiry::Never, end);
+        let lease = |revision| Lease { key: *key, attrs: attrs.clone(), expires, revision };
         Ok(revision.map(lease))
     }
 
@@ -375,12 +377,10 @@ impl Registry for Etcd2Registry {
         &self,
         seen: &Lease,
         attrs: &LeaseAttrs,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
         let (path, value) = (format!("{SUBNETS}{}", seen.key), json(attrs)?);
         let same = format!("prevIndex={}", seen.revision);
-        let is_reservation = seen.expires == Expiry::Never;
-        let ttl = (!is_reservation).then_some(ttl);
         let revision = self.shared.put_if(&same, &path, value, ttl).await?;
         let expires = ttl.map_or(Expiry::Never, end);
         let lease = |revision| Lease { key: seen.key, attrs: attrs.clone(), expires, revision };
@@ -390,6 +390,12 @@ impl Registry for Etcd2Registry {
     async fn remove(&self, seen: &Lease) -> Result<bool, RegistryError> {
         let path = format!("{SUBNETS}{}?prevIndex={}", seen.key, seen.revision);
         Ok(self.shared.ask_if_there(Method::Delete, &path).await?.error_code == 0)
+    }
+
+    async fn time_left(&self, lease: &Lease) -> Result<Option<Duration>, RegistryError> {
+        let path = format!("{SUBNETS}{}?quorum=true", lease.key);
+        let ttl = self.shared.ask_if_there(Method::Get, &path).await?.node.ttl;
+        Ok(ttl.map(Duration::from_secs))
     }
 
     async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError> {

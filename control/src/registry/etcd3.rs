@@ -186,6 +186,30 @@ impl Shared {
         let _ = self.ask(|mut client| async move { client.lease_revoke(id).await }).await;
     }
 
+    /// Writes a lease where `compare` holds; `None` where it does not.
+    async fn write_lease(
+        &self,
+        compare: Compare,
+        key: &LeaseKey,
+        attrs: &LeaseAttrs,
+        ttl: Option<Duration>,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let value = json(attrs)?;
+        let granted = match ttl {
+            Some(ttl) => Some(self.grant(ttl).await?),
+            None => None,
+        };
+        let written = self.put_if(compare, &self.lease_key(key), &value, granted.as_ref()).await?;
+        let Some(revision) = written else {
+            if let Some(granted) = &granted {
+                self.revoke(granted).await;
+            }
+            return Ok(None);
+        };
+        let expires = granted.map_or(Expiry::Never, |granted| Expiry::At(granted.end));
+        Ok(Some(Lease { key: *key, attrs: attrs.clone(), expires, revision }))
+    }
+
     /// Puts a value where `compare` holds, and says at which revision; `None` where it does not.
     async fn put_if(
         &self,
@@ -276,40 +300,38 @@ impl Registry for Etcd3Registry {
         &self,
         key: &LeaseKey,
         attrs: &LeaseAttrs,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
-        let (name, value) = (self.shared.lease_key(key), json(attrs)?);
-        let granted = self.shared.grant(ttl).await?;
+        let name = self.shared.lease_key(key);
         let free = Compare::version(name.as_str(), CompareOp::Equal, 0);
-        let Some(revision) = self.shared.put_if(free, &name, &value, Some(&granted)).await? else {
-            self.shared.revoke(&granted).await;
-            return Ok(None);
-        };
-        let expires = Expiry::At(granted.end);
-        Ok(Some(Lease { key: *key, attrs: attrs.clone(), expires, revision }))
+        self.shared.write_lease(free, key, attrs, ttl).await
     }
 
     async fn renew(
         &self,
         seen: &Lease,
         attrs: &LeaseAttrs,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
-        let (name, value) = (self.shared.lease_key(&seen.key), json(attrs)?);
-        let same = || Compare::mod_revision(name.as_str(), CompareOp::Equal, signed(seen.revision));
-        if seen.expires == Expiry::Never {
-            let revision = self.shared.put_if(same(), &name, &value, None).await?;
-            let renewed = |revision| Lease { attrs: attrs.clone(), revision, ..seen.clone() };
-            return Ok(revision.map(renewed));
-        }
-        let granted = self.shared.grant(ttl).await?;
-        let Some(revision) = self.shared.put_if(same(), &name, &value, Some(&granted)).await?
-        else {
-            self.shared.revoke(&granted).await;
+        let (name, revision) = (self.shared.lease_key(&seen.key), signed(seen.revision));
+        let same = Compare::mod_revision(name.as_str(), CompareOp::Equal, revision);
+        self.shared.write_lease(same, &seen.key, attrs, ttl).await
+    }
+
+    async fn time_left(&self, lease: &Lease) -> Result<Option<Duration>, RegistryError> {
+        let name = self.shared.lease_key(&lease.key);
+        let found = self.shared.ask(|mut client| {
+            let name = name.clone();
+            async move { client.get(name, None).await }
+        });
+        let id = found.await?.kvs().first().map_or(0, KeyValue::lease);
+        if id == 0 {
             return Ok(None);
-        };
-        let expires = Expiry::At(granted.end);
-        Ok(Some(Lease { key: seen.key, attrs: attrs.clone(), expires, revision }))
+        }
+        let left =
+            self.shared.ask(|mut client| async move { client.lease_time_to_live(id, None).await });
+        // Negative once it has ended.
+        Ok(u64::try_from(left.await?.ttl()).ok().map(Duration::from_secs))
     }
 
     async fn remove(&self, seen: &Lease) -> Result<bool, RegistryError> {

@@ -38,25 +38,29 @@ pub trait Registry: Send + Sync + 'static {
     /// Writes a network config unless there is one, and says whether it did.
     async fn init_config(&self, text: &str) -> Result<bool, RegistryError>;
 
-    /// Creates a lease that lives for `ttl`; `None` if somebody has the key already.
+    /// Creates a lease that lives for `ttl`, or a reservation if there is none; `None` if somebody has
+    /// the key already.
     async fn create(
         &self,
         key: &LeaseKey,
         attrs: &LeaseAttrs,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError>;
 
-    /// Writes our attributes to a lease that is still the one we saw, and lets it live for `ttl`
-    /// from now, unless it is a reservation. `None` if it is not that lease any more.
+    /// Writes attributes to a lease that is still the one we saw, and lets it live for `ttl` from
+    /// now, or makes it a reservation if there is none. `None` if it is not that lease any more.
     async fn renew(
         &self,
         seen: &Lease,
         attrs: &LeaseAttrs,
-        ttl: Duration,
+        ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError>;
 
     /// Removes a lease that is still the one we saw, and says whether it was.
     async fn remove(&self, seen: &Lease) -> Result<bool, RegistryError>;
+
+    /// How long a lease has still to live; `None` if for ever, or if it is gone.
+    async fn time_left(&self, lease: &Lease) -> Result<Option<Duration>, RegistryError>;
 
     /// Makes sure that this node's record is there, and lives for `ttl` from now.
     async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError>;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, EtcdOptions, MAX_TRANSFER, RunOptions};
+use weft_daemon::registry_command::{self, RegistryArgs};
 
 /// The operator's command of weft, an overlay network for containers.
 #[derive(Debug, Parser)]
@@ -18,6 +19,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Lab(LabArgs),
+    Registry(RegistryArgs),
 }
 
 /// Bring up hosts in network namespaces, a weftd on each, and move traffic between all of them.
@@ -56,10 +58,12 @@ enum LabCommand {
 }
 
 fn main() -> ExitCode {
-    let Command::Lab(arguments) = Cli::parse().command;
-    let outcome = match arguments.command {
-        Some(LabCommand::Down { id }) => down(id),
-        None => run_lab(&arguments),
+    let outcome = match Cli::parse().command {
+        Command::Lab(LabArgs { command: Some(LabCommand::Down { id }), .. }) => down(id),
+        Command::Lab(arguments) => run_lab(&arguments),
+        Command::Registry(arguments) => {
+            registry_command::run(&arguments, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS)
+        }
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("weft: {error:#}");

@@ -191,10 +191,10 @@ impl Flags {
         refuse_not_built(&self)?;
         Ok(Settings {
             registry: registry(&self)?,
-            lease_ttl: self.registry.subnet_lease_ttl,
+            lease_ttl: self.lease.subnet_lease_ttl,
             notes: notes(&self),
             network: self.network.network,
-            renew_margin: self.registry.subnet_lease_renew_margin,
+            renew_margin: self.lease.subnet_lease_renew_margin,
             subnet_file: self.network.subnet_file,
             state_dir: self.network.state_dir,
             run_dir: self.network.run_dir,
@@ -215,32 +215,49 @@ impl Flags {
 
 /// A directory where one is named, or `--network` alone asks for no servers; else etcd.
 fn registry(flags: &Flags) -> Result<RegistrySettings, FlagError> {
-    if let Some(path) = &flags.registry.registry {
-        return Ok(RegistrySettings::Directory(path.clone()));
-    }
-    if flags.network.network.is_some() && !asks_for_etcd(&flags.registry) {
+    if flags.registry.registry.is_none()
+        && flags.network.network.is_some()
+        && !asks_for_etcd(&flags.registry)
+    {
         return Ok(RegistrySettings::Directory(DEFAULT_REGISTRY.into()));
     }
-    let RegistryFlags { etcd_cafile, etcd_certfile, etcd_keyfile, .. } = &flags.registry;
+    flags.registry.settings()
+}
+
+impl RegistryFlags {
+    /// What these flags alone name.
+    ///
+    /// # Errors
+    /// Half of a certificate or a user is given, or a password twice, or its file cannot be read.
+    pub fn settings(&self) -> Result<RegistrySettings, FlagError> {
+        match &self.registry {
+            Some(path) => Ok(RegistrySettings::Directory(path.clone())),
+            None => etcd(self),
+        }
+    }
+}
+
+fn etcd(flags: &RegistryFlags) -> Result<RegistrySettings, FlagError> {
+    let RegistryFlags { etcd_cafile, etcd_certfile, etcd_keyfile, .. } = flags;
     let half = |given, missing| Err(FlagError::Half { given, missing });
     match (etcd_certfile, etcd_keyfile) {
         (Some(_), None) => return half("--etcd-certfile", "--etcd-keyfile"),
         (None, Some(_)) => return half("--etcd-keyfile", "--etcd-certfile"),
         _ => {}
     }
-    let user = match (flags.registry.etcd_username.clone(), password(&flags.registry)?) {
+    let user = match (flags.etcd_username.clone(), password(flags)?) {
         (Some(name), Some(password)) => Some((name, password)),
         (Some(_), None) => return half("--etcd-username", "--etcd-password"),
         (None, Some(_)) => return half("--etcd-password", "--etcd-username"),
         (None, None) => None,
     };
-    let given = flags.registry.etcd_endpoints.as_deref().unwrap_or_default().split(',');
+    let given = flags.etcd_endpoints.as_deref().unwrap_or_default().split(',');
     let given = given.map(|url| url.trim().to_owned());
     let mut endpoints: Vec<String> = given.filter(|url| !url.is_empty()).collect();
     if endpoints.is_empty() {
         endpoints = ETCD_ENDPOINTS.map(str::to_owned).to_vec();
     }
-    let prefix = flags.registry.etcd_prefix.clone().unwrap_or_else(|| ETCD_PREFIX.to_owned());
+    let prefix = flags.etcd_prefix.clone().unwrap_or_else(|| ETCD_PREFIX.to_owned());
     let access = Access {
         endpoints,
         ca_file: etcd_cafile.clone(),
@@ -248,7 +265,7 @@ fn registry(flags: &Flags) -> Result<RegistrySettings, FlagError> {
         key_file: etcd_keyfile.clone(),
         user,
     };
-    Ok(RegistrySettings::Etcd { access, prefix, api: flags.registry.etcd_api })
+    Ok(RegistrySettings::Etcd { access, prefix, api: flags.etcd_api })
 }
 
 fn asks_for_etcd(flags: &RegistryFlags) -> bool {

@@ -1,0 +1,373 @@
+//! `weft registry`: looks at a registry of any kind, and changes it as an operator.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use clap::{Args, Subcommand, ValueEnum};
+use comfy_table::{Table, presets};
+use ipnetwork::IpNetwork;
+use jiff::SignedDuration;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use weft_control::lease::{Expiry, NodeRecord, Snapshot};
+use weft_control::registry::minimal_config;
+use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
+
+use crate::flags::RegistryFlags;
+use crate::registry::open_now;
+
+/// Look at a registry, and change it.
+///
+/// The flags are weftd's; they come before the subcommand.
+#[derive(Debug, Args)]
+pub struct RegistryArgs {
+    #[command(flatten)]
+    flags: RegistryFlags,
+    /// How results are written.
+    #[arg(short, long, value_enum, default_value_t = Output::Table, global = true)]
+    output: Output,
+    #[command(subcommand)]
+    command: RegistryCommand,
+}
+
+/// For people, or for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum RegistryCommand {
+    /// Write the network config, if there is none yet
+    Init {
+        /// The config as JSON, a file with it as @FILE, or the Network alone, as in 10.42.0.0/16
+        config: String,
+    },
+    /// Show the config, and all leases with their owners
+    Show,
+    /// Keep a subnet for the node with a public address, for ever
+    Reserve { subnet: IpNetwork, public_ip: Ipv4Addr },
+    /// Remove a lease or a reservation; a node that lives claims another one
+    Release { subnet: IpNetwork },
+    /// Show what changes, until Ctrl-C
+    Watch,
+    /// Write the config and all leases to stdout
+    Export,
+    /// Read what `export` wrote, from a file or stdin, and add what is not there yet
+    Import { file: Option<PathBuf> },
+}
+
+/// What moves from one registry to another.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Document {
+    config: Option<String>,
+    leases: Vec<DocumentLease>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct DocumentLease {
+    subnet: LeaseKey,
+    value: LeaseAttrs,
+    /// Seconds left to live; none is a reservation.
+    ttl: Option<u64>,
+}
+
+/// Does what the command line says.
+///
+/// # Errors
+/// The registry cannot be reached, or refuses; or what is asked for makes no sense.
+pub fn run(arguments: &RegistryArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let registry = open_now(&arguments.flags.settings()?).await?;
+        let command = Operator { registry: registry.as_ref(), output: arguments.output, out };
+        command.run(&arguments.command).await
+    });
+    // What waits for etcd has nothing more to say.
+    runtime.shutdown_background();
+    outcome
+}
+
+struct Operator<'a> {
+    registry: &'a dyn Registry,
+    output: Output,
+    out: &'a mut dyn Write,
+}
+
+impl Operator<'_> {
+    async fn run(mut self, command: &RegistryCommand) -> anyhow::Result<()> {
+        match command {
+            RegistryCommand::Init { config } => self.init(config).await,
+            RegistryCommand::Show => self.show().await,
+            RegistryCommand::Reserve { subnet, public_ip } => {
+                self.reserve(*subnet, *public_ip).await
+            }
+            RegistryCommand::Release { subnet } => self.release(*subnet).await,
+            RegistryCommand::Watch => self.watch().await,
+            RegistryCommand::Export => self.export().await,
+            RegistryCommand::Import { file } => self.import(file.as_deref()).await,
+        }
+    }
+
+    async fn init(&mut self, config: &str) -> anyhow::Result<()> {
+        let text = match (config.strip_prefix('@'), config.parse::<IpNetwork>()) {
+            (Some(path), _) => {
+                fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?
+            }
+            (None, Ok(network)) => minimal_config(network)?,
+            (None, Err(_)) => config.to_owned(),
+        };
+        text.parse::<NetworkConfig>().context("this is no network config")?;
+        if self.registry.init_config(&text).await? {
+            return Ok(writeln!(self.out, "wrote {text}")?);
+        }
+        let found = self.registry.snapshot().await?.config.unwrap_or_default();
+        bail!("there is a network config already: {found}");
+    }
+
+    async fn show(&mut self) -> anyhow::Result<()> {
+        let snapshot = self.registry.snapshot().await?;
+        let mut left = BTreeMap::new();
+        for lease in &snapshot.leases {
+            left.insert(lease.key, self.registry.time_left(lease).await?);
+        }
+        match self.output {
+            Output::Json => {
+                let text = serde_json::to_string_pretty(&as_json(&snapshot, &left))?;
+                Ok(writeln!(self.out, "{text}")?)
+            }
+            Output::Table => {
+                let config = snapshot.config.as_deref().unwrap_or("none");
+                writeln!(self.out, "{}\nconfig: {config}", self.registry.describe())?;
+                writeln!(self.out, "{}", as_table(&snapshot, &left))?;
+                for skipped in &snapshot.skipped {
+                    writeln!(self.out, "{} cannot be read: {}", skipped.name, skipped.reason)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn reserve(&mut self, subnet: IpNetwork, public_ip: Ipv4Addr) -> anyhow::Result<()> {
+        let snapshot = self.registry.snapshot().await?;
+        let key = key(subnet)?;
+        let attrs = LeaseAttrs { public_ip: Some(public_ip), ..LeaseAttrs::default() };
+        let written = match snapshot.leases.iter().find(|lease| lease.key == key) {
+            Some(found) if found.attrs.same_node(&attrs) => {
+                self.registry.renew(found, &found.attrs, None).await?
+            }
+            Some(found) => bail!("{subnet} is leased to {}", owner(found)),
+            None => {
+                if let Some(other) = snapshot.leases.iter().find(|lease| lease.key.overlaps(&key)) {
+                    bail!("{subnet} overlaps {}, leased to {}", other.key, owner(other));
+                }
+                self.registry.create(&key, &attrs, None).await?
+            }
+        };
+        written.context("somebody else has written it this instant; look again")?;
+        Ok(writeln!(self.out, "{subnet} is reserved for {public_ip}")?)
+    }
+
+    async fn release(&mut self, subnet: IpNetwork) -> anyhow::Result<()> {
+        let snapshot = self.registry.snapshot().await?;
+        let of_subnet = |lease: &&Lease| lease.key.networks().any(|network| network == subnet);
+        let found = snapshot.leases.iter().find(of_subnet);
+        let found = found.with_context(|| format!("{subnet} is not leased"))?;
+        ensure!(
+            self.registry.remove(found).await?,
+            "somebody else has written it this instant; look again"
+        );
+        Ok(writeln!(self.out, "{subnet}, leased to {}, is free", owner(found))?)
+    }
+
+    async fn watch(&mut self) -> anyhow::Result<()> {
+        let mut watch = self.registry.watch(Snapshot::default());
+        let mut before = BTreeMap::new();
+        loop {
+            watch.changed().await?;
+            let view = watch.borrow_and_update().clone();
+            let leases = view.snapshot.leases.iter();
+            let now: BTreeMap<LeaseKey, LeaseAttrs> =
+                leases.map(|lease| (lease.key, lease.attrs.clone())).collect();
+            for (change, key, attrs) in changes(&before, &now) {
+                self.tell(change, key, attrs)?;
+            }
+            self.out.flush()?;
+            before = now;
+        }
+    }
+
+    fn tell(&mut self, change: &str, key: LeaseKey, attrs: &LeaseAttrs) -> io::Result<()> {
+        match self.output {
+            Output::Json => {
+                writeln!(self.out, "{}", json!({"change": change, "subnet": key, "value": attrs}))
+            }
+            Output::Table => writeln!(self.out, "{change} {key} {}", addresses(attrs)),
+        }
+    }
+
+    async fn export(&mut self) -> anyhow::Result<()> {
+        let snapshot = self.registry.snapshot().await?;
+        let mut document = Document { config: snapshot.config, leases: Vec::new() };
+        for lease in &snapshot.leases {
+            let left = self.registry.time_left(lease).await?;
+            document.leases.push(DocumentLease {
+                subnet: lease.key,
+                value: lease.attrs.clone(),
+                ttl: left.map(|left| left.as_secs()),
+            });
+        }
+        Ok(writeln!(self.out, "{}", serde_json::to_string_pretty(&document)?)?)
+    }
+
+    /// The config first, and only if it is the same or there is none: leases mean nothing under
+    /// another one.
+    async fn import(&mut self, file: Option<&Path>) -> anyhow::Result<()> {
+        let document: Document = serde_json::from_str(&read(file)?)
+            .context("this is not what `weft registry export` writes")?;
+        let snapshot = self.registry.snapshot().await?;
+        match (&document.config, &snapshot.config) {
+            (Some(ours), Some(theirs)) if ours != theirs => {
+                bail!("there is another network config already: {theirs}")
+            }
+            (Some(ours), None) => {
+                ours.parse::<NetworkConfig>().context("the config to import is a bad one")?;
+                self.registry.init_config(ours).await?;
+            }
+            _ => {}
+        }
+        let (mut written, mut kept) = (0, 0);
+        for DocumentLease { subnet, value, ttl } in &document.leases {
+            let ttl = ttl.map(Duration::from_secs);
+            match self.registry.create(subnet, value, ttl).await? {
+                Some(_) => written += 1,
+                None => kept += 1,
+            }
+        }
+        Ok(writeln!(self.out, "{written} leases written, {kept} were there already")?)
+    }
+}
+
+fn read(file: Option<&Path>) -> anyhow::Result<String> {
+    let Some(path) = file else {
+        let mut text = String::new();
+        io::stdin().read_to_string(&mut text).context("cannot read stdin")?;
+        return Ok(text);
+    };
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn key(subnet: IpNetwork) -> anyhow::Result<LeaseKey> {
+    ensure!(subnet.ip() == subnet.network(), "{subnet} has bits behind its length");
+    Ok(subnet.into())
+}
+
+/// What has come, changed and gone.
+fn changes<'a>(
+    before: &'a BTreeMap<LeaseKey, LeaseAttrs>,
+    now: &'a BTreeMap<LeaseKey, LeaseAttrs>,
+) -> Vec<(&'static str, LeaseKey, &'a LeaseAttrs)> {
+    let come = now.iter().filter_map(|(key, attrs)| match before.get(key) {
+        None => Some(("added", *key, attrs)),
+        Some(former) if former != attrs => Some(("changed", *key, attrs)),
+        Some(_) => None,
+    });
+    let gone = before.iter().filter(|(key, _)| !now.contains_key(key));
+    come.chain(gone.map(|(key, attrs)| ("removed", *key, attrs))).collect()
+}
+
+fn addresses(attrs: &LeaseAttrs) -> String {
+    let addresses: Vec<String> = attrs.public_addresses().map(|ip| ip.to_string()).collect();
+    addresses.join(", ")
+}
+
+fn owner(lease: &Lease) -> String {
+    addresses(&lease.attrs)
+}
+
+/// The weft node that has a lease, if it lives.
+fn node<'a>(snapshot: &'a Snapshot, lease: &Lease) -> Option<&'a NodeRecord> {
+    let has = |node: &&NodeRecord| {
+        lease.attrs.public_addresses().any(|ip| node.public_addresses().any(|other| other == ip))
+    };
+    snapshot.nodes.iter().find(has)
+}
+
+fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["subnet", "public IP", "backend", "weft node", "expires in"]);
+    for lease in &snapshot.leases {
+        let subnets: Vec<String> = lease.key.networks().map(|net| net.to_string()).collect();
+        let backend = match lease.attrs.backend_type.as_str() {
+            "" => "udp",
+            name => name,
+        };
+        let node = node(snapshot, lease);
+        let node = node.map(|node| format!("{} ({})", node.name, &node.id[..8.min(node.id.len())]));
+        let left = match (lease.expires, left.get(&lease.key).copied().flatten()) {
+            (Expiry::Never, _) => "never (reserved)".to_owned(),
+            (_, Some(left)) => {
+                format!("{:#}", SignedDuration::from_secs(left.as_secs().cast_signed()))
+            }
+            (_, None) => "-".to_owned(),
+        };
+        let node = node.unwrap_or_else(|| "-".to_owned());
+        table.add_row([subnets.join(", "), owner(lease), backend.to_owned(), node, left]);
+    }
+    table
+}
+
+fn as_json(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> Value {
+    let lease = |lease: &Lease| {
+        let node = node(snapshot, lease);
+        json!({
+            "subnet": lease.key,
+            "value": lease.attrs,
+            "reservation": lease.expires == Expiry::Never,
+            "ttl": left.get(&lease.key).copied().flatten().map(|left| left.as_secs()),
+            "node": node.map(|node| json!({ "id": node.id, "name": node.name })),
+        })
+    };
+    json!({
+        "config": snapshot.config,
+        "leases": snapshot.leases.iter().map(lease).collect::<Vec<_>>(),
+        "skipped": snapshot.skipped,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_told_apart() {
+        let attrs = |last: u8| LeaseAttrs {
+            public_ip: Some([192, 0, 2, last].into()),
+            ..LeaseAttrs::default()
+        };
+        let map = |leases: &[(&str, u8)]| {
+            leases.iter().map(|(key, last)| (key.parse().unwrap(), attrs(*last))).collect()
+        };
+        let before = map(&[("10.3.1.0-24", 1), ("10.3.2.0-24", 2), ("10.3.3.0-24", 3)]);
+        let now = map(&[("10.3.1.0-24", 1), ("10.3.2.0-24", 9), ("10.3.4.0-24", 4)]);
+        let told: Vec<String> = changes(&before, &now)
+            .into_iter()
+            .map(|(change, key, attrs)| format!("{change} {key} {}", addresses(attrs)))
+            .collect();
+        assert_eq!(
+            told,
+            [
+                "changed 10.3.2.0-24 192.0.2.9",
+                "added 10.3.4.0-24 192.0.2.4",
+                "removed 10.3.3.0-24 192.0.2.3"
+            ]
+        );
+    }
+}

@@ -1,0 +1,142 @@
+//! `weft registry`, against real registries of all kinds.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use weft_daemon::lab::Lab;
+use weft_tests::etcd::hosts;
+use weft_tests::{DEADLINE, program};
+
+/// The flags that name one registry, and a command against it from the first host.
+struct Target<'a> {
+    lab: &'a Lab,
+    flags: Vec<String>,
+}
+
+impl<'a> Target<'a> {
+    /// etcd by both APIs, and a directory.
+    fn all(lab: &'a Lab, directory: &Path) -> [Self; 3] {
+        let url = format!("--etcd-endpoints={}", lab.etcd_urls()[0]);
+        let etcd = |api: &str| Self { lab, flags: vec![url.clone(), format!("--etcd-api={api}")] };
+        let registry = format!("--registry=dir:{}", directory.join("registry").display());
+        [etcd("v3"), etcd("v2"), Self { lab, flags: vec![registry] }]
+    }
+
+    fn command(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = Command::new(program("weft")?);
+        command.arg("registry").args(&self.flags).args(arguments).stdin(Stdio::null());
+        Ok(command)
+    }
+
+    /// What it writes; an error with what it says where it fails.
+    fn run(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.lab.host(0).netns.output(&mut self.command(arguments)?)?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn refused(&self, arguments: &[&str]) -> Result<String> {
+        let outcome = self.run(arguments);
+        Ok(outcome.err().context("it was not refused")?.to_string())
+    }
+
+    fn show(&self) -> Result<Value> {
+        Ok(serde_json::from_str(&self.run(&["show", "-o", "json"])?)?)
+    }
+}
+
+#[test]
+fn an_operator_changes_a_registry_of_any_kind() -> Result<()> {
+    let (lab, directory) = (hosts(1, 1)?, tempfile::tempdir()?);
+    for target in Target::all(&lab, directory.path()) {
+        assert!(target.refused(&["init", "10.42.0.0/29"])?.contains("cannot be the overlay's"));
+        assert!(target.refused(&["init", "{}"])?.contains("this is no network config"));
+        target.run(&["init", "10.42.0.0/16"])?;
+        let refused = target.refused(&["init", "10.43.0.0/16"])?;
+        assert!(
+            refused.contains(r#"there is a network config already: {"Network":"10.42.0.0/16"}"#)
+        );
+
+        target.run(&["reserve", "10.42.7.0/24", "192.0.2.7"])?;
+        target.run(&["reserve", "10.42.7.0/24", "192.0.2.7"])?;
+        let taken = target.refused(&["reserve", "10.42.7.0/24", "192.0.2.8"])?;
+        assert!(taken.contains("is leased to 192.0.2.7"), "{taken}");
+        let half = target.refused(&["reserve", "10.42.7.128/25", "192.0.2.8"])?;
+        assert!(half.contains("overlaps 10.42.7.0-24"), "{half}");
+        let table = target.run(&["show"])?;
+        assert!(table.contains("10.42.7.0/24") && table.contains("never (reserved)"), "{table}");
+        let shown = target.show()?;
+        assert_eq!(shown["leases"][0]["reservation"], true);
+        assert_eq!(shown["leases"][0]["value"]["PublicIP"], "192.0.2.7");
+
+        target.run(&["release", "10.42.7.0/24"])?;
+        assert_eq!(target.show()?["leases"].as_array().map(Vec::len), Some(0));
+        assert!(target.refused(&["release", "10.42.7.0/24"])?.contains("is not leased"));
+    }
+    lab.remove()
+}
+
+/// From each kind to each other: config, leases with what they have left to live, reservations.
+#[test]
+fn leases_move_from_registry_to_registry() -> Result<()> {
+    let (lab, directory) = (hosts(1, 1)?, tempfile::tempdir()?);
+    let document = directory.path().join("document.json");
+    let text = r#"{"config":"{\"Network\":\"10.42.0.0/16\"}","leases":[
+        {"subnet":"10.42.1.0-24","value":{"PublicIP":"192.0.2.1"},"ttl":3600},
+        {"subnet":"10.42.2.0-24","value":{"PublicIP":"192.0.2.2","BackendType":"vxlan",
+            "BackendData":{"VNI":1,"VtepMAC":"00:00:00:00:00:01"}},"ttl":null}]}"#;
+    fs::write(&document, text)?;
+    let path = document.to_str().context("no text")?;
+    for target in Target::all(&lab, directory.path()) {
+        assert!(target.run(&["import", path])?.contains("2 leases written, 0 were there"));
+        assert!(target.run(&["import", path])?.contains("0 leases written, 2 were there"));
+        let shown = target.show()?;
+        let left = shown["leases"][0]["ttl"].as_u64().context("no time to live")?;
+        assert!((3000..=3600).contains(&left), "{left}");
+        assert_eq!(shown["leases"][1]["reservation"], true);
+        assert_eq!(shown["leases"][1]["value"]["BackendData"]["VNI"], 1);
+        // What comes out goes into the next.
+        fs::write(&document, target.run(&["export"])?)?;
+    }
+    let [v3, ..] = Target::all(&lab, directory.path());
+    fs::write(&document, r#"{"config":"{\"Network\":\"10.43.0.0/16\"}","leases":[]}"#)?;
+    assert!(v3.refused(&["import", path])?.contains("there is another network config already"));
+    lab.remove()
+}
+
+#[test]
+fn a_watch_shows_what_changes() -> Result<()> {
+    let (lab, directory) = (hosts(1, 1)?, tempfile::tempdir()?);
+    for target in Target::all(&lab, directory.path()) {
+        target.run(&["init", "10.42.0.0/16"])?;
+        target.run(&["reserve", "10.42.1.0/24", "192.0.2.1"])?;
+        let mut command = target.command(&["watch"])?;
+        let mut watching = lab.host(0).netns.spawn(command.stdout(Stdio::piped()))?;
+        let mut lines = BufReader::new(watching.stdout.take().context("no output")?).lines();
+        let mut next = || lines.next().context("it ended")?.context("no line");
+        assert_eq!(next()?, "added 10.42.1.0-24 192.0.2.1");
+        target.run(&["reserve", "10.42.2.0/24", "192.0.2.2"])?;
+        assert_eq!(next()?, "added 10.42.2.0-24 192.0.2.2");
+        target.run(&["release", "10.42.1.0/24"])?;
+        assert_eq!(next()?, "removed 10.42.1.0-24 192.0.2.1");
+        watching.kill()?;
+        watching.wait()?;
+    }
+    lab.remove()
+}
+
+/// An endpoint that is dead is named, and does not keep anybody waiting for long.
+#[test]
+fn a_dead_endpoint_is_named() -> Result<()> {
+    let lab = hosts(1, 1)?;
+    let target = Target { lab: &lab, flags: vec!["--etcd-endpoints=http://10.168.0.1:1".into()] };
+    let begun = std::time::Instant::now();
+    let refused = target.refused(&["show"])?;
+    assert!(refused.contains("http://10.168.0.1:1: "), "{refused}");
+    assert!(begun.elapsed() < DEADLINE);
+    lab.remove()
+}
