@@ -7,6 +7,7 @@ pub mod lab;
 mod leasing;
 pub mod netns;
 mod node;
+mod overlap;
 mod overlay;
 mod registry;
 pub mod registry_command;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::thread::{CapabilitySet, capabilities};
-use weft_backends::netlink::Netlink;
+use weft_backends::netlink::{DefaultRoute, KernelRoute, Link, Netlink};
 use weft_backends::{BackendError, BackendKind, ExternalInterface, Options};
 use weft_control::keeper::{self, Identity};
 use weft_control::lease::{Expiry, Snapshot};
@@ -21,6 +21,7 @@ use crate::forwarding::{Ended, Forwarding, expiry};
 use crate::interface::{self, Families};
 use crate::leasing::Claim;
 use crate::node::Node;
+use crate::overlap;
 use crate::overlay::Overlay;
 use crate::registry::{self, config_file};
 use crate::retry::Repeats;
@@ -53,7 +54,16 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
     let mut backoff = Backoff::default();
     loop {
         let (text, config, kind) = wait_for_config(registry.as_ref(), settings, &mut said).await?;
-        let interface = choose_interface(settings, &config).await?;
+        let (links, default_routes, routes) = look_around().await?;
+        let families = Families { ipv4: config.ipv4.is_some(), ipv6: config.ipv6.is_some() };
+        let chosen = interface::choose(&settings.wish, families, &links, &default_routes)?;
+        let interface = chosen.interface;
+        if let Some(reason) = overlap::conflict(&config, &interface, &routes, &settings.registry) {
+            said.error(&format!("waiting: {reason}"));
+            tokio::time::sleep(CONFIG_INTERVAL).await;
+            continue;
+        }
+        tracing::info!(interface = interface.name, why = chosen.why, "external interface");
         let options = Options {
             guard: settings.guard,
             workers: settings.workers,
@@ -114,6 +124,10 @@ impl Daemon<'_> {
             let started = start(&mut overlay, &lease).await?;
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
+            let (links, ..) = look_around().await?;
+            for stray in overlap::strays(&self.config, &lease.key, &links, &started.device) {
+                tracing::warn!("{stray}");
+            }
             let forwarding = Forwarding {
                 settings,
                 registry,
@@ -282,17 +296,11 @@ fn choose_backend(
     }
 }
 
-async fn choose_interface(
-    settings: &Settings,
-    config: &NetworkConfig,
-) -> anyhow::Result<ExternalInterface> {
-    let (links, routes) = tokio::task::spawn_blocking(|| {
+/// The host's links, its default routes, and all its routes.
+async fn look_around() -> anyhow::Result<(Vec<Link>, Vec<DefaultRoute>, Vec<KernelRoute>)> {
+    tokio::task::spawn_blocking(|| {
         let netlink = Netlink::open().context("cannot open a netlink socket")?;
-        anyhow::Ok((netlink.links()?, netlink.default_routes()?))
+        Ok((netlink.links()?, netlink.default_routes()?, netlink.routes()?))
     })
-    .await??;
-    let families = Families { ipv4: config.ipv4.is_some(), ipv6: config.ipv6.is_some() };
-    let chosen = interface::choose(&settings.wish, families, &links, &routes)?;
-    tracing::info!(interface = chosen.interface.name, why = chosen.why, "external interface");
-    Ok(chosen.interface)
+    .await?
 }

@@ -66,6 +66,7 @@ fn waits_for_a_good_config_and_touches_nothing_before() -> Result<()> {
         (r#"{"Network":"10.42.0.0/16","Backend":{"Type":"nope"}}"#, "unknown backend type"),
         (r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}"#, "vxlan is not built yet"),
         (r#"{"Network":"10.42.0.0/16","Backend":{"Type":"udp","Port":-1}}"#, "Port must be"),
+        (r#"{"Network":"10.0.0.0/8"}"#, "10.168.0.94, an address of the external interface eth0"),
     ] {
         write_config(&lab, config)?;
         daemon.logs(said)?;
