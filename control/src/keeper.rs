@@ -128,6 +128,8 @@ pub fn renew_at(lease: &Lease, margin: Duration) -> Option<Timestamp> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn config() -> NetworkConfig {
@@ -232,5 +234,139 @@ mod tests {
         own.expires = Expiry::At("2026-11-23T12:00:00Z".parse().unwrap());
         let due = renew_at(&own, Duration::from_secs(3600)).unwrap();
         assert_eq!(due.to_string(), "2026-11-23T11:00:00Z");
+    }
+
+    /// A registry as all of them are: each write is conditional on the state that was seen.
+    #[derive(Debug, Default)]
+    struct Model {
+        leases: Vec<Lease>,
+        revision: u64,
+    }
+
+    impl Model {
+        fn write(&mut self, key: LeaseKey, attrs: &LeaseAttrs) -> Lease {
+            self.leases.retain(|lease| lease.key != key);
+            self.revision += 1;
+            let (attrs, revision) = (attrs.clone(), self.revision);
+            self.leases.push(Lease { key, attrs, expires: Expiry::Unknown, revision });
+            self.leases[self.leases.len() - 1].clone()
+        }
+
+        fn is_as_seen(&self, seen: &Lease) -> bool {
+            self.leases.iter().any(|it| (it.key, it.revision) == (seen.key, seen.revision))
+        }
+    }
+
+    /// A node: what it last saw of the registry, which may be long ago, and the lease it believes in.
+    #[derive(Debug)]
+    struct Keeper {
+        identity: Identity,
+        seen: Vec<Lease>,
+        held: Option<Lease>,
+    }
+
+    impl Keeper {
+        /// One look and one act with something of others in between, but never less known than what
+        /// it wrote itself: the daemon lists before each plan.
+        fn act(&mut self, config: &NetworkConfig, model: &mut Model, rng: &mut fastrand::Rng) {
+            let revision = model.revision;
+            self.decide(config, model, rng);
+            if model.revision != revision {
+                self.seen.clone_from(&model.leases);
+            }
+        }
+
+        fn decide(&mut self, config: &NetworkConfig, model: &mut Model, rng: &mut fastrand::Rng) {
+            let former = self.held.take();
+            match former.as_ref().map(|held| check_own(held, &self.seen)) {
+                Some(Own::Held(lease)) => {
+                    let renew = model.is_as_seen(&lease);
+                    self.held = Some(if renew {
+                        model.write(lease.key, &self.identity.attrs)
+                    } else {
+                        lease
+                    });
+                }
+                None | Some(Own::Missing | Own::TakenBy(_)) => {
+                    let ipv4 = former.and_then(|lease| lease.key.ipv4);
+                    let previous = Previous { ipv4, ipv6: None };
+                    match plan(config, &self.identity, &previous, &self.seen, rng) {
+                        Plan::Reuse(seen) if model.is_as_seen(&seen) => {
+                            self.held = Some(model.write(seen.key, &self.identity.attrs));
+                        }
+                        Plan::Create(key) if !model.leases.iter().any(|it| it.key == key) => {
+                            self.held = Some(model.write(key, &self.identity.attrs));
+                        }
+                        Plan::Remove(seen) if model.is_as_seen(&seen) => {
+                            model.leases.retain(|lease| lease.key != seen.key);
+                        }
+                        Plan::Reuse(_) | Plan::Create(_) | Plan::Remove(_) | Plan::OutOfSubnets => {
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    proptest! {
+        /// Nodes that look and act in any order, with leases that expire and others that an operator
+        /// gives away: no write of a keeper ever takes what another has, and in the end each has
+        /// a lease of its own.
+        #[test]
+        fn keepers_never_share_a_subnet(
+            events in proptest::collection::vec((0u8..4, 0usize..4), 0..200), seed in any::<u64>(),
+        ) {
+            let config: NetworkConfig =
+                r#"{"Network":"10.3.0.0/16","SubnetMin":"10.3.1.0","SubnetMax":"10.3.8.0"}"#
+                    .parse()
+                    .unwrap();
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let mut model = Model::default();
+            let mut keepers: Vec<Keeper> = (0..4_u8)
+                .map(|number| Keeper {
+                    identity: Identity {
+                        node_id: number.to_string(),
+                        attrs: lease("10.3.1.0-24", &format!("192.0.2.{number}")).attrs,
+                    },
+                    seen: Vec::new(),
+                    held: None,
+                })
+                .collect();
+            let stranger = lease("10.3.1.0-24", "192.0.2.200").attrs;
+            for (what, number) in events {
+                let before = model.leases.clone();
+                match what {
+                    0 => keepers[number].seen.clone_from(&model.leases),
+                    1 => keepers[number].act(&config, &mut model, &mut rng),
+                    2 if number < model.leases.len() => drop(model.leases.remove(number)),
+                    3 if number == 0 && !model.leases.is_empty() => {
+                        model.write(model.leases[0].key, &stranger);
+                    }
+                    _ => {}
+                }
+                if what == 1 {
+                    // Whose it was before a keeper's write, it still is, or nobody's.
+                    for old in &before {
+                        let now = model.leases.iter().find(|lease| lease.key == old.key);
+                        prop_assert!(now.is_none_or(|now| now.attrs.same_node(&old.attrs)));
+                    }
+                }
+            }
+            // The stranger's leases run out, and everybody looks before acting for a while.
+            model.leases.retain(|lease| !lease.attrs.same_node(&stranger));
+            for _ in 0..4 {
+                for keeper in &mut keepers {
+                    keeper.seen.clone_from(&model.leases);
+                    keeper.act(&config, &mut model, &mut rng);
+                }
+            }
+            for keeper in &keepers {
+                let held = keeper.held.as_ref().expect("there is room for all");
+                let ours: Vec<_> =
+                    model.leases.iter().filter(|it| it.attrs.same_node(&held.attrs)).collect();
+                prop_assert_eq!(ours.len(), 1);
+                prop_assert_eq!(ours[0].key, held.key);
+            }
+        }
     }
 }

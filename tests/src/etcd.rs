@@ -189,6 +189,12 @@ pub fn forget_history(lab: &Lab) -> Result<()> {
     })
 }
 
+/// Has daemons choose among 10.42.20.0 to 10.42.99.0, so that a test's own leases are in nobody's way.
+pub fn keep_subnets_free(lab: &Lab) -> Result<()> {
+    let range = r#""SubnetMin":"10.42.20.0","SubnetMax":"10.42.99.0""#;
+    put(lab, "config", format!(r#"{{"Network":"10.42.0.0/16",{range}}}"#))
+}
+
 /// The one key below the prefix and `path`.
 pub fn get_one(lab: &Lab, path: &str) -> Result<Entry> {
     if is_v2() {

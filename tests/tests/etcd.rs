@@ -2,6 +2,10 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -12,8 +16,10 @@ use weft_control::lease::{Expiry, Snapshot};
 use weft_control::subnet_env::Previous;
 use weft_control::{LeaseAttrs, NetworkConfig};
 use weft_daemon::lab::{Lab, PingOptions};
+use weft_daemon::netns::NetNs;
 use weft_tests::etcd::{
-    delete, forget_history, get, get_one, hosts, inside, put, registry, wait_until_it_serves,
+    delete, forget_history, get, get_one, hosts, inside, keep_subnets_free, put, registry,
+    wait_until_it_serves,
 };
 use weft_tests::{DEADLINE, all_acquainted, bring_up, until};
 
@@ -155,6 +161,7 @@ fn fastrand_seeded(seed: u8) -> fastrand::Rng {
 #[test]
 fn garbage_is_skipped_and_named() -> Result<()> {
     let mut lab = hosts(2, 1)?;
+    keep_subnets_free(&lab)?;
     bring_up(&mut lab, &[])?;
     let own = subnet(&lab, 0)?;
     let half = format!("subnets/{}-25", own.network());
@@ -330,6 +337,7 @@ fn wiped_data_are_written_again() -> Result<()> {
 #[test]
 fn one_member_of_three_may_fail() -> Result<()> {
     let mut lab = hosts(2, 3)?;
+    keep_subnets_free(&lab)?;
     bring_up(&mut lab, &[])?;
     let drop_all = "add table ip cut { chain in { type filter hook input priority 0; policy drop; }; \
                     chain out { type filter hook output priority 0; policy drop; }; }";
@@ -361,10 +369,112 @@ fn one_member_of_three_may_fail() -> Result<()> {
     lab.remove()
 }
 
+/// Two of three members gone: the third can decide nothing, which is as good as away.
+#[test]
+fn a_lost_majority_is_an_outage() -> Result<()> {
+    let mut lab = hosts(2, 3)?;
+    bring_up(&mut lab, &[])?;
+    let before = [subnet(&lab, 0)?, subnet(&lab, 1)?];
+    for member in 1..3 {
+        lab.etcd(member).kill()?;
+    }
+    for host in 0..2 {
+        logs(&lab, host, "is away, going on with what was last read")?;
+    }
+    pings(&lab)?;
+    for member in 1..3 {
+        lab.start_etcd(member)?;
+    }
+    for host in 0..2 {
+        logs(&lab, host, " is back after ")?;
+    }
+    assert_eq!([subnet(&lab, 0)?, subnet(&lab, 1)?], before);
+    all_acquainted(&lab)?;
+    pings(&lab)?;
+    lab.remove()
+}
+
+/// Each answer takes two seconds: everything still comes, only later.
+#[test]
+fn slow_answers_are_waited_for() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    keep_subnets_free(&lab)?;
+    let server = SocketAddr::new(lab.etcd(0).address, 2379);
+    let proxy = SlowProxy::start(&lab.host(1).netns, server, Duration::from_secs(1))?;
+    lab.start_daemon(0, &[])?;
+    lab.start_daemon(1, &[&format!("--etcd-endpoints=http://{}", proxy.address)])?;
+    for host in 0..2 {
+        lab.wait_ready(host, 3 * DEADLINE)?;
+        lab.attach_container(host)?;
+    }
+    all_acquainted(&lab)?;
+    pings(&lab)?;
+    put(&lab, "subnets/10.42.200.0-24", r#"{"PublicIP":"10.168.1.1"}"#)?;
+    until("the slow one hears of it", || Ok(lab.status(1)?.peers.len() == 2))?;
+    assert!(!log(&lab, 1)?.contains("is away"), "{}", log(&lab, 1)?);
+    lab.remove()
+}
+
+/// Hands bytes on, each a while after it came, in both directions.
+struct SlowProxy {
+    address: SocketAddr,
+}
+
+impl SlowProxy {
+    fn start(netns: &NetNs, server: SocketAddr, delay: Duration) -> Result<Self> {
+        let listener = netns.run(|| TcpListener::bind("127.0.0.1:0"))??;
+        let address = listener.local_addr()?;
+        let name = netns.name().to_owned();
+        // Threads end with the connections, and those with the daemon.
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let Ok(server) = connect_inside(&name, server) else { continue };
+                for (from, to) in [(&client, &server), (&server, &client)] {
+                    if let (Ok(from), Ok(to)) = (from.try_clone(), to.try_clone()) {
+                        thread::spawn(move || slow_copy(from, to, delay));
+                    }
+                }
+            }
+        });
+        Ok(Self { address })
+    }
+}
+
+/// As a host's own program would.
+fn connect_inside(netns: &str, server: SocketAddr) -> Result<TcpStream> {
+    let entrance = fs::File::open(format!("/run/netns/{netns}"))?;
+    let inside = move || {
+        nix::sched::setns(&entrance, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        Ok(TcpStream::connect(server)?)
+    };
+    thread::spawn(inside).join().unwrap_or_else(|_| anyhow::bail!("the connecting thread panicked"))
+}
+
+fn slow_copy(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
+    let (sender, receiver) = mpsc::channel::<(Instant, Vec<u8>)>();
+    thread::spawn(move || {
+        for (due, bytes) in receiver {
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            if to.write_all(&bytes).is_err() {
+                break;
+            }
+        }
+        // Fails where the other side is gone already.
+        let _ = to.shutdown(Shutdown::Both);
+    });
+    let mut buffer = vec![0; 65_536];
+    while let Ok(len @ 1..) = from.read(&mut buffer) {
+        if sender.send((Instant::now() + delay, buffer[..len].to_vec())).is_err() {
+            break;
+        }
+    }
+}
+
 /// A daemon that slept through a compaction of what it watched lists anew.
 #[test]
 fn compaction_past_our_revision_loses_nothing() -> Result<()> {
     let mut lab = hosts(2, 1)?;
+    keep_subnets_free(&lab)?;
     bring_up(&mut lab, &[])?;
     let pid = i32::try_from(lab.status(0)?.pid)?;
     let pid = Pid::from_raw(pid).context("no pid")?;
@@ -389,6 +499,7 @@ fn compaction_past_our_revision_loses_nothing() -> Result<()> {
 #[test]
 fn a_peer_that_moves_is_followed() -> Result<()> {
     let mut lab = hosts(2, 1)?;
+    keep_subnets_free(&lab)?;
     bring_up(&mut lab, &[])?;
     let path = "subnets/10.42.200.0-24";
     put(&lab, path, r#"{"PublicIP":"10.168.1.1"}"#)?;

@@ -308,12 +308,13 @@ impl Shared {
         key.strip_prefix('/')?.strip_prefix(&self.prefix)?.strip_prefix('/')
     }
 
-    /// Ends when the server that is asked is no longer there; says why.
+    /// Ends when the server that is asked is no longer there, or has lost the others; says why.
     async fn until_gone(&self) -> String {
         let at = self.endpoints.current();
         loop {
             tokio::time::sleep(CHECK_INTERVAL).await;
-            if let Err(error) = self.ask(Method::Get, CONFIG).await {
+            // Only a quorum read needs the others.
+            if let Err(error) = self.ask(Method::Get, &format!("{CONFIG}?quorum=true")).await {
                 return error.to_string();
             }
             if self.endpoints.current() != at {
