@@ -96,8 +96,10 @@ impl Forwarding<'_> {
                     if let Some(ended) = self.follow(&snapshot, overlay, &mut turn).await? {
                         return Ok(ended);
                     }
-                    if is_back {
+                    if !snapshot.nodes.iter().any(|node| node.id == self.node.id) {
                         publish.reset_immediately();
+                    }
+                    if is_back {
                         remember(last_known, &turn, &snapshot);
                     }
                 }

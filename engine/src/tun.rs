@@ -22,8 +22,8 @@ const TSO: libc::c_uint = 0x02 | 0x04 | 0x08;
 const USO: libc::c_uint = 0x20 | 0x40;
 
 /// How long the queues of a process that has just ended may keep a name busy: io_uring lets go of
-/// its files some 20 to 80 ms after the exit.
-const BUSY_GRACE: Duration = Duration::from_millis(500);
+/// its files some 20 to 80 ms after the exit, and later on a busy machine.
+const BUSY_GRACE: Duration = Duration::from_secs(2);
 
 /// A TUN device with its queues.
 #[derive(Debug)]

@@ -36,7 +36,7 @@ const ROOM_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 
 /// How long the sockets of a process that has just ended may keep the port busy; see
 /// [`crate::tun`].
-const BUSY_GRACE: Duration = Duration::from_millis(500);
+const BUSY_GRACE: Duration = Duration::from_secs(2);
 
 /// A UDP socket on the underlay.
 #[derive(Debug)]

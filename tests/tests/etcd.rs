@@ -196,7 +196,9 @@ fn a_deleted_lease_is_claimed_again() -> Result<()> {
     bring_up(&mut lab, &[])?;
     let (before, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
     delete(&lab, &path)?;
-    until("the lease is back", || Ok(!get(&lab, &path)?.is_empty()))?;
+    until("the lease is back", || Ok(get_one(&lab, &path).is_ok()))?;
+    delete(&lab, "weft/nodes/")?;
+    until("the records are back", || Ok(get(&lab, "weft/nodes/")?.len() == 2))?;
     logs(&lab, 0, "our lease is gone; claiming it again")?;
     assert_eq!(subnet(&lab, 0)?, before);
     all_acquainted(&lab)?;

@@ -173,7 +173,7 @@ impl<D: Dial> Endpoints<D> {
         let late = || Failure::Endpoint(format!("{url}: no answer in time"));
         let answer = answer.await.unwrap_or_else(|_| Err(late()));
         if answer.is_err() {
-            endpoint.forget().await;
+            endpoint.forget();
         }
         answer
     }
@@ -190,8 +190,8 @@ impl<C: Clone> Endpoint<C> {
     }
 
     /// The next request connects anew. Where one waits for a connection just now, it is new.
-    async fn forget(&self) {
-        if let Ok(mut client) = timeout(Duration::ZERO, self.client.lock()).await {
+    fn forget(&self) {
+        if let Ok(mut client) = self.client.try_lock() {
             *client = None;
         }
     }

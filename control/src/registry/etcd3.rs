@@ -186,6 +186,14 @@ impl Shared {
         let _ = self.ask(|mut client| async move { client.lease_revoke(id).await }).await;
     }
 
+    /// Whether a key is there: somebody may have removed it.
+    async fn is_there(&self, key: &str) -> Result<bool, RegistryError> {
+        let found = self.ask(|mut client| async move {
+            client.get(key, Some(GetOptions::new().with_count_only())).await
+        });
+        Ok(found.await?.count() > 0)
+    }
+
     /// Writes a lease where `compare` holds; `None` where it does not.
     async fn write_lease(
         &self,
@@ -349,16 +357,17 @@ impl Registry for Etcd3Registry {
     /// The record is written once and then only kept alive, so that a fleet of nodes does not wake
     /// each other up.
     async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError> {
-        let value = json(node)?;
+        let (value, key) = (json(node)?, self.shared.key(&format!("{NODES}{}", node.id)));
         let mut held = self.shared.node.lock().await;
         if let Some((id, published)) = &*held
             && *published == value
             && self.shared.ask(|client| keep_alive(client, *id)).await?
+            && self.shared.is_there(&key).await?
         {
             return Ok(());
         }
         let granted = self.shared.grant(ttl).await?;
-        let (id, key) = (granted.id, self.shared.key(&format!("{NODES}{}", node.id)));
+        let id = granted.id;
         let put = self.shared.ask(|mut client| {
             let (key, value) = (key.clone(), value.clone());
             async move { client.put(key, value, Some(PutOptions::new().with_lease(id))).await }
