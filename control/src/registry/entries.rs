@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::de::DeserializeOwned;
 
+use super::RegistryError;
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
 
 /// The network config, below the prefix.
@@ -21,6 +22,11 @@ pub(super) fn clean(prefix: &str) -> String {
     let root = if prefix.starts_with('/') { "/" } else { "" };
     let parts: Vec<&str> = prefix.split('/').filter(|part| !part.is_empty()).collect();
     format!("{root}{}", parts.join("/"))
+}
+
+/// A value as a server is to have it.
+pub(super) fn json(value: &impl serde::Serialize) -> Result<String, RegistryError> {
+    serde_json::to_string(value).map_err(|error| RegistryError::Task(error.to_string()))
 }
 
 /// One entry as a server has it.

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConf
 
 use super::access::{Access, Credentials, Secret};
 use super::endpoints::{CONNECT_TIMEOUT, DEADLINE, Dial, Endpoints, Failure};
-use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean};
+use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean, json};
 use super::watching::{self, Publish, Source};
 use super::{Registry, RegistryError, View};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
@@ -271,9 +271,7 @@ impl Shared {
 
     /// As [`Shared::ask`], but not while it is known that nobody answers.
     async fn ask_if_there(&self, method: Method, path: &str) -> Result<Answer, RegistryError> {
-        if self.away.load(Ordering::Relaxed) {
-            return Err(RegistryError::Away("etcd is away".into()));
-        }
+        self.refuse_while_away()?;
         self.ask(method, path).await
     }
 
@@ -335,10 +333,6 @@ fn end(ttl: Duration) -> Expiry {
     Expiry::At(Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX))
 }
 
-fn json(value: &impl serde::Serialize) -> Result<String, RegistryError> {
-    serde_json::to_string(value).map_err(|error| RegistryError::Task(error.to_string()))
-}
-
 #[async_trait]
 impl Registry for Etcd2Registry {
     fn describe(&self) -> String {
@@ -350,9 +344,7 @@ impl Registry for Etcd2Registry {
     }
 
     async fn snapshot(&self) -> Result<Snapshot, RegistryError> {
-        if self.shared.away.load(Ordering::Relaxed) {
-            return Err(RegistryError::Away("etcd is away".into()));
-        }
+        self.shared.refuse_while_away()?;
         Ok(self.shared.list().await?.0.snapshot())
     }
 

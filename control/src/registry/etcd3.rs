@@ -6,7 +6,7 @@
 
 use std::error::Error as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -21,7 +21,7 @@ use tonic::Code;
 
 use super::access::{Access, Secret};
 use super::endpoints::{CONNECT_TIMEOUT, Dial, Endpoints, Failure};
-use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean};
+use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean, json};
 use super::watching::{self, Publish, Source};
 use super::{Registry, RegistryError, View};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
@@ -161,13 +161,6 @@ impl Shared {
         self.endpoints.ask(request).await
     }
 
-    fn refuse_while_away(&self) -> Result<(), RegistryError> {
-        if self.away.load(Ordering::Relaxed) {
-            return Err(RegistryError::Away("etcd is away".into()));
-        }
-        Ok(())
-    }
-
     /// What follows the prefix and a slash.
     fn path<'a>(&self, kv: &'a KeyValue) -> Option<&'a str> {
         kv.key_str().ok()?.strip_prefix(&self.prefix)?.strip_prefix('/')
@@ -277,10 +270,6 @@ fn signed(revision: u64) -> i64 {
 fn entry(kv: &KeyValue) -> Entry<'_> {
     let expires = if kv.lease() == 0 { Expiry::Never } else { Expiry::Unknown };
     Entry { value: kv.value(), expires, revision: unsigned(kv.mod_revision()) }
-}
-
-fn json(value: &impl serde::Serialize) -> Result<String, RegistryError> {
-    serde_json::to_string(value).map_err(|error| RegistryError::Task(error.to_string()))
 }
 
 #[async_trait]

@@ -33,6 +33,14 @@ pub(super) trait Source: Send + Sync + 'static {
     /// Set while nobody answers: others need not ask.
     fn away(&self) -> &AtomicBool;
 
+    /// Spares a request that would find nobody.
+    fn refuse_while_away(&self) -> Result<(), RegistryError> {
+        if self.away().load(Ordering::Relaxed) {
+            return Err(RegistryError::Away("etcd is away".into()));
+        }
+        Ok(())
+    }
+
     /// Everything at one moment.
     async fn list(&self) -> Result<(Entries, Self::Mark), RegistryError>;
 
