@@ -1,6 +1,7 @@
 //! Ways to carry overlay packets between hosts: one trait, one module for each way.
 
 pub mod netlink;
+mod nft_events;
 mod udp_tun;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::UnboundedReceiver;
 use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
 
+pub use nft_events::NftEvents;
 pub use weft_engine::{DscpMode, Feature, GuardMode, IoKind, SourcePort, Tuning};
 
 /// One way to carry overlay packets between hosts.

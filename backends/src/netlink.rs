@@ -27,6 +27,10 @@ pub const ROUTE_PROTOCOL: u8 = 119;
 /// Marks the links that weft made (`ip link` shows it as `alias weft`).
 pub const LINK_ALIAS: &str = "weft";
 
+/// A route with this metric comes after whatever else leads to the same network, such as a bridge
+/// with the containers.
+const LAST_METRIC: u32 = u32::MAX - 1;
+
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
@@ -182,6 +186,58 @@ impl Netlink {
         })
     }
 
+    /// Makes these networks, and no others of weft's, be discarded where no better route takes them.
+    pub fn keep_blackholes(&self, networks: &[IpNetwork]) -> Result<(), NetlinkError> {
+        let found = self.call("route show type blackhole", async {
+            let mut found = Vec::new();
+            for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+                let mut request = RouteMessage::default();
+                request.header.address_family = family;
+                let mut answers = self.handle.route().get(request).execute();
+                while let Some(message) = answers.try_next().await? {
+                    found.extend(own_blackhole(&message));
+                }
+            }
+            Ok(found)
+        })?;
+        for network in networks.iter().filter(|network| !found.contains(network)) {
+            let message = blackhole(*network);
+            self.call(&format!("route add blackhole {network} metric {LAST_METRIC}"), async {
+                self.handle.route().add(message?).execute().await
+            })?;
+        }
+        for network in found.iter().filter(|network| !networks.contains(network)) {
+            let message = blackhole(*network);
+            self.call(&format!("route del blackhole {network} metric {LAST_METRIC}"), async {
+                self.handle.route().del(message?).execute().await
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The link that packets to `ip` leave by, and the address that they leave from.
+    pub fn way_to(&self, ip: IpAddr) -> Result<(Option<u32>, Option<IpAddr>), NetlinkError> {
+        self.call(&format!("route get {ip}"), async {
+            let len = if ip.is_ipv6() { 128 } else { 32 };
+            let request = RouteMessageBuilder::<IpAddr>::new()
+                .destination_prefix(ip, len)
+                .map_err(|_| rtnetlink::Error::RequestFailed)?
+                .build();
+            let mut answers = self.handle.route().get(request).execute();
+            let (mut link, mut source) = (None, None);
+            if let Some(message) = answers.try_next().await? {
+                for attribute in &message.attributes {
+                    if let RouteAttribute::Oif(index) = attribute {
+                        link = Some(*index);
+                    } else if let RouteAttribute::PrefSource(address) = attribute {
+                        source = self::ip(address);
+                    }
+                }
+            }
+            Ok((link, source))
+        })
+    }
+
     fn call<T>(
         &self,
         command: &str,
@@ -264,6 +320,28 @@ fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
     }
     let destination = IpNetwork::new(destination, header.destination_prefix_length).ok()?;
     Some(KernelRoute { destination, gateway, link, protocol: header.protocol.into() })
+}
+
+fn blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Error> {
+    Ok(RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(network.network(), network.prefix())
+        .map_err(|_| rtnetlink::Error::RequestFailed)?
+        .kind(RouteType::BlackHole)
+        .priority(LAST_METRIC)
+        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+        .build())
+}
+
+fn own_blackhole(message: &RouteMessage) -> Option<IpNetwork> {
+    let header = &message.header;
+    let is_own = header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
+    if header.kind != RouteType::BlackHole || !is_own {
+        return None;
+    }
+    let destination = message.attributes.iter().find_map(|attribute| {
+        if let RouteAttribute::Destination(address) = attribute { ip(address) } else { None }
+    });
+    IpNetwork::new(destination?, header.destination_prefix_length).ok()
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

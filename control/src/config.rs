@@ -74,6 +74,14 @@ impl NetworkConfig {
         self.ipv4.into_iter().chain(self.ipv6)
     }
 
+    /// Whether both are of one overlay, and differ at most in which of its subnets are given out.
+    pub fn differs_in_bounds_only(&self, other: &Self) -> bool {
+        let networks = |config: &Self| config.families().map(|it| it.network).collect::<Vec<_>>();
+        networks(self) == networks(other)
+            && self.enable_nftables == other.enable_nftables
+            && self.backend == other.backend
+    }
+
     /// The family's address space, if the overlay has it.
     pub fn family(&self, ipv6: bool) -> Option<FamilyConfig> {
         if ipv6 { self.ipv6 } else { self.ipv4 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use crate::allocate::{is_allowed, pick_subnet};
 use crate::config::NetworkConfig;
@@ -116,13 +116,16 @@ pub fn ttl(lease: &Lease, ttl: Duration) -> Option<Duration> {
     (lease.expires != Expiry::Never).then_some(ttl)
 }
 
-/// When to renew: `margin` before the end; at once where nobody knows it. `None` for a reservation.
-pub fn renew_at(lease: &Lease, margin: Duration) -> Option<Timestamp> {
-    let margin = SignedDuration::try_from(margin).unwrap_or(SignedDuration::ZERO);
+/// How long after `now` to renew: `margin` before the end; at once where nobody knows it. `None` for
+/// a reservation.
+pub fn renew_in(lease: &Lease, margin: Duration, now: Timestamp) -> Option<Duration> {
     match lease.expires {
         Expiry::Never => None,
-        Expiry::At(end) => Some(end.checked_sub(margin).unwrap_or(Timestamp::MIN)),
-        Expiry::Unknown => Some(Timestamp::MIN),
+        Expiry::At(end) => {
+            let left = Duration::try_from(end.duration_since(now)).unwrap_or_default();
+            Some(left.saturating_sub(margin))
+        }
+        Expiry::Unknown => Some(Duration::ZERO),
     }
 }
 
@@ -228,12 +231,16 @@ mod tests {
     #[test]
     fn renewal_comes_a_margin_before_the_end() {
         let mut own = lease("10.3.4.0-24", "192.0.2.9");
-        assert_eq!(renew_at(&own, Duration::from_secs(60)), None);
+        let left = |own: &Lease, now: &str| {
+            renew_in(own, Duration::from_secs(3600), now.parse().unwrap()).map(|it| it.as_secs())
+        };
+        assert_eq!(left(&own, "2026-11-23T12:00:00Z"), None);
         own.expires = Expiry::Unknown;
-        assert_eq!(renew_at(&own, Duration::from_secs(60)), Some(Timestamp::MIN));
+        assert_eq!(left(&own, "2026-11-23T12:00:00Z"), Some(0));
         own.expires = Expiry::At("2026-11-23T12:00:00Z".parse().unwrap());
-        let due = renew_at(&own, Duration::from_secs(3600)).unwrap();
-        assert_eq!(due.to_string(), "2026-11-23T11:00:00Z");
+        assert_eq!(left(&own, "2026-11-23T10:30:00Z"), Some(1800));
+        assert_eq!(left(&own, "2026-11-23T11:30:00Z"), Some(0));
+        assert_eq!(left(&own, "2026-11-23T12:30:00Z"), Some(0));
     }
 
     /// A registry as all of them are: each write is conditional on the state that was seen.

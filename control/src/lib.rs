@@ -6,6 +6,8 @@
 pub mod allocate;
 pub mod backoff;
 pub mod config;
+pub mod file;
+pub mod firewall;
 pub mod keeper;
 pub mod lease;
 pub mod registry;

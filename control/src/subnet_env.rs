@@ -1,15 +1,15 @@
 //! subnet.env: what container runtimes read to know this node's subnet and MTU.
 
 use std::fmt::Write as _;
-use std::fs::{self, File, Permissions};
-use std::io::{self, Write as _};
+use std::fs;
+use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
 use crate::config::{NetworkConfig, from_bits, to_bits};
+use crate::file::{self, PUBLIC};
 use crate::lease::Lease;
 
 /// The file's content.
@@ -38,17 +38,7 @@ impl SubnetEnv {
     /// # Errors
     /// The file system refused; the old file, if any, is as it was.
     pub fn write(&self, path: &Path) -> io::Result<()> {
-        let directory = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        fs::create_dir_all(directory)?;
-        let mut file = tempfile::Builder::new().prefix(".subnet-env-").tempfile_in(directory)?;
-        file.write_all(self.text().as_bytes())?;
-        file.as_file().set_permissions(Permissions::from_mode(0o644))?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        File::open(directory)?.sync_all()
+        file::replace(path, self.text().as_bytes(), PUBLIC)
     }
 
     fn text(&self) -> String {
@@ -123,6 +113,7 @@ fn only_one<T>(text: &str, key: &str, parse: impl Fn(&str) -> Option<T>) -> Opti
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 

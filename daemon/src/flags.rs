@@ -19,6 +19,9 @@ use jiff::SignedDuration;
 use tracing_subscriber::EnvFilter;
 use weft_control::Secret;
 
+use crate::firewall::FirewallKind;
+use crate::interface::Pattern;
+
 pub use engine::EngineFlags;
 pub use parse::{one_line, parse};
 pub use settings::{FlagError, Note, RegistrySettings, Settings};
@@ -125,12 +128,12 @@ pub struct InterfaceFlags {
     /// [default: that of --public-ip, else that of the default route]
     #[arg(long, value_name = "NAME|IP", verbatim_doc_comment)]
     pub iface: Vec<String>,
-    /// As --iface, by a regular expression on addresses, then on names (not built yet)
-    #[arg(long, value_name = "REGEX")]
-    pub iface_regex: Vec<String>,
-    /// As --iface, by an address that it must lead to (not built yet)
+    /// As --iface, and after it, by a regular expression on addresses, then on names
+    #[arg(long, value_name = "REGEX", value_parser = regex)]
+    pub iface_regex: Vec<Pattern>,
+    /// As --iface, and after --iface-regex, by an address that packets leave by it to
     #[arg(long, value_name = "IP")]
-    pub iface_can_reach: Option<String>,
+    pub iface_can_reach: Option<IpAddr>,
     /// The IPv4 address that other nodes send to [default: the interface's]
     #[arg(long, value_name = "IP")]
     pub public_ip: Option<Ipv4Addr>,
@@ -143,31 +146,36 @@ pub struct InterfaceFlags {
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Firewall")]
 pub struct FirewallFlags {
-    /// Masquerades packets that leave the overlay (only told in subnet.env; rules not built yet)
+    /// Masquerades packets from containers to what is outside of the overlay
     #[arg(long, action = ArgAction::Set, value_parser = switch, default_value = "false")]
     pub ip_masq: bool,
-    /// Never asks iptables for --random-fully (not built yet)
+    /// Masquerades without asking for random ports (--random-fully, fully-random)
     #[arg(long, action = ArgAction::Set, value_parser = switch, default_value = "false")]
     pub ip_masq_fully_random_disable: bool,
-    /// Seconds between checks of the rules (not built yet)
-    #[arg(long, value_name = "SECONDS", default_value_t = settings::IPTABLES_RESYNC)]
-    pub iptables_resync: u32,
-    /// Accepts the overlay's packets in the chain FORWARD (not built yet)
+    /// Seconds between checks of the firewall's rules and of the blackhole route, from 1
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub iptables_resync: Duration,
+    /// Accepts the overlay's packets in the chain FORWARD
     #[arg(long, action = ArgAction::Set, value_parser = switch, default_value = "true")]
     pub iptables_forward_rules: bool,
-    /// Discards packets to addresses of our subnet that no container has (not built yet)
+    /// Discards packets to addresses of our subnet that no bridge or container takes
     #[arg(long, action = ArgAction::Set, value_parser = switch, default_value = "false")]
     pub ip_blackhole_route: bool,
+    /// What writes the rules; auto: nftables if the network config says EnableNFTables,
+    /// else iptables if there is one, else nftables
+    #[arg(long, value_name = "PROGRAM", value_enum, default_value_t = FirewallKind::Auto)]
+    #[arg(verbatim_doc_comment)]
+    pub firewall: FirewallKind,
 }
 
 /// Answers about the daemon's health over HTTP.
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Health")]
 pub struct HealthFlags {
-    /// The address to answer at (not built yet)
-    #[arg(long, value_name = "IP", default_value = "0.0.0.0")]
+    /// The address to answer at; flannel's default is 0.0.0.0
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     pub healthz_ip: IpAddr,
-    /// The port to answer at; 0 is none (not built yet)
+    /// The port to answer at; 0 is none
     #[arg(long, value_name = "PORT", default_value = "0")]
     pub healthz_port: u16,
 }
@@ -232,6 +240,17 @@ fn registry_directory(text: &str) -> Result<PathBuf, &'static str> {
     let path = text.strip_prefix("dir:").map(PathBuf::from);
     path.filter(|path| path.is_absolute())
         .ok_or("give dir: and an absolute path, as in dir:/var/lib/weft/registry")
+}
+
+fn seconds(text: &str) -> Result<Duration, &'static str> {
+    match text.parse() {
+        Ok(seconds @ 1..=86_400_u64) => Ok(Duration::from_secs(seconds)),
+        _ => Err("give 1 to 86400 seconds"),
+    }
+}
+
+fn regex(text: &str) -> Result<Pattern, String> {
+    Pattern::new(text).map_err(|error| format!("could not compile the IP address regex: {error}"))
 }
 
 fn lease_ttl(text: &str) -> Result<Duration, &'static str> {

@@ -10,12 +10,14 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use weft_backends::{BackendEvent, BackendKind, Desired, DesiredPeer, ExternalInterface, Started};
-use weft_control::keeper::{self, Own};
+use weft_control::keeper::{self, Identity, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
 use weft_control::{Lease, NetworkConfig, Registry, View};
 
+use crate::firewall::Firewall;
 use crate::flags::Settings;
+use crate::health::Health;
 use crate::leasing::{self, Claim};
 use crate::node::{self, Node};
 use crate::overlay::Overlay;
@@ -32,7 +34,9 @@ const NODE_TTL: Duration = Duration::from_secs(60);
 pub(crate) struct Forwarding<'a> {
     pub(crate) settings: &'a Settings,
     pub(crate) registry: &'a dyn Registry,
-    pub(crate) claim: &'a Claim<'a>,
+    pub(crate) health: &'a Health,
+    pub(crate) firewall: &'a Firewall,
+    pub(crate) identity: &'a Identity,
     pub(crate) kind: BackendKind,
     pub(crate) interface: &'a ExternalInterface,
     pub(crate) node: &'a Node,
@@ -53,12 +57,32 @@ pub(crate) enum Ended {
 /// What changes from turn to turn.
 #[derive(Debug)]
 struct Turn {
+    config: NetworkConfig,
     lease: Lease,
+    /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
+    renewal: Option<Instant>,
     /// Whether the registry could be read when it was last heard of.
     readable: bool,
     /// What could not be done, at the last reconciliation.
     problems: BTreeSet<String>,
     subnet_file_written: bool,
+}
+
+impl Turn {
+    fn new(config: NetworkConfig, lease: Lease, margin: Duration) -> Self {
+        let renewal = renewal(&lease, margin);
+        let problems = BTreeSet::new();
+        Self { config, lease, renewal, readable: false, problems, subnet_file_written: false }
+    }
+
+    /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
+    /// known, and not again: the clock may be set meanwhile.
+    fn hold(&mut self, lease: Lease, margin: Duration) {
+        if lease.expires != self.lease.expires {
+            self.renewal = renewal(&lease, margin);
+        }
+        self.lease = lease;
+    }
 }
 
 impl Forwarding<'_> {
@@ -70,19 +94,20 @@ impl Forwarding<'_> {
     pub(crate) async fn run(
         self,
         overlay: &mut Overlay,
+        config: &NetworkConfig,
         lease: Lease,
         watch: &mut watch::Receiver<View>,
         last_known: &mut StateFile<LastKnown>,
     ) -> anyhow::Result<Ended> {
-        let mut turn =
-            Turn { lease, readable: false, problems: BTreeSet::new(), subnet_file_written: false };
+        let (margin, retry) = self.settings.renewal();
+        let mut turn = Turn::new(config.clone(), lease, margin);
         let mut slow = tokio::time::interval(RECONCILE_INTERVAL);
         let mut publish = tokio::time::interval(NODE_INTERVAL);
         let mut renew_not_before = Instant::now();
-        let (margin, retry) = self.settings.renewal();
         watch.mark_changed();
+        let mut firewall = self.firewall.watch();
         loop {
-            let renewal = until_renewal(&turn.lease, margin, renew_not_before);
+            let renewal = sleep_until(turn.renewal.map(|due| due.max(renew_not_before)));
             tokio::select! {
                 changed = watch.changed() => {
                     changed.context("nothing watches the registry any more")?;
@@ -115,6 +140,7 @@ impl Forwarding<'_> {
                     self.renew(&mut turn).await;
                     renew_not_before = Instant::now() + retry;
                 }
+                Ok(()) = firewall.changed() => self.tell_health(&turn),
                 BackendEvent::Lost(reason) = overlay.event() => return Ok(Ended::Lost(reason)),
                 Ok(asker) = self.socket.accept() => {
                     status::answer(asker, &self.status(overlay, &turn));
@@ -131,15 +157,15 @@ impl Forwarding<'_> {
         turn: &mut Turn,
     ) -> anyhow::Result<Option<Ended>> {
         match keeper::check_own(&turn.lease, &snapshot.leases) {
-            Own::Held(lease) => turn.lease = lease,
+            Own::Held(lease) => turn.hold(lease, self.settings.renewal().0),
             Own::Missing => {
                 tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
                 let previous = leasing::previous(&turn.lease.key);
-                let lease = self.claim.acquire(self.registry, &previous).await;
+                let lease = self.claim(turn).acquire(self.registry, &previous).await;
                 if lease.key != turn.lease.key {
                     return Ok(Some(Ended::OtherLease(lease.into())));
                 }
-                turn.lease = lease;
+                turn.hold(lease, self.settings.renewal().0);
             }
             Own::TakenBy(other) => {
                 tracing::error!(
@@ -148,7 +174,7 @@ impl Forwarding<'_> {
                     "our subnet has another owner; its containers must move to a new subnet"
                 );
                 let previous = leasing::previous(&turn.lease.key);
-                let lease = self.claim.acquire(self.registry, &previous).await;
+                let lease = self.claim(turn).acquire(self.registry, &previous).await;
                 return Ok(Some(Ended::OtherLease(lease.into())));
             }
         }
@@ -162,7 +188,8 @@ impl Forwarding<'_> {
         overlay: &mut Overlay,
         turn: &mut Turn,
     ) -> anyhow::Result<()> {
-        let (desired, mut problems) = self.desired(snapshot, &turn.lease);
+        let (desired, mut problems) = self.desired(snapshot, turn);
+        problems.extend(follow_config(snapshot, turn));
         let report = overlay.call(move |backend| backend.reconcile(&desired)).await?;
         problems.extend(report.problems);
         for problem in problems.difference(&turn.problems) {
@@ -170,14 +197,24 @@ impl Forwarding<'_> {
         }
         turn.problems = problems;
         if !turn.subnet_file_written {
-            turn.subnet_file_written = self.write_subnet_file(&turn.lease);
+            turn.subnet_file_written = self.write_subnet_file(turn);
         }
+        self.tell_health(turn);
         Ok(())
     }
 
+    /// Without the firewall's rules or subnet.env packets move, but containers do not get far.
+    fn tell_health(&self, turn: &Turn) {
+        let mut problems: Vec<String> = self.firewall.state().problem.into_iter().collect();
+        if !turn.subnet_file_written {
+            problems.push(format!("cannot write {}", self.settings.subnet_file.display()));
+        }
+        self.health.forwards(problems);
+    }
+
     /// Everybody whose lease can be trusted, with the addresses they may send from.
-    fn desired(&self, snapshot: &Snapshot, own: &Lease) -> (Desired, BTreeSet<String>) {
-        let peers = peers(self.claim.config, own, &snapshot.leases);
+    fn desired(&self, snapshot: &Snapshot, turn: &Turn) -> (Desired, BTreeSet<String>) {
+        let peers = peers(&turn.config, &turn.lease, &snapshot.leases);
         let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
         let mut weft_nodes: HashSet<IpAddr> = HashSet::new();
         for record in &snapshot.nodes {
@@ -196,13 +233,12 @@ impl Forwarding<'_> {
                 publics.iter().filter_map(|ip| others.get(ip)).flatten().copied().collect();
             DesiredPeer { lease, other_addresses, is_weft }
         });
-        let desired = Desired { lease: own.clone(), peers: desired.collect() };
+        let desired = Desired { lease: turn.lease.clone(), peers: desired.collect() };
         let refused = peers.refused.iter().map(|(key, why)| format!("lease {key} refused: {why}"));
         let skipped =
             snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
         let mut problems: BTreeSet<String> = refused.chain(skipped).collect();
-        problems.extend(self.config_problem(snapshot));
-        problems.extend(keeper::claimant(self.claim.identity, &snapshot.nodes).map(|other| {
+        problems.extend(keeper::claimant(self.identity, &snapshot.nodes).map(|other| {
             format!(
                 "the node {} (id {}) lives with our public address; give either a --public-ip of \
                  its own",
@@ -212,23 +248,16 @@ impl Forwarding<'_> {
         (desired, problems)
     }
 
-    /// What a network config that is not the one we work by means.
-    fn config_problem(&self, snapshot: &Snapshot) -> Option<String> {
-        let Some(text) = &snapshot.config else {
-            return Some("the network config is gone; going on with what it was".into());
-        };
-        match text.parse::<NetworkConfig>() {
-            Ok(config) if config == *self.claim.config => None,
-            Ok(_) => Some("the network config has changed; restart weftd to go by it".into()),
-            Err(error) => Some(format!(
-                "the network config is a bad one now ({error}); going on with what it was"
-            )),
-        }
+    fn claim<'t>(&'t self, turn: &'t Turn) -> Claim<'t> {
+        let (ttl, health) = (self.settings.lease_ttl, self.health);
+        Claim { config: &turn.config, identity: self.identity, ttl, health }
     }
 
-    fn write_subnet_file(&self, lease: &Lease) -> bool {
+    fn write_subnet_file(&self, turn: &Turn) -> bool {
         let path = &self.settings.subnet_file;
-        let env = SubnetEnv::new(self.claim.config, lease, self.started.mtu, self.settings.ip_masq);
+        let Self { settings, started, .. } = self;
+        let ip_masq = settings.switches.masquerade;
+        let env = SubnetEnv::new(&turn.config, &turn.lease, started.mtu, ip_masq);
         match env.write(path) {
             Ok(()) => {
                 tracing::info!(path = %path.display(), "wrote subnet.env");
@@ -244,7 +273,7 @@ impl Forwarding<'_> {
     async fn publish_node(&self) {
         let interface = self.interface;
         let bound = [interface.ipv4.map(IpAddr::V4), interface.ipv6.map(IpAddr::V6)];
-        let attrs = &self.claim.identity.attrs;
+        let attrs = &self.identity.attrs;
         let publics: Vec<IpAddr> = attrs.public_addresses().collect();
         let addresses = bound.into_iter().flatten().chain(interface.other_addresses.clone());
         let record = NodeRecord {
@@ -262,12 +291,11 @@ impl Forwarding<'_> {
     }
 
     async fn renew(&self, turn: &mut Turn) {
-        let Claim { identity, ttl, .. } = *self.claim;
-        let ttl = keeper::ttl(&turn.lease, ttl);
-        match self.registry.renew(&turn.lease, &identity.attrs, ttl).await {
+        let ttl = keeper::ttl(&turn.lease, self.settings.lease_ttl);
+        match self.registry.renew(&turn.lease, &self.identity.attrs, ttl).await {
             Ok(Some(lease)) => {
                 tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
-                turn.lease = lease;
+                turn.hold(lease, self.settings.renewal().0);
             }
             Ok(None) => {
                 tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
@@ -279,6 +307,7 @@ impl Forwarding<'_> {
     fn status(&self, overlay: &Overlay, turn: &Turn) -> Status {
         let backend = overlay.status();
         let peers = backend.peers.into_iter();
+        let firewall = self.firewall.state();
         Status {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -296,11 +325,36 @@ impl Forwarding<'_> {
                 Expiry::Never | Expiry::Unknown => None,
             },
             peers: peers.map(|(public_ip, subnets)| PeerStatus { subnets, public_ip }).collect(),
-            problems: turn.problems.iter().cloned().collect(),
+            problems: turn.problems.iter().cloned().chain(firewall.problem).collect(),
+            firewall: firewall.by,
+            firewall_repairs: firewall.repairs,
             io: backend.io,
             offloads: backend.offloads,
             counters: backend.counters,
         }
+    }
+}
+
+/// Goes by a network config that was changed, where a running daemon can: in which subnets are given
+/// out. Says what is wrong with it otherwise.
+fn follow_config(snapshot: &Snapshot, turn: &mut Turn) -> Option<String> {
+    let Some(text) = &snapshot.config else {
+        return Some("the network config is gone; going on with what it was".into());
+    };
+    match text.parse::<NetworkConfig>() {
+        Ok(config) if config == turn.config => None,
+        Ok(config)
+            if config.differs_in_bounds_only(&turn.config)
+                && keeper::is_compatible(&config, &turn.lease.key) =>
+        {
+            tracing::info!("the range of subnets in the network config has changed; going by it");
+            turn.config = config;
+            None
+        }
+        Ok(_) => Some("the network config has changed; restart weftd to go by it".into()),
+        Err(error) => Some(format!(
+            "the network config is a bad one now ({error}); going on with what it was"
+        )),
     }
 }
 
@@ -321,11 +375,13 @@ pub(crate) fn expiry(lease: &Lease) -> String {
     }
 }
 
-/// Sleeps until the lease is due for renewal, and no less than until `not_before`.
-async fn until_renewal(lease: &Lease, margin: Duration, not_before: Instant) {
-    let Some(due) = keeper::renew_at(lease, margin) else {
-        return std::future::pending().await;
-    };
-    let left = Duration::try_from(due.duration_since(Timestamp::now())).unwrap_or_default();
-    tokio::time::sleep_until(not_before.max(Instant::now() + left)).await;
+fn renewal(lease: &Lease, margin: Duration) -> Option<Instant> {
+    keeper::renew_in(lease, margin, Timestamp::now()).map(|left| Instant::now() + left)
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
 }

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use regex::Regex;
 use weft_backends::ExternalInterface;
 use weft_backends::netlink::{DefaultRoute, Link, LinkAddress};
 
@@ -12,10 +13,43 @@ use weft_backends::netlink::{DefaultRoute, Link, LinkAddress};
 pub struct Wish {
     /// Names or addresses of interfaces; the first that matches is taken.
     pub iface: Vec<String>,
+    /// What an address or a name of an interface matches, where none of `iface` serves.
+    pub patterns: Vec<Pattern>,
+    /// What packets leave by the interface to, where none of those serves.
+    pub can_reach: Option<IpAddr>,
     /// The address that other nodes send to. Where no interface is named, its owner is taken.
     pub public_ip: Option<Ipv4Addr>,
     /// As `public_ip`, which comes first.
     pub public_ipv6: Option<Ipv6Addr>,
+}
+
+/// A regular expression that matches anywhere in a text.
+#[derive(Debug, Clone)]
+pub struct Pattern(Regex);
+
+impl Pattern {
+    /// # Errors
+    /// It is no regular expression.
+    pub fn new(text: &str) -> Result<Self, regex::Error> {
+        Regex::new(text).map(Self)
+    }
+}
+
+impl PartialEq for Pattern {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.as_str() == other.0.as_str()
+    }
+}
+
+impl Eq for Pattern {}
+
+/// What the kernel's routes say of the way to an address.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Way {
+    /// The interface that packets leave by.
+    pub link: Option<u32>,
+    /// The address that they leave from.
+    pub source: Option<IpAddr>,
 }
 
 /// The address families of the overlay; the interface must have an address of each.
@@ -40,7 +74,7 @@ pub enum InterfaceError {
     NoFamily,
     #[error(
         "Failed to find interface to use that matches the interfaces and/or regexes provided: \
-         {misses}there are {existing}; correct --iface, or leave it out to use the default route's"
+         {misses}there are {existing}; correct the flag, or leave it out to use the default route's"
     )]
     NoMatch { misses: String, existing: String },
     #[error(
@@ -72,6 +106,10 @@ pub enum Miss {
     NoSuchName,
     #[error("no interface with given IP found")]
     NoSuchAddress,
+    #[error("neither an address nor a name of any matches")]
+    NoPattern,
+    #[error("no route leads there")]
+    NoWay,
     #[error("no interface has the index {0} any more")]
     Gone(u32),
     #[error("failed to find {family} address for interface {interface}")]
@@ -114,8 +152,9 @@ impl Families {
     }
 }
 
-/// Chooses the interface: the first match of `--iface`; without any, the owner of the public
-/// address; without that too, the interface of the first default route.
+/// Chooses the interface: the first match of `--iface`, `--iface-regex` and `--iface-can-reach`, in
+/// this order; without any of them, the owner of the public address; without that too, the interface
+/// of the first default route. `way` is the one to the wish's `can_reach`.
 ///
 /// # Errors
 /// No interface can be used, and why.
@@ -124,13 +163,15 @@ pub fn choose(
     families: Families,
     links: &[Link],
     routes: &[DefaultRoute],
+    way: Way,
 ) -> Result<Chosen, InterfaceError> {
     if !families.ipv4 && !families.ipv6 {
         return Err(InterfaceError::NoFamily);
     }
-    let chooser = Chooser { wish, families, links, routes };
-    if !wish.iface.is_empty() {
-        return chooser.by_iface();
+    let chooser = Chooser { wish, families, links, routes, way };
+    let candidates = chooser.candidates();
+    if !candidates.is_empty() {
+        return chooser.first_of(candidates);
     }
     match chooser.public_ip() {
         Some(public_ip) => chooser.by_public_ip(public_ip),
@@ -143,23 +184,58 @@ struct Chooser<'a> {
     families: Families,
     links: &'a [Link],
     routes: &'a [DefaultRoute],
+    way: Way,
 }
 
+/// What a flag asks for, and the link that is it, by which of its addresses.
+type Candidate<'a> = (String, Result<(&'a Link, Option<IpAddr>), Miss>);
+
 impl<'a> Chooser<'a> {
-    fn by_iface(&self) -> Result<Chosen, InterfaceError> {
-        let mut misses = String::new();
-        for wanted in &self.wish.iface {
+    fn candidates(&self) -> Vec<Candidate<'a>> {
+        let by_iface = self.wish.iface.iter().map(|wanted| {
             let ip = wanted.parse().ok();
             let link = ip.map_or_else(|| self.named(wanted), |ip| self.owner(ip));
-            let why = format!("{misses}it matches --iface {wanted}");
-            match link.and_then(|link| self.take(link, ip, why)) {
+            (format!("--iface {wanted}"), link.map(|link| (link, ip)))
+        });
+        let by_pattern = self.wish.patterns.iter().map(|pattern| {
+            (format!("--iface-regex {}", pattern.0), self.matching(pattern).ok_or(Miss::NoPattern))
+        });
+        let by_way = self.wish.can_reach.iter().map(|ip| {
+            let link = self.links.iter().find(|link| Some(link.index) == self.way.link);
+            let found = link.map(|link| (link, self.way.source)).ok_or(Miss::NoWay);
+            (format!("--iface-can-reach {ip}"), found)
+        });
+        by_iface.chain(by_pattern).chain(by_way).collect()
+    }
+
+    fn first_of(&self, candidates: Vec<Candidate<'_>>) -> Result<Chosen, InterfaceError> {
+        let mut misses = String::new();
+        for (asked, found) in candidates {
+            let why = format!("{misses}it matches {asked}");
+            match found.and_then(|(link, ip)| self.take(link, ip, why)) {
                 Ok(chosen) => return Ok(chosen),
                 Err(miss) => {
-                    misses += &format!("Could not find valid interface matching {wanted}: {miss}; ")
+                    misses += &format!("Could not find valid interface matching {asked}: {miss}; ");
                 }
             }
         }
         Err(InterfaceError::NoMatch { misses, existing: self.existing() })
+    }
+
+    /// All addresses come before any name.
+    fn matching(&self, pattern: &Pattern) -> Option<(&'a Link, Option<IpAddr>)> {
+        let addresses = self.links.iter().flat_map(|link| {
+            let usable = link.addresses.iter().filter(|address| {
+                let ip = address.network.ip();
+                let in_use = if ip.is_ipv6() { self.families.ipv6 } else { self.families.ipv4 };
+                in_use && can_send(address) && !address.deprecated
+            });
+            usable.map(move |address| (link, address.network.ip()))
+        });
+        let mut matching = addresses.filter(|(_, ip)| pattern.0.is_match(&ip.to_string()));
+        let by_address = matching.next().map(|(link, ip)| (link, Some(ip)));
+        let named = || self.links.iter().find(|link| pattern.0.is_match(&link.name));
+        by_address.or_else(|| named().map(|link| (link, None)))
     }
 
     fn by_public_ip(&self, public_ip: IpAddr) -> Result<Chosen, InterfaceError> {
@@ -347,6 +423,10 @@ mod tests {
         DefaultRoute { ipv6, link: Some(link) }
     }
 
+    fn pattern(text: &str) -> Wish {
+        Wish { patterns: vec![Pattern::new(text).unwrap()], ..Wish::default() }
+    }
+
     fn iface(names: &[&str]) -> Wish {
         Wish { iface: names.iter().map(ToString::to_string).collect(), ..Wish::default() }
     }
@@ -356,11 +436,11 @@ mod tests {
     }
 
     fn chosen(wish: &Wish, families: Families) -> Chosen {
-        choose(wish, families, &host(), &[route(false, 2), route(true, 2)]).unwrap()
+        choose(wish, families, &host(), &[route(false, 2), route(true, 2)], Way::default()).unwrap()
     }
 
     fn refused(wish: &Wish, families: Families) -> String {
-        choose(wish, families, &host(), &[]).unwrap_err().to_string()
+        choose(wish, families, &host(), &[], Way::default()).unwrap_err().to_string()
     }
 
     fn ip<T: std::str::FromStr<Err: fmt::Debug>>(text: &str) -> Option<T> {
@@ -403,9 +483,9 @@ mod tests {
             chosen(&iface(&["eth9", "10.9.9.9", "lo", "dummy0", "eth0"]), V4);
         assert_eq!(interface.name, "dummy0");
         for told in [
-            "matching eth9: no such network interface",
-            "matching 10.9.9.9: no interface with given IP found",
-            "matching lo: failed to find IPv4 address for interface lo",
+            "matching --iface eth9: no such network interface",
+            "matching --iface 10.9.9.9: no interface with given IP found",
+            "matching --iface lo: failed to find IPv4 address for interface lo",
             "it matches --iface dummy0",
         ] {
             assert!(why.contains(told), "{told}: {why}");
@@ -415,11 +495,14 @@ mod tests {
     #[test]
     fn no_match_does_not_fall_back_to_the_default_route() {
         let routes = [route(false, 2)];
-        let error = choose(&iface(&["eth9"]), V4, &host(), &routes).unwrap_err().to_string();
+        let error = choose(&iface(&["eth9"]), V4, &host(), &routes, Way::default())
+            .unwrap_err()
+            .to_string();
         assert!(
             error.starts_with(
                 "Failed to find interface to use that matches the interfaces and/or regexes \
-                 provided: Could not find valid interface matching eth9: no such network interface"
+                 provided: Could not find valid interface matching --iface eth9: no such network \
+                 interface"
             ),
             "{error}"
         );
@@ -429,7 +512,10 @@ mod tests {
     #[test]
     fn loopback_addresses_reach_nobody() {
         let error = refused(&iface(&["127.0.0.1"]), V4);
-        assert!(error.contains("matching 127.0.0.1: no interface with given IP"), "{error}");
+        assert!(
+            error.contains("matching --iface 127.0.0.1: no interface with given IP"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -451,7 +537,7 @@ mod tests {
     #[test]
     fn a_public_ipv6_address_serves_too_if_ipv6_is_in_use() {
         let wish = Wish { public_ipv6: ip("2001:db8::10"), ..Wish::default() };
-        let interface = choose(&wish, V6, &host(), &[]).unwrap().interface;
+        let interface = choose(&wish, V6, &host(), &[], Way::default()).unwrap().interface;
         assert_eq!((interface.ipv4, interface.ipv6), (None, ip("2001:db8::10")));
         assert!(refused(&wish, V4).starts_with("unable to find default route"));
     }
@@ -459,7 +545,7 @@ mod tests {
     #[test]
     fn the_first_default_route_of_the_family_decides() {
         let routes = [route(true, 3), route(false, 2), route(false, 3)];
-        let found = choose(&Wish::default(), V4, &host(), &routes).unwrap();
+        let found = choose(&Wish::default(), V4, &host(), &routes, Way::default()).unwrap();
         assert_eq!(found.interface.name, "eth0");
         assert_eq!(found.why, "it has the default route");
     }
@@ -486,7 +572,8 @@ mod tests {
             (V6, vec![route(true, 3)], "the interface of the default route does not serve"),
         ];
         for (families, routes, expected) in cases {
-            let error = choose(&Wish::default(), families, &host(), &routes).unwrap_err();
+            let error =
+                choose(&Wish::default(), families, &host(), &routes, Way::default()).unwrap_err();
             let error = error.to_string();
             assert!(error.starts_with(expected) && error.contains("--iface"), "{error}");
         }
@@ -518,7 +605,8 @@ mod tests {
         ];
         for (addresses, expected) in cases {
             let links = [link(2, "eth0", addresses)];
-            let interface = choose(&iface(&["eth0"]), V6, &links, &[]).unwrap().interface;
+            let interface =
+                choose(&iface(&["eth0"]), V6, &links, &[], Way::default()).unwrap().interface;
             assert_eq!(interface.ipv6, ip(expected), "{addresses:?}");
         }
     }
@@ -534,7 +622,8 @@ mod tests {
             "fe80::1/64 link",
         ];
         let links = [link(2, "eth0", &addresses)];
-        let interface = choose(&iface(&["192.0.2.11"]), BOTH, &links, &[]).unwrap().interface;
+        let interface =
+            choose(&iface(&["192.0.2.11"]), BOTH, &links, &[], Way::default()).unwrap().interface;
         let expected: Vec<IpAddr> =
             ["192.0.2.10", "2001:db8::2"].map(|text| text.parse().unwrap()).into();
         assert_eq!(interface.other_addresses, expected);
@@ -544,7 +633,8 @@ mod tests {
     fn without_an_mtu_or_a_family_there_is_no_interface() {
         let mut links = host();
         links[1].mtu = 0;
-        let error = choose(&iface(&["eth0"]), V4, &links, &[]).unwrap_err().to_string();
+        let error =
+            choose(&iface(&["eth0"]), V4, &links, &[], Way::default()).unwrap_err().to_string();
         assert!(error.contains("failed to determine MTU for eth0 interface"), "{error}");
         let none = Families { ipv4: false, ipv6: false };
         assert!(refused(&iface(&["eth0"]), none).starts_with("none defined stack"));
@@ -554,7 +644,35 @@ mod tests {
     fn an_interface_that_is_down_is_taken_and_told() {
         let mut links = host();
         links[1].up = false;
-        let found = choose(&iface(&["eth0"]), V4, &links, &[]).unwrap();
+        let found = choose(&iface(&["eth0"]), V4, &links, &[], Way::default()).unwrap();
         assert!(found.why.ends_with("it is down now"), "{}", found.why);
+    }
+
+    #[test]
+    fn a_pattern_matches_addresses_before_names() {
+        let own = |text: &str| chosen(&pattern(text), V4).interface.ipv4.unwrap().to_string();
+        assert_eq!(own(r"192\.168\.200\.\d+"), "192.168.200.128");
+        assert_eq!(own(r"dummy\d+"), "1.10.100.1");
+        assert_eq!(own("200"), "192.168.200.128");
+        let wish = Wish { public_ip: ip("172.16.31.200"), ..pattern(r"172\.16\.30\.\d+") };
+        let interface = chosen(&wish, V4).interface;
+        assert_eq!(
+            (interface.ipv4, interface.public_ipv4),
+            (ip("172.16.30.18"), ip("172.16.31.200"))
+        );
+        let error = refused(&pattern("^eth9$"), V4);
+        assert!(error.contains("matching --iface-regex ^eth9$: neither"), "{error}");
+        // An address that cannot be used is none.
+        assert!(refused(&pattern(r"^127\."), V4).contains("neither an address"));
+    }
+
+    #[test]
+    fn the_way_to_an_address_decides_where_nothing_else_matches() {
+        let wish = Wish { can_reach: ip("172.16.32.254"), ..iface(&["eth9"]) };
+        let way = Way { link: Some(3), source: ip("172.16.32.100") };
+        let found = choose(&wish, V4, &host(), &[], way).unwrap();
+        assert_eq!(found.interface.ipv4, ip("172.16.32.100"));
+        assert!(found.why.ends_with("it matches --iface-can-reach 172.16.32.254"), "{}", found.why);
+        assert!(refused(&wish, V4).contains("no route leads there"));
     }
 }

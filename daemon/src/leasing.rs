@@ -8,6 +8,7 @@ use weft_control::lease::NodeRecord;
 use weft_control::subnet_env::Previous;
 use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry, RegistryError};
 
+use crate::health::Health;
 use crate::retry::Repeats;
 
 /// Rounds of losing a race for a subnet before the daemon takes a breath.
@@ -20,6 +21,8 @@ pub(crate) struct Claim<'a> {
     pub(crate) identity: &'a Identity,
     /// How long the lease lasts without renewal.
     pub(crate) ttl: Duration,
+    /// Who is told of what keeps us from a lease.
+    pub(crate) health: &'a Health,
 }
 
 impl Claim<'_> {
@@ -27,7 +30,7 @@ impl Claim<'_> {
     /// so is another node that lives with our address.
     pub(crate) async fn acquire(&self, registry: &dyn Registry, previous: &Previous) -> Lease {
         let mut backoff = Backoff::default();
-        let mut said = Repeats::default();
+        let mut said = Repeats::told_to(self.health);
         loop {
             match self.attempt(registry, previous).await {
                 Ok(Attempt::Ours(lease)) => return *lease,
@@ -69,7 +72,7 @@ impl Claim<'_> {
         previous: &Previous,
         rng: &mut fastrand::Rng,
     ) -> Result<Attempt, RegistryError> {
-        let Self { config, identity, ttl } = *self;
+        let Self { config, identity, ttl, .. } = *self;
         let snapshot = registry.snapshot().await?;
         if let Some(other) = keeper::claimant(identity, &snapshot.nodes) {
             return Ok(Attempt::Claimed(Box::new(other.clone())));

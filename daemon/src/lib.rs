@@ -1,12 +1,16 @@
 //! weftd, the overlay network daemon, and weft, the operator's command.
 
+pub mod firewall;
 pub mod flags;
 mod forwarding;
+mod health;
+mod http;
 pub mod interface;
 pub mod lab;
 mod leasing;
 pub mod netns;
 mod node;
+mod notify;
 mod overlap;
 mod overlay;
 mod registry;

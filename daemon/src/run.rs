@@ -1,26 +1,32 @@
 //! The daemon from its flags to its end.
 //!
-//! config → interface → identity → lease → backend → subnet.env → forwarding. What is missing is
+//! config → interface → identity → lease → backend → firewall → subnet.env → forwarding. What is missing is
 //! waited for; only a wrong flag, a missing privilege, a port in use and a missing interface end
 //! the daemon. When forwarding breaks, or the lease becomes another one, the backend starts again.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::thread::{CapabilitySet, capabilities};
 use weft_backends::netlink::{DefaultRoute, KernelRoute, Link, Netlink};
 use weft_backends::{BackendError, BackendKind, ExternalInterface, Options};
+use weft_control::firewall::Rules;
 use weft_control::keeper::{self, Identity};
 use weft_control::lease::{Expiry, Snapshot};
 use weft_control::registry::minimal_config;
 use weft_control::subnet_env::read_previous;
-use weft_control::{Backoff, Lease, LeaseAttrs, NetworkConfig, Registry};
+use weft_control::{Backoff, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 
+use crate::firewall::{Firewall, Wanted};
 use crate::flags::{Flags, Note, Settings};
 use crate::forwarding::{Ended, Forwarding, expiry};
-use crate::interface::{self, Families};
+use crate::health::Health;
+use crate::http;
+use crate::interface::{self, Families, Way};
 use crate::leasing::Claim;
 use crate::node::Node;
+use crate::notify;
 use crate::overlap;
 use crate::overlay::Overlay;
 use crate::registry::{self, config_file};
@@ -38,25 +44,34 @@ pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
 pub async fn run(flags: Flags, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
     let settings = flags.settings()?;
     settings.notes.iter().for_each(Note::log);
+    let health = Health::new();
     tokio::select! {
-        outcome = serve(&settings) => outcome,
+        outcome = serve(&settings, &health) => outcome,
+        () = notify::tell(health.watch()) => bail!("nobody knows any more how the daemon is"),
         () = shutdown => {
-            tracing::info!("stopping; lease and subnet.env stay for the next start");
+            tracing::info!(
+                "stopping; lease, subnet.env and firewall rules stay for the next start"
+            );
+            notify::tell_stopping();
             Ok(())
         }
     }
 }
 
-async fn serve(settings: &Settings) -> anyhow::Result<()> {
+async fn serve(settings: &Settings, health: &Health) -> anyhow::Result<()> {
     require_net_admin()?;
+    if let Some(address) = settings.health {
+        http::serve(address, health.watch()).await?;
+    }
     let registry = registry::open(settings).await?;
-    let mut said = Repeats::default();
+    let mut said = Repeats::told_to(health);
     let mut backoff = Backoff::default();
     loop {
         let (text, config, kind) = wait_for_config(registry.as_ref(), settings, &mut said).await?;
-        let (links, default_routes, routes) = look_around().await?;
+        let Surroundings { links, default_routes, routes, way } =
+            look_around(settings.wish.can_reach).await?;
         let families = Families { ipv4: config.ipv4.is_some(), ipv6: config.ipv6.is_some() };
-        let chosen = interface::choose(&settings.wish, families, &links, &default_routes)?;
+        let chosen = interface::choose(&settings.wish, families, &links, &default_routes, way)?;
         let interface = chosen.interface;
         if let Some(reason) = overlap::conflict(&config, &interface, &routes, &settings.registry) {
             said.error(&format!("waiting: {reason}"));
@@ -81,7 +96,7 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
         match overlay.call(|backend| backend.prepare()).await? {
             Ok(attrs) => {
                 let registry = registry.as_ref();
-                let daemon = Daemon { settings, registry, text, config, kind, interface };
+                let daemon = Daemon { settings, registry, health, text, config, kind, interface };
                 return daemon.serve(overlay, attrs).await;
             }
             Err(error) => end_or_warn(error, &mut said)?,
@@ -94,6 +109,7 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
 struct Daemon<'a> {
     settings: &'a Settings,
     registry: &'a dyn Registry,
+    health: &'a Health,
     /// The config as the registry has it.
     text: String,
     config: NetworkConfig,
@@ -114,24 +130,30 @@ impl Daemon<'_> {
         tracing::info!(node = node.id, %public_ip, registry = registry.describe(), "this node");
 
         let identity = Identity { node_id: node.id.clone(), attrs };
-        let claim = Claim { config: &self.config, identity: &identity, ttl: settings.lease_ttl };
+        let (ttl, health) = (settings.lease_ttl, self.health);
+        let claim = Claim { config: &self.config, identity: &identity, ttl, health };
         let mut file = StateFile::new(node.last_known.clone());
         let (mut lease, last) = self.first_lease(&claim, &file).await;
         config_file(settings, registry).save(&self.text)?;
         let mut watch = registry.watch(last);
+        let by_config = self.config.enable_nftables;
+        let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         loop {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
             let started = start(&mut overlay, &lease).await?;
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
-            let (links, ..) = look_around().await?;
+            let Surroundings { links, .. } = look_around(None).await?;
             for stray in overlap::strays(&self.config, &lease.key, &links, &started.device) {
                 tracing::warn!("{stray}");
             }
+            firewall.want(self.wanted(&lease.key)).await;
             let forwarding = Forwarding {
                 settings,
                 registry,
-                claim: &claim,
+                health,
+                firewall: &firewall,
+                identity: &identity,
                 kind: self.kind,
                 interface: &self.interface,
                 node: &node,
@@ -139,12 +161,27 @@ impl Daemon<'_> {
                 started,
                 socket: &socket,
             };
-            match forwarding.run(&mut overlay, lease.clone(), &mut watch, &mut file).await? {
+            match forwarding
+                .run(&mut overlay, &self.config, lease.clone(), &mut watch, &mut file)
+                .await?
+            {
                 Ended::Lost(reason) => {
                     tracing::error!("forwarding broke: {reason}; starting the backend again");
+                    health.starts_again(&format!("forwarding broke: {reason}"));
                 }
-                Ended::OtherLease(other) => lease = *other,
+                Ended::OtherLease(other) => {
+                    health.starts_again("taking up other subnets");
+                    lease = *other;
+                }
             }
+        }
+    }
+
+    /// What the firewall is to do for this lease.
+    fn wanted(&self, key: &LeaseKey) -> Wanted {
+        Wanted {
+            rules: Rules::new(&self.config, key, self.settings.switches),
+            blackholes: key.networks().filter(|_| self.settings.blackhole).collect(),
         }
     }
 
@@ -296,11 +333,26 @@ fn choose_backend(
     }
 }
 
-/// The host's links, its default routes, and all its routes.
-async fn look_around() -> anyhow::Result<(Vec<Link>, Vec<DefaultRoute>, Vec<KernelRoute>)> {
-    tokio::task::spawn_blocking(|| {
+/// What the host has.
+struct Surroundings {
+    links: Vec<Link>,
+    default_routes: Vec<DefaultRoute>,
+    routes: Vec<KernelRoute>,
+    /// The way to the address that was asked for.
+    way: Way,
+}
+
+async fn look_around(reach: Option<IpAddr>) -> anyhow::Result<Surroundings> {
+    tokio::task::spawn_blocking(move || {
         let netlink = Netlink::open().context("cannot open a netlink socket")?;
-        Ok((netlink.links()?, netlink.default_routes()?, netlink.routes()?))
+        // An address that no route leads to has no way; the choice says so.
+        let way = reach.and_then(|ip| netlink.way_to(ip).ok());
+        Ok(Surroundings {
+            links: netlink.links()?,
+            default_routes: netlink.default_routes()?,
+            routes: netlink.routes()?,
+            way: way.map(|(link, source)| Way { link, source }).unwrap_or_default(),
+        })
     })
     .await?
 }

@@ -2,15 +2,15 @@
 //! the registry is away goes on with it.
 
 use std::fs;
-use std::io::{self, Write};
 use std::marker::PhantomData;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use weft_control::Lease;
+use weft_control::file::{self, PRIVATE};
 use weft_control::lease::Snapshot;
 
 /// The registry as this node last saw it.
@@ -54,22 +54,11 @@ impl<T: Serialize + DeserializeOwned> StateFile<T> {
         let text = serde_json::to_vec(value)?;
         if text != self.written {
             let context = || format!("cannot write {}; see --state-dir", self.path.display());
-            replace(&self.path, &text).with_context(context)?;
+            file::replace(&self.path, &text, PRIVATE).with_context(context)?;
             self.written = text;
         }
         Ok(())
     }
-}
-
-/// Neither a power cut nor a reader finds half of it.
-fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(dir)?;
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    file.write_all(text)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    fs::File::open(dir)?.sync_all()
 }
 
 #[cfg(test)]

@@ -50,6 +50,10 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Leases that are in the registry but not forwarded to, and what else could not be done.
     pub problems: Vec<String>,
+    /// What writes the firewall's rules.
+    pub firewall: Option<String>,
+    /// How often rules that somebody else changed were put back.
+    pub firewall_repairs: u64,
     /// How the packet engine does input and output: "uring" or "mmsg".
     pub io: Option<String>,
     /// What the kernel does for many packets at once, by the names of `--offload`, and whether it is

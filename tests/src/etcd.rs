@@ -80,6 +80,30 @@ pub fn client<T: Send, F: Future<Output = Result<T>>>(
     })
 }
 
+/// The member that leads the others, once all serve.
+pub fn leader(lab: &Lab) -> Result<usize> {
+    let mut leader = 0;
+    until("a member of etcd leads", || {
+        leader = who_leads(lab)?;
+        Ok(true)
+    })?;
+    Ok(leader)
+}
+
+fn who_leads(lab: &Lab) -> Result<usize> {
+    let urls = lab.etcd_urls();
+    let asked = inside(&lab.host(0).netns, || async move {
+        let mut leads = Vec::new();
+        for url in urls {
+            let status = Client::connect([url], None).await?.status().await?;
+            let member = status.header().context("no header")?.member_id();
+            leads.push(member == status.leader());
+        }
+        Ok(leads)
+    });
+    asked?.iter().position(|leads| *leads).context("nobody leads")
+}
+
 /// Asks by the v2 API: the first member that answers.
 fn v2(lab: &Lab, ask: impl Fn(&Agent, String) -> Result<Value> + Sync) -> Result<Value> {
     let mut outcome = Err(anyhow::anyhow!("there is no etcd"));

@@ -140,8 +140,12 @@ pub struct Weftd {
 impl Weftd {
     /// Starts it in a namespace, logging to this file.
     pub fn start(netns: &NetNs, log: &Path, arguments: &[&str]) -> Result<Self> {
-        let mut command = Command::new(program("weftd")?);
-        let child = netns.spawn(command.args(arguments).stderr(File::create(log)?))?;
+        Self::start_command(netns, log, Command::new(program("weftd")?).args(arguments))
+    }
+
+    /// Starts it by a command that is ready but for the log.
+    pub fn start_command(netns: &NetNs, log: &Path, command: &mut Command) -> Result<Self> {
+        let child = netns.spawn(command.stderr(File::create(log)?))?;
         Ok(Self { child, log: log.to_owned() })
     }
 

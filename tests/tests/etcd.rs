@@ -1,9 +1,11 @@
 //! Leases in a real etcd: what is written there, who owns what, and what goes on while it is away.
 
+use std::cmp::Ordering::{Equal, Greater, Less};
 use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,10 +20,10 @@ use weft_control::{LeaseAttrs, NetworkConfig};
 use weft_daemon::lab::{Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::etcd::{
-    delete, forget_history, get, get_one, hosts, inside, keep_subnets_free, put, registry,
-    wait_until_it_serves,
+    delete, forget_history, get, get_one, hosts, inside, is_v2, keep_subnets_free, leader, put,
+    registry, wait_until_it_serves,
 };
-use weft_tests::{DEADLINE, all_acquainted, bring_up, until};
+use weft_tests::{DEADLINE, Weftd, all_acquainted, bring_up, program, until};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -334,8 +336,8 @@ fn wiped_data_are_written_again() -> Result<()> {
     lab.remove()
 }
 
-/// The member that daemons talk to is killed, frozen, or cut off; another one serves, and what
-/// happens meanwhile is seen.
+/// The member that daemons talk to is killed, frozen, or cut off, and then the one that leads is
+/// killed; another one serves, and what happens meanwhile is seen.
 #[test]
 fn one_member_of_three_may_fail() -> Result<()> {
     let mut lab = hosts(2, 3)?;
@@ -343,10 +345,12 @@ fn one_member_of_three_may_fail() -> Result<()> {
     bring_up(&mut lab, &[])?;
     let drop_all = "add table ip cut { chain in { type filter hook input priority 0; policy drop; }; \
                     chain out { type filter hook output priority 0; policy drop; }; }";
-    for number in 0..3_u8 {
+    for number in 0..4_u8 {
         let path = format!("subnets/10.42.{}.0-24", 200 + number);
+        let leader = leader(&lab)?;
         match number {
             0 => lab.etcd(0).kill()?,
+            3 => lab.etcd(leader).kill()?,
             1 => lab.etcd(0).freeze()?,
             _ => lab.etcd(0).netns.tool("nft", &[drop_all]).map(drop)?,
         }
@@ -360,6 +364,7 @@ fn one_member_of_three_may_fail() -> Result<()> {
         pings(&lab)?;
         match number {
             0 => lab.start_etcd(0)?,
+            3 => lab.start_etcd(leader)?,
             1 => lab.etcd(0).thaw()?,
             _ => lab.etcd(0).netns.tool("nft", &["delete table ip cut"]).map(drop)?,
         }
@@ -521,7 +526,7 @@ fn a_peer_that_moves_is_followed() -> Result<()> {
 #[test]
 fn all_that_start_at_once_know_each_other() -> Result<()> {
     let mut lab = hosts(3, 1)?;
-    for _ in 0..10 {
+    for _ in 0..50 {
         for host in 0..3 {
             lab.start_daemon(host, &[])?;
         }
@@ -537,6 +542,92 @@ fn all_that_start_at_once_know_each_other() -> Result<()> {
         for host in 0..3 {
             fs::remove_file(&lab.host(host).subnet_file)?;
         }
+    }
+    lab.remove()
+}
+
+/// A clock that is set back and forth by a year: leases are renewed in time, and nobody is forgotten.
+#[test]
+fn a_clock_that_jumps_is_not_followed() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    let ttl = "--subnet-lease-ttl=10s";
+    let clock = lab.registry()?.with_file_name("clock");
+    fs::write(&clock, "+0")?;
+    let host = lab.host(0);
+    let mut command = Command::new(program("weftd")?);
+    let endpoints = format!("--etcd-endpoints={}", lab.etcd_urls().join(","));
+    let api = if is_v2() { "--etcd-api=v2" } else { "--etcd-api=v3" };
+    command.args(["--network=10.42.0.0/16", ttl, &endpoints, api]);
+    for (flag, path) in [
+        ("--subnet-file", &host.subnet_file),
+        ("--state-dir", &host.state_dir),
+        ("--run-dir", &host.run_dir),
+    ] {
+        command.arg(flag).arg(path);
+    }
+    // libfaketime's, which Debian's dynamic linker finds by this name.
+    command.env("LD_PRELOAD", "/usr/$LIB/faketime/libfaketime.so.1");
+    command.env("FAKETIME_TIMESTAMP_FILE", &clock);
+    command.envs([("FAKETIME_NO_CACHE", "1"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")]);
+    let daemon = Weftd::start_command(&host.netns, &host.log, &mut command)?;
+    lab.start_daemon(1, &[ttl])?;
+    lab.wait_ready(1, DEADLINE)?;
+    daemon.logs("forwarding")?;
+    all_acquainted(&lab)?;
+    for host in 0..2 {
+        lab.attach_container(host)?;
+    }
+    let (own, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
+    let year = |line: Option<&str>| line.and_then(|line| line.get(..4)?.parse::<i32>().ok());
+    let now = year(daemon.log()?.lines().next());
+    for (jump, order) in [("-400d", Less), ("+400d", Greater), ("+0", Equal)] {
+        fs::write(&clock, jump)?;
+        for _ in 0..3 {
+            let before = get_one(&lab, &path)?.revision;
+            until("the lease is renewed", || Ok(get_one(&lab, &path)?.revision > before))?;
+        }
+        let log = daemon.log()?;
+        assert_eq!(year(log.lines().last()).cmp(&now), order, "{log}");
+        assert!(!log.contains("claiming it again"), "{log}");
+        assert_eq!(subnet(&lab, 0)?, own);
+        all_acquainted(&lab)?;
+        pings(&lab)?;
+    }
+    drop(daemon);
+    lab.remove()
+}
+
+/// A range of subnets that becomes another one is gone by at once; another Network on a restart.
+#[test]
+fn a_changed_config_is_gone_by_where_it_can_be() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    keep_subnets_free(&lab)?;
+    bring_up(&mut lab, &[])?;
+    let (own, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
+    let other = subnet(&lab, 1)?;
+    let third = |subnet: IpNetwork| match subnet.ip() {
+        IpAddr::V4(ip) => ip.octets()[2],
+        IpAddr::V6(_) => unreachable!("the lab is IPv4"),
+    };
+    // Its own subnet and one beside it that is free.
+    let first = if third(other) == third(own) + 1 { third(own) - 1 } else { third(own) };
+    let config = format!(
+        r#"{{"Network":"10.42.0.0/16","SubnetMin":"10.42.{first}.0","SubnetMax":"10.42.{}.0"}}"#,
+        first + 1
+    );
+    put(&lab, "config", config)?;
+    logs(&lab, 0, "in the network config has changed; going by it")?;
+    assert!(lab.status(0)?.problems.is_empty());
+    put(&lab, &path, r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#)?;
+    until("it has another subnet", || Ok(subnet(&lab, 0)? != own))?;
+    assert!((first..=first + 1).contains(&third(subnet(&lab, 0)?)));
+
+    put(&lab, "config", r#"{"Network":"10.44.0.0/16"}"#)?;
+    for host in 0..2 {
+        until("a restart is asked for", || {
+            let problems = lab.status(host)?.problems;
+            Ok(problems.iter().any(|problem| problem.contains("restart weftd to go by it")))
+        })?;
     }
     lab.remove()
 }

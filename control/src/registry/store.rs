@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::RegistryError;
+use crate::file::{self, PRIVATE};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
 
 /// No entry is longer; a file that is was not meant for us.
@@ -302,34 +303,11 @@ fn read_limited(path: &Path) -> io::Result<String> {
 }
 
 fn replace(path: &Path, text: &str) -> Result<(), RegistryError> {
-    let write = || {
-        let (file, dir) = temporary(path, text)?;
-        file.persist(path)?;
-        dir.sync_all()
-    };
-    write().map_err(|source| failed("write", path, source))
+    file::replace(path, text.as_bytes(), PRIVATE).map_err(|source| failed("write", path, source))
 }
 
-/// As [`replace`], but only where there is nothing, and says whether it wrote.
 fn create(path: &Path, text: &str) -> Result<bool, RegistryError> {
-    let write = || {
-        let (file, dir) = temporary(path, text)?;
-        match file.persist_noclobber(path) {
-            Ok(_) => dir.sync_all().map(|()| true),
-            Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-            Err(error) => Err(error.error),
-        }
-    };
-    write().map_err(|source| failed("write", path, source))
-}
-
-/// A synced file with this text beside `path`, and their directory.
-fn temporary(path: &Path, text: &str) -> io::Result<(tempfile::NamedTempFile, File)> {
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
-    file.write_all(text.as_bytes())?;
-    file.as_file().sync_all()?;
-    Ok((file, File::open(dir)?))
+    file::create(path, text.as_bytes(), PRIVATE).map_err(|source| failed("write", path, source))
 }
 
 fn remove(path: &Path) -> Result<(), RegistryError> {

@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::entries::Entries;
 use super::{RegistryError, View};
@@ -124,4 +125,64 @@ fn publish(sender: &watch::Sender<View>, entries: &Entries) {
         }
         changed
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::super::entries::Entry;
+    use super::*;
+    use crate::lease::Expiry;
+
+    /// One more lease at each list, and never an event: no real server can be made to lose one.
+    #[derive(Default)]
+    struct Deaf {
+        lists: AtomicUsize,
+        away: AtomicBool,
+    }
+
+    #[async_trait]
+    impl Source for Deaf {
+        type Mark = ();
+
+        fn describe(&self) -> String {
+            "a deaf one".into()
+        }
+
+        fn away(&self) -> &AtomicBool {
+            &self.away
+        }
+
+        async fn list(&self) -> Result<(Entries, ()), RegistryError> {
+            let mut entries = Entries::default();
+            for number in 0..=self.lists.fetch_add(1, Ordering::Relaxed) {
+                let value = br#"{"PublicIP":"192.0.2.1"}"#;
+                let entry = Entry { value, expires: Expiry::Unknown, revision: 1 };
+                entries.put(&format!("subnets/10.3.{number}.0-24"), entry);
+            }
+            Ok((entries, ()))
+        }
+
+        async fn probe(&self) -> Result<(), RegistryError> {
+            Ok(())
+        }
+
+        async fn follow(&self, _: Entries, (): (), _: &Publish<'_>) -> String {
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_no_event_told_is_known_after_five_minutes() {
+        let mut receiver = watch(Arc::new(Deaf::default()), Snapshot::default());
+        for leases in 1..4 {
+            let begun = Instant::now();
+            receiver.changed().await.unwrap();
+            let view = receiver.borrow_and_update().clone();
+            assert_eq!(view.snapshot.leases.len(), leases);
+            let minutes = begun.elapsed().as_secs_f64() / 60.0;
+            assert!(leases == 1 || (4.0..=6.0).contains(&minutes), "{minutes}");
+        }
+    }
 }

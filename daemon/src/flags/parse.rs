@@ -10,7 +10,7 @@ use super::{Flags, arguments};
 const PROGRAM: &str = "weftd";
 
 /// The flags that flannel does not have; their variables begin with WEFT_.
-const WEFT_FLAGS: [&str; 17] = [
+const WEFT_FLAGS: [&str; 18] = [
     "registry",
     "subnet-lease-ttl",
     "etcd-api",
@@ -27,6 +27,7 @@ const WEFT_FLAGS: [&str; 17] = [
     "udp-source-port",
     "busy-poll",
     "dscp",
+    "firewall",
     "log-level",
 ];
 
@@ -127,7 +128,6 @@ fn variable_name(flag: &str) -> String {
 mod tests {
     use clap::error::ErrorKind;
 
-    use super::super::settings;
     use super::*;
 
     /// flannel's flags, each with a value other than its default.
@@ -157,14 +157,14 @@ mod tests {
         ("kube-annotation-prefix", "example.org"),
         ("net-config-path", "/etc/net-conf.json"),
         ("set-node-network-unavailable", "false"),
-        ("healthz-ip", "127.0.0.1"),
+        ("healthz-ip", "0.0.0.0"),
         ("healthz-port", "8081"),
         ("v", "10"),
         ("vmodule", "main=2"),
         ("log_backtrace_at", "main.go:10"),
     ];
 
-    const WEFT: [(&str, &str); 17] = [
+    const WEFT: [(&str, &str); 18] = [
         ("registry", "dir:/srv/registry"),
         ("subnet-lease-ttl", "30m"),
         ("etcd-api", "v2"),
@@ -181,6 +181,7 @@ mod tests {
         ("udp-source-port", "fixed"),
         ("busy-poll", "50"),
         ("dscp", "copy"),
+        ("firewall", "nftables"),
         ("log-level", "warn,weft_engine=trace"),
     ];
 
@@ -257,22 +258,6 @@ mod tests {
                 assert!(help.contains(&format!("\n{heading}:\n")), "{heading} is missing");
             }
         }
-    }
-
-    #[test]
-    fn help_marks_what_is_not_built() {
-        let command = command();
-        let marked = command.get_arguments().filter(|arg| {
-            arg.get_help().is_some_and(|help| help.to_string().contains("(not built yet)"))
-        });
-        let names = marked.filter_map(Arg::get_long).map(|name| format!("--{name}"));
-        let mut marked: Vec<String> = names.collect();
-        // Without a port it asks for nothing, so it is not refused.
-        marked.retain(|name| name != "--healthz-ip");
-        let mut refused: Vec<&str> = settings::not_built_flags().collect();
-        marked.sort_unstable();
-        refused.sort_unstable();
-        assert_eq!(marked, refused);
     }
 
     #[test]

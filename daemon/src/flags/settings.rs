@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::thread;
@@ -11,20 +11,16 @@ use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use weft_backends::{BackendKind, GuardMode, Tuning};
+use weft_control::firewall::rules::Switches;
 use weft_control::{Access, Secret};
 
 use super::engine::MAX_WORKERS;
-use super::{EtcdApi, Flags, LoggingFlags, RegistryFlags};
+use super::{EtcdApi, Flags, KubernetesFlags, LoggingFlags, RegistryFlags};
+use crate::firewall::FirewallKind;
 use crate::interface::Wish;
-
-/// flannel's default, in seconds.
-pub(super) const IPTABLES_RESYNC: u32 = 5;
 
 /// Where `--network` alone keeps leases.
 const DEFAULT_REGISTRY: &str = "/var/lib/weft/registry";
-
-const ANOTHER_REGISTRY: &str = "--etcd-endpoints URLS or --registry dir:PATH";
-const IFACE: &str = "--iface";
 
 /// flannel's defaults.
 const ETCD_ENDPOINTS: [&str; 2] = ["http://127.0.0.1:4001", "http://127.0.0.1:2379"];
@@ -33,64 +29,15 @@ const ETCD_PREFIX: &str = "/coreos.com/network";
 /// Pauses between tries to renew a lease, as flannel's, unless there is less time left.
 const RENEW_RETRY: Duration = Duration::from_secs(60);
 
-/// A flag whose work has not landed yet.
-struct NotBuilt {
-    flag: &'static str,
-    /// What serves meanwhile.
-    instead: Option<&'static str>,
-    /// Whether the operator asks for it; a value that flannel has by default asks for nothing.
-    asked: fn(&Flags) -> bool,
-}
-
-const fn not_built(
-    flag: &'static str,
-    instead: Option<&'static str>,
-    asked: fn(&Flags) -> bool,
-) -> NotBuilt {
-    NotBuilt { flag, instead, asked }
-}
-
-const NOT_BUILT: [NotBuilt; 13] = {
-    const R: Option<&str> = Some(ANOTHER_REGISTRY);
-    const I: Option<&str> = Some(IFACE);
-    [
-        not_built("--kube-subnet-mgr", R, |flags| flags.kubernetes.kube_subnet_mgr),
-        not_built("--kube-api-url", R, |flags| flags.kubernetes.kube_api_url.is_some()),
-        not_built("--kubeconfig-file", R, |flags| flags.kubernetes.kubeconfig_file.is_some()),
-        not_built("--kube-annotation-prefix", R, |flags| {
-            flags.kubernetes.kube_annotation_prefix.is_some()
-        }),
-        not_built("--net-config-path", R, |flags| flags.kubernetes.net_config_path.is_some()),
-        not_built("--set-node-network-unavailable", None, |flags| {
-            !flags.kubernetes.set_node_network_unavailable
-        }),
-        not_built("--iface-regex", I, |flags| !flags.interface.iface_regex.is_empty()),
-        not_built("--iface-can-reach", I, |flags| flags.interface.iface_can_reach.is_some()),
-        not_built("--ip-masq-fully-random-disable", None, |flags| {
-            flags.firewall.ip_masq_fully_random_disable
-        }),
-        not_built("--iptables-resync", None, |flags| {
-            flags.firewall.iptables_resync != IPTABLES_RESYNC
-        }),
-        not_built("--iptables-forward-rules", None, |flags| !flags.firewall.iptables_forward_rules),
-        not_built("--ip-blackhole-route", None, |flags| flags.firewall.ip_blackhole_route),
-        not_built("--healthz-port", None, |flags| flags.health.healthz_port != 0),
-    ]
-};
-
 /// Why the daemon cannot start with these flags.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FlagError {
-    /// Flags whose work has not landed yet.
+    /// Leases from Kubernetes.
     #[error(
-        "not built yet: {flags}; leave out each of these flags and its FLANNELD_ variable{instead}"
+        "--kube-subnet-mgr: leases from Kubernetes are not built yet; leave the flag and its \
+         FLANNELD_ variable out, and use --etcd-endpoints URLS or --registry dir:PATH"
     )]
-    NotBuilt {
-        /// Their names, separated by commas.
-        flags: String,
-        /// What serves meanwhile: empty, or "; use …".
-        instead: String,
-    },
+    Kubernetes,
     /// Half of a client certificate, or of a user's name and password.
     #[error("{given} goes with {missing}: give both or none")]
     Half { given: &'static str, missing: &'static str },
@@ -109,8 +56,6 @@ pub enum Note {
     Warn(&'static str),
     /// Worth knowing.
     Info(&'static str),
-    /// Worth knowing when looking for a fault.
-    Debug(&'static str),
 }
 
 impl Note {
@@ -119,14 +64,13 @@ impl Note {
         match self {
             Self::Warn(text) => tracing::warn!("{text}"),
             Self::Info(text) => tracing::info!("{text}"),
-            Self::Debug(text) => tracing::debug!("{text}"),
         }
     }
 }
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Self::Warn(text) | Self::Info(text) | Self::Debug(text)) = self;
+        let (Self::Warn(text) | Self::Info(text)) = self;
         f.write_str(text)
     }
 }
@@ -160,8 +104,16 @@ pub struct Settings {
     pub workers: usize,
     /// How the packet engine goes about it.
     pub tuning: Tuning,
-    /// Whether subnet.env says that weft masquerades.
-    pub ip_masq: bool,
+    /// What the firewall is asked.
+    pub switches: Switches,
+    /// What writes the firewall's rules.
+    pub firewall: FirewallKind,
+    /// How often they are checked.
+    pub resync: Duration,
+    /// Whether our subnet's packets are discarded where no container takes them.
+    pub blackhole: bool,
+    /// Where health is told over HTTP.
+    pub health: Option<SocketAddr>,
     /// What the operator should know.
     pub notes: Vec<Note>,
 }
@@ -188,7 +140,9 @@ impl Flags {
     /// # Errors
     /// A flag asks for what is not built yet.
     pub fn settings(self) -> Result<Settings, FlagError> {
-        refuse_not_built(&self)?;
+        if self.kubernetes.kube_subnet_mgr {
+            return Err(FlagError::Kubernetes);
+        }
         Ok(Settings {
             registry: registry(&self)?,
             lease_ttl: self.lease.subnet_lease_ttl,
@@ -200,6 +154,8 @@ impl Flags {
             run_dir: self.network.run_dir,
             wish: Wish {
                 iface: self.interface.iface,
+                patterns: self.interface.iface_regex,
+                can_reach: self.interface.iface_can_reach,
                 public_ip: self.interface.public_ip,
                 public_ipv6: self.interface.public_ipv6,
             },
@@ -208,7 +164,16 @@ impl Flags {
             tuning: self.engine.tuning(),
             peer_sources: self.engine.peer_source,
             workers: self.engine.workers.unwrap_or_else(default_workers),
-            ip_masq: self.firewall.ip_masq,
+            switches: Switches {
+                masquerade: self.firewall.ip_masq,
+                forward: self.firewall.iptables_forward_rules,
+                random_fully: !self.firewall.ip_masq_fully_random_disable,
+            },
+            firewall: self.firewall.firewall,
+            resync: self.firewall.iptables_resync,
+            blackhole: self.firewall.ip_blackhole_route,
+            health: Some(SocketAddr::new(self.health.healthz_ip, self.health.healthz_port))
+                .filter(|address| address.port() != 0),
         })
     }
 }
@@ -291,31 +256,11 @@ fn password(flags: &RegistryFlags) -> Result<Option<Secret>, FlagError> {
     Ok(Some(Secret(text.trim_end_matches(['\r', '\n']).to_owned())))
 }
 
-fn refuse_not_built(flags: &Flags) -> Result<(), FlagError> {
-    let asked: Vec<&NotBuilt> = NOT_BUILT.iter().filter(|it| (it.asked)(flags)).collect();
-    if asked.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<&str> = asked.iter().map(|it| it.flag).collect();
-    let mut instead: Vec<&str> = asked.iter().filter_map(|it| it.instead).collect();
-    // The table keeps flags with the same replacement together.
-    instead.dedup();
-    let instead: String = instead.iter().map(|it| format!("; use {it}")).collect();
-    Err(FlagError::NotBuilt { flags: names.join(", "), instead })
-}
-
 fn notes(flags: &Flags) -> Vec<Note> {
     let mut notes = Vec::new();
-    if flags.firewall.ip_masq {
-        notes.push(Note::Warn(
-            "--ip-masq: no firewall rule is installed yet, while subnet.env says \
-             FLANNEL_IPMASQ=true: packets from containers to the outside keep their container \
-             addresses",
-        ));
-    }
-    if flags.engine.guard == GuardMode::Strict {
+    if flags.engine.guard == GuardMode::Strict && !flags.firewall.ip_masq {
         notes.push(Note::Info(
-            "--guard strict: without masquerading, packets that a host forwards into the overlay \
+            "--guard strict without --ip-masq: packets that a host forwards into the overlay \
              for others are dropped where they arrive, their source being neither in its subnet \
              nor its public IP; --guard peer lets them through",
         ));
@@ -324,18 +269,26 @@ fn notes(flags: &Flags) -> Vec<Note> {
         notes
             .push(Note::Warn("--registry names a directory, so the flags --etcd-… change nothing"));
     }
+    if speaks_kubernetes(&flags.kubernetes) {
+        notes.push(Note::Info(
+            "--kube-api-url, --kubeconfig-file, --kube-annotation-prefix, --net-config-path and \
+             --set-node-network-unavailable change nothing: they go with --kube-subnet-mgr",
+        ));
+    }
     if speaks_klog(&flags.logging) {
         notes.push(Note::Info(
             "--v, --vmodule and --log_backtrace_at change nothing: see --log-level",
         ));
     }
-    if flags.firewall.iptables_forward_rules {
-        notes.push(Note::Debug(
-            "--iptables-forward-rules: no rule is installed yet; the chain FORWARD must let the \
-             overlay's packets pass",
-        ));
-    }
     notes
+}
+
+fn speaks_kubernetes(kubernetes: &KubernetesFlags) -> bool {
+    kubernetes.kube_api_url.is_some()
+        || kubernetes.kubeconfig_file.is_some()
+        || kubernetes.kube_annotation_prefix.is_some()
+        || kubernetes.net_config_path.is_some()
+        || !kubernetes.set_node_network_unavailable
 }
 
 fn speaks_klog(logging: &LoggingFlags) -> bool {
@@ -344,11 +297,6 @@ fn speaks_klog(logging: &LoggingFlags) -> bool {
 
 fn default_workers() -> usize {
     thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_WORKERS)
-}
-
-#[cfg(test)]
-pub(super) fn not_built_flags() -> impl Iterator<Item = &'static str> {
-    NOT_BUILT.iter().map(|it| it.flag)
 }
 
 #[cfg(test)]
@@ -440,81 +388,50 @@ mod tests {
         assert_eq!(found.run_dir, PathBuf::from("/run/weft"));
         assert_eq!((found.backend, found.guard), (None, GuardMode::Strict));
         assert_eq!(found.wish, Wish::default());
-        assert!(found.workers >= 1 && !found.ip_masq);
+        assert!(found.workers >= 1);
+        let switches = Switches { masquerade: false, forward: true, random_fully: true };
+        assert_eq!((found.switches, found.firewall), (switches, FirewallKind::Auto));
+        assert_eq!((found.resync, found.blackhole), (Duration::from_secs(5), false));
+        assert_eq!(found.health, None);
         assert!(!found.notes.iter().any(|note| matches!(note, Note::Warn(_))));
     }
 
-    /// Each flag of the table with a value that asks for something.
-    const ASKING: [&str; 13] = [
-        "--kube-subnet-mgr=true",
-        "--kube-api-url=u",
-        "--kubeconfig-file=/k",
-        "--kube-annotation-prefix=p",
-        "--net-config-path=/n",
-        "--set-node-network-unavailable=false",
-        "--iface-regex=eth",
-        "--iface-can-reach=192.0.2.1",
-        "--ip-masq-fully-random-disable=true",
-        "--iptables-resync=6",
-        "--iptables-forward-rules=false",
-        "--ip-blackhole-route=true",
-        "--healthz-port=8081",
-    ];
-
     #[test]
-    fn what_is_not_built_is_refused_by_flag_and_by_variable() {
-        for (asking, known) in ASKING.iter().zip(not_built_flags()) {
-            let (flag, value) = asking.split_once('=').unwrap();
-            assert_eq!(flag, known);
-            let variable = format!("FLANNELD_{}", flag[2..].to_uppercase().replace('-', "_"));
-            for flags in
-                [flags(&[REGISTRY, asking], &[]), flags(&[REGISTRY], &[(&variable, value)])]
-            {
-                let error = flags.settings().unwrap_err().to_string();
-                assert!(error.starts_with(&format!("not built yet: {flag};")), "{error}");
-            }
+    fn kubernetes_is_refused_and_its_other_flags_change_nothing() {
+        for flags in [
+            flags(&[REGISTRY, "-kube-subnet-mgr"], &[]),
+            flags(&[REGISTRY], &[("FLANNELD_KUBE_SUBNET_MGR", "true")]),
+        ] {
+            let error = flags.settings().unwrap_err().to_string();
+            assert!(error.starts_with("--kube-subnet-mgr: "), "{error}");
+        }
+        for flag in [
+            "--kube-api-url=u",
+            "--kubeconfig-file=/k",
+            "--kube-annotation-prefix=p",
+            "--net-config-path=/n",
+            "--set-node-network-unavailable=false",
+        ] {
+            let notes = settings(&[REGISTRY, "--guard=off", flag]).unwrap().notes;
+            assert!(matches!(notes[..], [Note::Info(text)] if text.contains("--kube-subnet-mgr")));
         }
     }
 
     #[test]
-    fn all_of_what_is_not_built_is_told_at_once() {
-        let error = settings(&["-kube-subnet-mgr", "-net-config-path=/y", "-iface-regex=e"]);
-        assert_eq!(
-            error.unwrap_err().to_string(),
-            "not built yet: --kube-subnet-mgr, --net-config-path, --iface-regex; leave out each of \
-             these flags and its FLANNELD_ variable; use --etcd-endpoints URLS or --registry \
-             dir:PATH; use --iface"
-        );
+    fn health_is_told_on_loopback_unless_an_address_is_given() {
+        let health = |args: &[&str]| settings(args).unwrap().health.map(|it| it.to_string());
+        assert_eq!(health(&[REGISTRY, "-healthz-ip=0.0.0.0"]), None);
+        let port = "-healthz-port=8081";
+        assert_eq!(health(&[REGISTRY, port]).as_deref(), Some("127.0.0.1:8081"));
+        let all = health(&[REGISTRY, port, "-healthz-ip=0.0.0.0"]);
+        assert_eq!(all.as_deref(), Some("0.0.0.0:8081"));
     }
 
     #[test]
-    fn flannels_defaults_ask_for_nothing() {
-        let found = settings(&[
-            REGISTRY,
-            "-kube-subnet-mgr=false",
-            "-set-node-network-unavailable=true",
-            "-iptables-resync=5",
-            "-iptables-forward-rules",
-            "-ip-masq-fully-random-disable=false",
-            "-ip-blackhole-route=false",
-            "-healthz-port=0",
-            "-healthz-ip=127.0.0.1",
-        ]);
-        assert!(found.is_ok());
-    }
-
-    #[test]
-    fn notes_tell_what_has_no_effect_yet() {
-        let found = settings(&[REGISTRY, "-ip-masq", "-v=4", "-vmodule=x=1", "--guard=peer"]);
-        let found = found.unwrap();
-        assert!(found.ip_masq);
-        let [Note::Warn(masq), Note::Info(klog), Note::Debug(forward)] = found.notes[..] else {
-            panic!("{:?}", found.notes);
-        };
-        assert!(masq.contains("no firewall rule is installed yet"));
-        assert!(masq.contains("FLANNEL_IPMASQ=true"));
-        assert!(klog.contains("--log-level"));
-        assert!(forward.contains("--iptables-forward-rules"));
+    fn notes_tell_what_has_no_effect() {
+        let found = settings(&[REGISTRY, "-ip-masq", "-v=4", "-vmodule=x=1"]).unwrap();
+        assert!(found.switches.masquerade);
+        assert!(matches!(found.notes[..], [Note::Info(klog)] if klog.contains("--log-level")));
     }
 
     #[test]

@@ -1,0 +1,51 @@
+//! Files that appear whole or not at all: neither a reader nor a power cut finds half of one.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use tempfile::NamedTempFile;
+
+/// For the owner alone.
+pub const PRIVATE: u32 = 0o600;
+/// For everybody to read.
+pub const PUBLIC: u32 = 0o644;
+
+/// Writes a file with these permission bits, in place of the one that was there. Its directory is
+/// made if missing. Names that begin with `.new-` are temporary.
+///
+/// # Errors
+/// The file system refused; the old file, if any, is as it was.
+pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let (file, dir) = temporary(path, bytes, mode)?;
+    file.persist(path)?;
+    dir.sync_all()
+}
+
+/// As [`replace`], but only where there is nothing, and says whether it wrote.
+///
+/// # Errors
+/// The file system refused.
+pub fn create(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
+    let (file, dir) = temporary(path, bytes, mode)?;
+    match file.persist_noclobber(path) {
+        Ok(_) => dir.sync_all().map(|()| true),
+        Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error.error),
+    }
+}
+
+/// A synced file beside `path`, and their directory.
+fn temporary(path: &Path, bytes: &[u8], mode: u32) -> io::Result<(NamedTempFile, File)> {
+    let dir = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(dir)?;
+    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
+    file.write_all(bytes)?;
+    file.as_file().set_permissions(Permissions::from_mode(mode))?;
+    file.as_file().sync_all()?;
+    Ok((file, File::open(dir)?))
+}

@@ -1,0 +1,291 @@
+//! Keeps the firewall's rules as they should be, beside the daemon's loop: writes them when they
+//! change, puts them back when somebody else removes them, and takes over what flannel or another
+//! `--firewall` left.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use ipnetwork::IpNetwork;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use weft_backends::NftEvents;
+use weft_backends::netlink::Netlink;
+use weft_control::firewall::iptables::Iptables;
+use weft_control::firewall::nftables::Nftables;
+use weft_control::firewall::{FirewallError, Rules};
+
+use crate::retry::Repeats;
+
+/// More repairs in a minute are a fight, which nobody wins: only the timer repairs then.
+const REPAIRS_A_MINUTE: u32 = 10;
+
+/// By what program rules come into the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FirewallKind {
+    Auto,
+    Iptables,
+    Nftables,
+}
+
+/// What the daemon wants of the firewall.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) rules: Rules,
+    /// Subnets whose packets are discarded where no route of a container's takes them.
+    pub(crate) blackholes: Vec<IpNetwork>,
+}
+
+/// How the firewall is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct FirewallState {
+    /// Whether what is wanted has been tried.
+    pub(crate) tried: bool,
+    /// What writes the rules.
+    pub(crate) by: Option<String>,
+    /// How often rules that somebody else changed were put back.
+    pub(crate) repairs: u64,
+    /// What is not as it should be.
+    pub(crate) problem: Option<String>,
+}
+
+/// The firewall; it stays as it is when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Firewall {
+    wanted: watch::Sender<Option<Wanted>>,
+    state: watch::Receiver<FirewallState>,
+}
+
+impl Firewall {
+    /// Begins to keep it, with nothing wanted yet. `by_config`: the network config asks for nftables.
+    pub(crate) fn start(kind: FirewallKind, by_config: bool, resync: Duration) -> Self {
+        let (wanted, receiver) = watch::channel(None);
+        let (sender, state) = watch::channel(FirewallState::default());
+        let keeper = Keeper {
+            kind: if by_config && kind == FirewallKind::Auto {
+                FirewallKind::Nftables
+            } else {
+                kind
+            },
+            writer: None,
+            kept: None,
+            state: sender,
+            said: Repeats::default(),
+            minute: Instant::now(),
+            repairs_this_minute: 0,
+            repairs: 0,
+        };
+        tokio::spawn(keeper.keep(receiver, resync));
+        Self { wanted, state }
+    }
+
+    /// Wants this from now on, and waits until it has been tried.
+    pub(crate) async fn want(&mut self, wanted: Wanted) {
+        self.wanted.send_replace(Some(wanted));
+        // Fails only if nothing keeps the firewall any more, which `state` tells.
+        let _ = self.state.changed().await;
+        let _ = self.state.wait_for(|state| state.tried).await;
+    }
+
+    pub(crate) fn watch(&self) -> watch::Receiver<FirewallState> {
+        self.state.clone()
+    }
+
+    pub(crate) fn state(&self) -> FirewallState {
+        self.state.borrow().clone()
+    }
+}
+
+/// What writes rules.
+#[derive(Debug)]
+enum Writer {
+    Iptables(Iptables),
+    Nftables(Nftables),
+}
+
+impl Writer {
+    async fn choose(kind: FirewallKind) -> Result<Self, FirewallError> {
+        let nftables = || Self::Nftables(Nftables::default());
+        match kind {
+            FirewallKind::Nftables => Ok(nftables()),
+            FirewallKind::Iptables => Iptables::find().await.map(Self::Iptables),
+            FirewallKind::Auto => {
+                Ok(Iptables::find().await.map_or_else(|_| nftables(), Self::Iptables))
+            }
+        }
+    }
+
+    async fn apply(&mut self, rules: &Rules, adopt: bool) -> Result<bool, FirewallError> {
+        match self {
+            Self::Iptables(iptables) => iptables.apply(rules, adopt).await,
+            Self::Nftables(nftables) => nftables.apply(rules).await,
+        }
+    }
+
+    /// Removes what others wrote for the same purpose, now that our own rules stand.
+    async fn remove_leavings(&mut self) -> Result<(), FirewallError> {
+        let mut removed = match self {
+            Self::Iptables(_) => removed(Nftables::default().remove().await)?,
+            Self::Nftables(_) => match Iptables::find().await {
+                Ok(iptables) => iptables.remove().await?,
+                Err(_) => false,
+            },
+        };
+        removed |= removed_flannels().await?;
+        if let Ok(iptables) = Iptables::find().await
+            && let Some(other) = iptables.other_kind().await
+        {
+            removed |= other.remove().await?;
+        }
+        if removed {
+            tracing::info!("removed firewall rules that flannel or another --firewall had left");
+        }
+        Ok(())
+    }
+
+    /// What keeps the overlay's packets from passing in spite of our rules.
+    async fn obstacle(&self, ipv6: bool) -> Option<String> {
+        let Self::Nftables(_) = self else { return None };
+        let drops = Iptables::find().await.ok()?.forward_drops(ipv6).await.ok()?;
+        let program = if ipv6 { "ip6tables" } else { "iptables" };
+        drops.then(|| {
+            format!(
+                "the chain FORWARD of {program} drops by its policy, which rules of nftables cannot \
+                 overrule: use --firewall iptables, or `{program} -P FORWARD ACCEPT`"
+            )
+        })
+    }
+
+    fn describe(&self) -> String {
+        match self {
+            Self::Iptables(iptables) => iptables.version.clone(),
+            Self::Nftables(_) => "nftables".into(),
+        }
+    }
+}
+
+/// Without nft there is nothing that was made by it.
+fn removed(outcome: Result<bool, FirewallError>) -> Result<bool, FirewallError> {
+    match outcome {
+        Err(FirewallError::Missing(_)) => Ok(false),
+        other => other,
+    }
+}
+
+async fn removed_flannels() -> Result<bool, FirewallError> {
+    removed(Nftables::remove_flannels().await)
+}
+
+/// The work behind [`Firewall`].
+struct Keeper {
+    kind: FirewallKind,
+    writer: Option<Writer>,
+    /// What stands, as far as we know.
+    kept: Option<Wanted>,
+    state: watch::Sender<FirewallState>,
+    said: Repeats,
+    minute: Instant,
+    repairs_this_minute: u32,
+    repairs: u64,
+}
+
+impl Keeper {
+    async fn keep(mut self, mut wanted: watch::Receiver<Option<Wanted>>, resync: Duration) {
+        let events = NftEvents::listen()
+            .inspect_err(|error| tracing::debug!("the kernel tells of no nftables: {error}"))
+            .ok();
+        let mut timer = interval(resync);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = wanted.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                _ = timer.tick() => {}
+                () = next(events.as_ref()), if self.repairs_this_minute < REPAIRS_A_MINUTE => {}
+            }
+            let now = wanted.borrow_and_update().clone();
+            if let Some(now) = now {
+                self.once(now).await;
+            }
+        }
+    }
+
+    async fn once(&mut self, wanted: Wanted) {
+        if self.minute.elapsed() > Duration::from_secs(60) {
+            self.minute = Instant::now();
+            self.repairs_this_minute = 0;
+        }
+        let problem = match self.apply(&wanted).await {
+            Ok(obstacle) => obstacle,
+            Err(error) => Some(format!("the firewall is not as it should be: {error:#}")),
+        };
+        match &problem {
+            Some(problem) => self.said.warn(problem),
+            None => self.said = Repeats::default(),
+        }
+        let by = self.writer.as_ref().map(Writer::describe);
+        let repairs = self.repairs;
+        self.state.send_replace(FirewallState { tried: true, by, repairs, problem });
+    }
+
+    /// Makes it so; says what is in the way nevertheless.
+    async fn apply(&mut self, wanted: &Wanted) -> anyhow::Result<Option<String>> {
+        let blackholes = wanted.blackholes.clone();
+        tokio::task::spawn_blocking(move || {
+            let netlink = Netlink::open().context("cannot open a netlink socket")?;
+            anyhow::Ok(netlink.keep_blackholes(&blackholes)?)
+        })
+        .await??;
+
+        let nothing = wanted.rules.is_empty();
+        let mut writer = match self.writer.take() {
+            Some(writer) => writer,
+            None => match Writer::choose(self.kind).await {
+                Err(FirewallError::Missing(_)) if nothing => return Ok(None),
+                chosen => chosen?,
+            },
+        };
+        let first = self.kept.is_none();
+        let outcome = writer.apply(&wanted.rules, first).await;
+        let obstacle =
+            if wanted.rules.ipv4.forward.is_empty() { None } else { writer.obstacle(false).await };
+        let by = writer.describe();
+        if outcome.is_ok() && first {
+            writer.remove_leavings().await?;
+        }
+        self.writer = Some(writer);
+        match outcome {
+            Err(FirewallError::Missing(_)) if nothing => return Ok(None),
+            Ok(true) if self.kept.as_ref() == Some(wanted) => self.repaired(),
+            Ok(true) => tracing::info!(%by, "wrote the firewall's rules"),
+            Ok(false) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.kept = Some(wanted.clone());
+        if self.repairs_this_minute >= REPAIRS_A_MINUTE {
+            return Ok(Some(
+                "another program keeps removing the firewall's rules; they are put back by the \
+                 timer only (--iptables-resync)"
+                    .into(),
+            ));
+        }
+        Ok(obstacle)
+    }
+
+    fn repaired(&mut self) {
+        tracing::warn!("somebody changed the firewall's rules; put them back");
+        self.repairs_this_minute += 1;
+        self.repairs += 1;
+    }
+}
+
+/// The next group of changes; none for ever where the kernel does not tell.
+async fn next(events: Option<&NftEvents>) {
+    match events {
+        Some(events) => events.changed().await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,67 @@
+//! What systemd is told (sd_notify(3)): that the daemon is ready once it forwards, what it waits for
+//! until then, and that it is alive.
+
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
+
+use crate::health::Phase;
+
+/// How long systemd is asked to wait on; asked anew three times in between.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Tells systemd, where there is one, until the daemon ends.
+pub(crate) async fn tell(mut phases: watch::Receiver<Phase>) {
+    let watchdog = sd_notify::watchdog_enabled();
+    // Twice in the time that systemd gives.
+    let pulse = watchdog.map_or(PATIENCE / 3, |limit| (limit / 2).min(PATIENCE / 3));
+    let mut timer = interval_at(Instant::now(), pulse);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut is_ready = false;
+    loop {
+        tokio::select! {
+            changed = phases.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+            _ = timer.tick() => {
+                if watchdog.is_some() {
+                    send(&[NotifyState::Watchdog]);
+                }
+            }
+        }
+        match &*phases.borrow_and_update() {
+            Phase::Starting(what) if !is_ready => {
+                let micros = u32::try_from(PATIENCE.as_micros()).unwrap_or(u32::MAX);
+                send(&[NotifyState::ExtendTimeoutUsec(micros), status(what)]);
+            }
+            Phase::Starting(what) => send(&[status(what)]),
+            Phase::Forwarding(problems) => {
+                send(&[status(problems.first().map_or("forwarding", String::as_str))]);
+                if !std::mem::replace(&mut is_ready, true) {
+                    send(&[NotifyState::Ready]);
+                }
+            }
+        }
+    }
+}
+
+/// Tells systemd that the daemon is about to end.
+pub(crate) fn tell_stopping() {
+    send(&[NotifyState::Stopping]);
+}
+
+/// Behind a line break another message would begin.
+fn status(text: &str) -> NotifyState<'_> {
+    NotifyState::Status(text.lines().next().unwrap_or_default())
+}
+
+/// Does nothing where nobody listens.
+fn send(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!("cannot tell systemd: {error}");
+    }
+}
