@@ -38,6 +38,11 @@ impl NetNs {
         Ok(Self { name, ours: AtomicBool::new(true) })
     }
 
+    /// A namespace that has its owner elsewhere.
+    pub fn open(name: impl Into<String>) -> Self {
+        Self { name: name.into(), ours: AtomicBool::new(false) }
+    }
+
     /// The name, as `ip netns list` shows it.
     pub fn name(&self) -> &str {
         &self.name

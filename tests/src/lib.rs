@@ -45,6 +45,25 @@ pub fn bring_up(lab: &mut Lab, flags: &[&str]) -> Result<()> {
     all_acquainted(lab)
 }
 
+/// Gives hosts without daemons IPv6 addresses too, and an overlay of both families.
+pub fn dual_stack(lab: &Lab) -> Result<()> {
+    for host in 0..lab.hosts() {
+        let address = format!("fd00:168::{}/64", 94 + host);
+        lab.host(host).netns.ip(&["address", "add", &address, "dev", "eth0", "nodad"])?;
+        lab.host(host).netns.ip(&["-6", "route", "add", "default", "dev", "eth0"])?;
+    }
+    write_config(
+        lab,
+        r#"{"EnableIPv6":true,"Network":"10.42.0.0/16","IPv6Network":"fd00:42::/48"}"#,
+    )
+}
+
+/// Puts a network config into a lab's directory registry.
+pub fn write_config(lab: &Lab, config: &str) -> Result<()> {
+    fs::create_dir_all(lab.registry()?)?;
+    Ok(fs::write(lab.registry()?.join("config"), config)?)
+}
+
 /// Waits until each host has all the others as peers.
 pub fn all_acquainted(lab: &Lab) -> Result<()> {
     let others = lab.hosts() - 1;

@@ -1,11 +1,10 @@
 //! Containers reach each other across hosts: pings, large packets, hops, transfers.
 
-use std::fs;
 use std::thread;
 
 use anyhow::Result;
 use weft_daemon::lab::{Bytes, Cancel, Patience, PingOptions, ping, transfer};
-use weft_tests::{DEADLINE, base, bring_up, counter, hosts, overlay, until};
+use weft_tests::{DEADLINE, base, bring_up, counter, dual_stack, hosts, overlay, until};
 
 /// Two hops in the kernels, two in the engines: what flannel shows.
 const TTL_ACROSS: u8 = 60;
@@ -105,16 +104,7 @@ fn transfers_keep_their_hash_in_both_directions_at_once() -> Result<()> {
 #[test]
 fn both_families_cross_an_ipv4_underlay() -> Result<()> {
     let mut lab = hosts(2)?;
-    for host in 0..2 {
-        let address = format!("fd00:168::{}/64", 94 + host);
-        lab.host(host).netns.ip(&["address", "add", &address, "dev", "eth0", "nodad"])?;
-        lab.host(host).netns.ip(&["-6", "route", "add", "default", "dev", "eth0"])?;
-    }
-    fs::create_dir_all(lab.registry()?)?;
-    fs::write(
-        lab.registry()?.join("config"),
-        r#"{"EnableIPv6":true,"Network":"10.42.0.0/16","IPv6Network":"fd00:42::/48"}"#,
-    )?;
+    dual_stack(&lab)?;
     bring_up(&mut lab, &[])?;
     let [from, to] = [lab.container(0)?, lab.container(1)?];
     assert_eq!(to.addresses.len(), 2);

@@ -30,6 +30,7 @@ mod topology;
 mod transfer;
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::thread;
@@ -74,6 +75,8 @@ pub struct LabOptions {
     pub backend: String,
     /// Where leases are kept, if not in a directory.
     pub etcd: EtcdOptions,
+    /// Where daemons look for programs, if not where we do.
+    pub search_path: Option<PathBuf>,
     /// How long a transfer may be without progress.
     pub stall: Duration,
     /// Ends whatever the lab waits for.
@@ -86,6 +89,7 @@ impl Default for LabOptions {
             hosts: 3,
             backend: "udp-tun".into(),
             etcd: EtcdOptions::default(),
+            search_path: None,
             stall: Duration::from_secs(20),
             cancel: Cancel::default(),
         }
@@ -200,7 +204,7 @@ impl Lab {
     ///
     /// # Errors
     /// The lab is removed.
-    pub fn registry(&self) -> anyhow::Result<std::path::PathBuf> {
+    pub fn registry(&self) -> anyhow::Result<PathBuf> {
         Ok(self.directory()?.join("registry"))
     }
 
@@ -244,7 +248,9 @@ impl Lab {
         let mut arguments = self.arguments(host)?;
         arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
         let Host { netns, log, .. } = self.host(host);
-        let daemon = RunningChild::start(netns, log, child::weftd(&arguments)?)?;
+        let mut command = child::weftd(&arguments)?;
+        command.envs(self.options.search_path.iter().map(|path| ("PATH", path)));
+        let daemon = RunningChild::start(netns, log, command)?;
         self.record.daemons.push(daemon.id());
         self.sites[host].daemon = Some(daemon);
         self.record.save()

@@ -62,6 +62,7 @@ pub fn run(options: &RunOptions, cancel: &Cancel, out: &mut dyn Write) -> anyhow
         etcd: options.etcd.clone(),
         stall: STALL,
         cancel: cancel.clone(),
+        ..LabOptions::default()
     })?;
     progress.note(&format!("lab {}: namespaces weft-{}-…", lab.id(), lab.id()));
 

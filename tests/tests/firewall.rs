@@ -1,0 +1,426 @@
+//! The firewall's rules: what is listed, what becomes of packets, and who may meddle with them.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+use ipnetwork::IpNetwork;
+use tempfile::TempDir;
+use weft_daemon::lab::{Lab, LabOptions, PingOptions};
+use weft_daemon::netns::NetNs;
+use weft_tests::{
+    DEADLINE, all_acquainted, bring_up, dual_stack, hosts, run_weftd, until, write_config,
+};
+
+/// How rules come into the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// By iptables, into the kernel's nftables.
+    Nft,
+    /// By iptables, into the kernel's older tables.
+    Legacy,
+    /// By nft.
+    Nftables,
+}
+
+impl Mode {
+    fn flag(self) -> &'static str {
+        match self {
+            Self::Nft | Self::Legacy => "--firewall=iptables",
+            Self::Nftables => "--firewall=nftables",
+        }
+    }
+
+    fn save(self, ipv6: bool) -> &'static str {
+        match (self, ipv6) {
+            (Self::Legacy, false) => "iptables-legacy-save",
+            (Self::Legacy, true) => "ip6tables-legacy-save",
+            (Self::Nft | Self::Nftables, false) => "iptables-nft-save",
+            (Self::Nft | Self::Nftables, true) => "ip6tables-nft-save",
+        }
+    }
+}
+
+/// A directory of programs: all but iptables as they are, and iptables of one kind.
+fn programs(kind: &str) -> Result<TempDir> {
+    let dir = tempfile::tempdir()?;
+    for program in ["iptables", "ip6tables"] {
+        for work in ["", "-save", "-restore"] {
+            let target = format!("/usr/sbin/{program}-{kind}{work}");
+            symlink(target, dir.path().join(format!("{program}{work}")))?;
+        }
+    }
+    for work in ["-save", "-restore"] {
+        for program in ["iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"] {
+            let name = format!("{program}{work}");
+            symlink(format!("/usr/sbin/{name}"), dir.path().join(name))?;
+        }
+    }
+    symlink("/usr/sbin/nft", dir.path().join("nft"))?;
+    Ok(dir)
+}
+
+fn lab(hosts: usize, search_path: &Path) -> Result<Lab> {
+    let search_path = Some(search_path.to_owned());
+    Lab::new(LabOptions { hosts, search_path, ..LabOptions::default() })
+}
+
+/// What iptables lists of flannel's.
+fn listed(netns: &NetNs, mode: Mode, ipv6: bool) -> Result<Vec<String>> {
+    let saved = netns.tool(mode.save(ipv6), &[])?;
+    let ours = saved.lines().filter(|line| line.contains("FLANNEL") || line.contains("flanneld"));
+    Ok(ours.filter(|line| line.starts_with("-A")).map(str::to_owned).collect())
+}
+
+fn nft_table(netns: &NetNs) -> Result<String> {
+    netns.tool("nft", &["-s", "list", "table", "inet", "weft"])
+}
+
+/// The rules that flannel of today makes, as its own tests list them.
+fn flannels(network: &str, subnet: IpNetwork, multicast: &str) -> Vec<String> {
+    let masq = |rule: String| {
+        let (matches, target) = rule.split_once(" -j ").expect("every rule has a target");
+        let comment = "-m comment --comment \"flanneld masq\"";
+        format!("-A FLANNEL-POSTRTG {matches} {comment} -j {target}")
+    };
+    let pass = |matches: &str| {
+        format!("-A FLANNEL-FWD {matches} -m comment --comment \"flanneld forward\" -j ACCEPT")
+    };
+    let mut rules = vec![
+        "-A POSTROUTING -m comment --comment \"flanneld masq\" -j FLANNEL-POSTRTG".to_owned(),
+        "-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD".to_owned(),
+        pass(&format!("-s {network}")),
+        pass(&format!("-d {network}")),
+    ];
+    rules.extend(
+        [
+            "-m mark --mark 0x4000/0x4000 -j RETURN".to_owned(),
+            format!("-s {subnet} -d {network} -j RETURN"),
+            format!("-s {network} -d {subnet} -j RETURN"),
+            format!("! -s {network} -d {subnet} -j RETURN"),
+            format!("-s {network} ! -d {multicast} -j MASQUERADE --random-fully"),
+            format!("! -s {network} -d {network} -j MASQUERADE --random-fully"),
+        ]
+        .map(masq),
+    );
+    rules
+}
+
+/// All of them, in the right order within each chain; chains in any.
+fn assert_flannels(lab: &Lab, host: usize, mode: Mode) -> Result<()> {
+    for subnet in lab.status(host)?.subnets {
+        let (network, multicast) = if subnet.is_ipv6() {
+            ("fd00:42::/48", "ff00::/8")
+        } else {
+            ("10.42.0.0/16", "224.0.0.0/4")
+        };
+        let found = listed(&lab.host(host).netns, mode, subnet.is_ipv6())?;
+        let wanted = flannels(network, subnet, multicast);
+        for chain in ["POSTROUTING", "FORWARD", "FLANNEL-POSTRTG", "FLANNEL-FWD"] {
+            let of = |rules: &[String]| {
+                let start = format!("-A {chain} ");
+                rules.iter().filter(|rule| rule.starts_with(&start)).cloned().collect::<Vec<_>>()
+            };
+            ensure!(of(&found) == of(&wanted), "{chain}: {found:#?}, not {wanted:#?}");
+        }
+        ensure!(found.len() == wanted.len(), "{found:#?}");
+    }
+    Ok(())
+}
+
+fn is_flannels(lab: &Lab, host: usize, mode: Mode) -> Result<()> {
+    until("the rules are as they should be", || assert_flannels(lab, host, mode).map(|()| true))
+}
+
+fn pings(lab: &Lab) -> Result<()> {
+    for (from, to) in [(0, 1), (1, 0)] {
+        let report = lab.ping(from, to, &PingOptions::default())?;
+        ensure!(report.complete(), "{report:?}");
+    }
+    Ok(())
+}
+
+/// Who a socket at `to` takes a datagram from `from` to be from.
+fn seen_source(from: &NetNs, to: &NetNs, at: IpAddr) -> Result<IpAddr> {
+    let receiver = to.run(|| UdpSocket::bind(SocketAddr::new(at, 0)))??;
+    receiver.set_read_timeout(Some(DEADLINE))?;
+    let address = receiver.local_addr()?;
+    let any = if at.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };
+    let sender = from.run(|| UdpSocket::bind(any))??;
+    sender.send_to(b"who am I", address)?;
+    Ok(receiver.recv_from(&mut [0; 64])?.1.ip())
+}
+
+/// The switch as somebody outside of the overlay.
+fn outside(lab: &Lab) -> Result<IpAddr> {
+    lab.switch()?.ip(&["address", "add", "10.168.0.254/24", "dev", "br0"])?;
+    Ok([10, 168, 0, 254].into())
+}
+
+#[test]
+fn every_mode_has_flannels_rules_and_masquerades_as_flannel_does() -> Result<()> {
+    for mode in [Mode::Nft, Mode::Legacy, Mode::Nftables] {
+        let programs = programs(if mode == Mode::Legacy { "legacy" } else { "nft" })?;
+        let mut lab = lab(2, programs.path())?;
+        dual_stack(&lab)?;
+        bring_up(&mut lab, &["--ip-masq", mode.flag()])?;
+        if mode == Mode::Nftables {
+            let table = nft_table(&lab.host(0).netns)?;
+            assert_eq!(table.matches("comment \"flanneld masq\"").count(), 12, "{table}");
+            assert_eq!(table.matches("comment \"flanneld forward\"").count(), 4, "{table}");
+            assert!(listed(&lab.host(0).netns, mode, false)?.is_empty());
+        } else {
+            assert_flannels(&lab, 0, mode)?;
+        }
+        let outside = outside(&lab)?;
+        let [near, far] = [lab.container(0)?, lab.container(1)?];
+        let host = lab.host(0).address;
+        assert_eq!(seen_source(&near.netns, lab.switch()?, outside)?, host, "{mode:?}");
+        for to in &far.addresses {
+            let own = near.addresses.iter().find(|own| own.is_ipv6() == to.is_ipv6());
+            let own = own.context("no address of this family")?.ip();
+            assert_eq!(seen_source(&near.netns, &far.netns, to.ip())?, own, "{mode:?}");
+        }
+        pings(&lab)?;
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn without_masquerading_only_the_forward_rules_are_there() -> Result<()> {
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &["--firewall=iptables"])?;
+    let found = listed(&lab.host(0).netns, Mode::Nft, false)?;
+    assert_eq!(found.len(), 3, "{found:#?}");
+    assert!(found.iter().all(|rule| rule.contains("flanneld forward")));
+    lab.stop_daemon(0)?;
+    assert_eq!(listed(&lab.host(0).netns, Mode::Nft, false)?, found, "a stop leaves them");
+    lab.start_daemon(0, &["--firewall=iptables", "--iptables-forward-rules=false"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert!(listed(&lab.host(0).netns, Mode::Nft, false)?.is_empty());
+    lab.remove()
+}
+
+/// Hosts that forward nothing by themselves, as Docker leaves them.
+#[test]
+fn the_policy_drop_is_overcome_by_iptables_and_told_by_nftables() -> Result<()> {
+    let mut lab = hosts(2)?;
+    for host in 0..2 {
+        lab.host(host).netns.tool("iptables-nft", &["-P", "FORWARD", "DROP"])?;
+        let reject = ["-A", "FORWARD", "-j", "REJECT"];
+        lab.host(host).netns.tool("iptables-nft", &reject)?;
+    }
+    bring_up(&mut lab, &["--firewall=iptables"])?;
+    pings(&lab)?;
+    for host in 0..2 {
+        lab.stop_daemon(host)?;
+        lab.start_daemon(host, &["--firewall=nftables"])?;
+        lab.wait_ready(host, DEADLINE)?;
+        until("it is told", || {
+            let problems = lab.status(host)?.problems;
+            Ok(problems.iter().any(|it| it.contains("`iptables -P FORWARD ACCEPT`")))
+        })?;
+    }
+    lab.remove()
+}
+
+/// Rules that go are back, at once where the kernel tells; other people's stay as they are.
+#[test]
+fn wiped_rules_come_back_and_foreign_ones_stay() -> Result<()> {
+    let mut lab = hosts(2)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let mut foreign = String::from("*filter\n:MINE - [0:0]\n");
+    for number in 0..1000 {
+        foreign +=
+            &format!("-A MINE -s 192.0.2.{}/32 -p tcp --dport {number} -j DROP\n", number % 250);
+    }
+    foreign += "-A FORWARD -j MINE\nCOMMIT\n";
+    restore(&host, "iptables-nft-restore", &foreign)?;
+    bring_up(&mut lab, &["--ip-masq", "--firewall=iptables", "--iptables-resync=600"])?;
+    assert_flannels(&lab, 0, Mode::Nft)?;
+    for wipe in [
+        &["iptables-nft", "-t", "nat", "-F"][..],
+        &["iptables-nft", "-F", "FLANNEL-FWD"],
+        &["iptables-nft", "-D", "FLANNEL-FWD", "1"],
+        &["iptables-nft", "-t", "nat", "-D", "FLANNEL-POSTRTG", "3"],
+    ] {
+        host.tool(wipe[0], &wipe[1..])?;
+        is_flannels(&lab, 0, Mode::Nft)?;
+    }
+    let mine = host.tool("iptables-nft-save", &[])?.matches("-A MINE ").count();
+    assert_eq!(mine, 1000);
+    until("the repairs are counted", || Ok(lab.status(0)?.firewall_repairs >= 4))?;
+    // As firewalld's restart: everything goes, and others' rules come in its place.
+    host.tool("nft", &["flush", "ruleset"])?;
+    restore(&host, "iptables-nft-restore", &foreign)?;
+    is_flannels(&lab, 0, Mode::Nft)?;
+    assert_eq!(host.tool("iptables-nft-save", &[])?.matches("-A MINE ").count(), 1000);
+    pings(&lab)?;
+
+    for host in 0..2 {
+        lab.stop_daemon(host)?;
+        lab.start_daemon(host, &["--ip-masq", "--firewall=nftables", "--iptables-resync=600"])?;
+        lab.wait_ready(host, DEADLINE)?;
+    }
+    all_acquainted(&lab)?;
+    let table = nft_table(&host)?;
+    for wipe in [
+        &["flush", "ruleset"][..],
+        &["delete", "table", "inet", "weft"],
+        &["flush", "chain", "inet", "weft", "postrouting"],
+        &["add", "rule", "inet", "weft", "forward", "drop"],
+    ] {
+        host.tool("nft", wipe)?;
+        until("the table is as it was", || Ok(nft_table(&host)? == table))?;
+    }
+    pings(&lab)?;
+    lab.remove()
+}
+
+fn restore(netns: &NetNs, program: &str, rules: &str) -> Result<()> {
+    let file = tempfile::NamedTempFile::new()?;
+    fs::write(file.path(), rules)?;
+    let path = file.path().to_str().context("an odd path")?;
+    netns.tool(program, &["--noflush", path]).map(drop)
+}
+
+/// Where the kernel does not tell, the timer finds out.
+#[test]
+fn the_older_tables_are_looked_at_from_time_to_time() -> Result<()> {
+    let programs = programs("legacy")?;
+    let mut lab = lab(1, programs.path())?;
+    bring_up(&mut lab, &["--ip-masq", "--firewall=iptables", "--iptables-resync=1"])?;
+    lab.host(0).netns.tool("iptables-legacy", &["-t", "nat", "-F"])?;
+    is_flannels(&lab, 0, Mode::Legacy)?;
+    lab.remove()
+}
+
+/// Another mode, another subnet, another Network, an older flannel: nothing is left of it.
+#[test]
+fn nothing_is_left_of_what_was_before() -> Result<()> {
+    let programs = programs("nft")?;
+    let mut lab = lab(1, programs.path())?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    restore(
+        &host,
+        "iptables-nft-restore",
+        "*nat\n\
+         -A POSTROUTING -s 10.9.0.0/16 -d 10.9.0.0/16 -m comment --comment \"flanneld masq\" -j RETURN\n\
+         -A POSTROUTING -s 10.9.0.0/16 -j MASQUERADE\nCOMMIT\n*filter\n\
+         -A FORWARD -s 10.9.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT\nCOMMIT\n",
+    )?;
+    host.tool("nft", &["add", "table", "ip", "flannel-ipv4"])?;
+    let start = |lab: &mut Lab, mode: Mode| -> Result<()> {
+        lab.start_daemon(0, &["--ip-masq", mode.flag()])?;
+        lab.wait_ready(0, DEADLINE)
+    };
+    start(&mut lab, Mode::Nft)?;
+    assert_flannels(&lab, 0, Mode::Nft)?;
+    let saved = host.tool("iptables-nft-save", &[])?;
+    assert!(saved.contains("-s 10.9.0.0/16 -j MASQUERADE"), "somebody else's: {saved}");
+    assert!(!host.tool("nft", &["list", "tables"])?.contains("flannel-ipv4"));
+
+    lab.stop_daemon(0)?;
+    start(&mut lab, Mode::Nftables)?;
+    assert!(listed(&host, Mode::Nft, false)?.is_empty());
+    let first = nft_table(&host)?;
+    lab.stop_daemon(0)?;
+
+    // A lease of another subnet in another Network.
+    fs::remove_dir_all(lab.registry()?)?;
+    write_config(&lab, r#"{"Network":"10.43.0.0/16"}"#)?;
+    start(&mut lab, Mode::Nftables)?;
+    let second = nft_table(&host)?;
+    assert!(first.contains("10.42.0.0/16") && !second.contains("10.42."), "{second}");
+    lab.stop_daemon(0)?;
+    start(&mut lab, Mode::Nft)?;
+    let found = listed(&host, Mode::Nft, false)?;
+    assert!(found.len() == 10 && !found.concat().contains("10.42."), "{found:#?}");
+    assert!(!host.tool("nft", &["list", "tables"])?.contains("inet weft"));
+    lab.remove()
+}
+
+/// Somebody who changes rules all the time gets what they ask for, and so do we.
+#[test]
+fn two_writers_at_once_lose_nothing() -> Result<()> {
+    let mut lab = hosts(1)?;
+    bring_up(&mut lab, &["--ip-masq", "--firewall=iptables"])?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| -> Result<()> {
+        let other = scope.spawn(|| -> Result<u32> {
+            let mut count = 0;
+            while !done.load(Ordering::Relaxed) || count < 20 {
+                let port = count.to_string();
+                let rule = ["-w", "-A", "FORWARD", "-p", "tcp", "--dport", &port, "-j", "DROP"];
+                host.tool("iptables-nft", &rule)?;
+                count += 1;
+            }
+            Ok(count)
+        });
+        for _ in 0..5 {
+            host.tool("iptables-nft", &["-w", "-t", "nat", "-F", "FLANNEL-POSTRTG"])?;
+            is_flannels(&lab, 0, Mode::Nft)?;
+        }
+        done.store(true, Ordering::Relaxed);
+        let count = other.join().expect("the other writer panicked")?;
+        let saved = host.tool("iptables-nft-save", &["-t", "filter"])?;
+        assert_eq!(saved.matches("-p tcp").count(), usize::try_from(count)?);
+        Ok(())
+    })?;
+    lab.remove()
+}
+
+#[test]
+fn without_the_program_the_overlay_goes_on_and_says_so() -> Result<()> {
+    let nothing = tempfile::tempdir()?;
+    let mut lab = lab(2, nothing.path())?;
+    bring_up(&mut lab, &["--ip-masq", "--firewall=iptables", "--iptables-resync=1"])?;
+    pings(&lab)?;
+    let told = "there is no iptables; install it, or choose the other --firewall";
+    until("it is told", || Ok(lab.status(0)?.problems.iter().any(|it| it.contains(told))))?;
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    assert_eq!(log.matches(told).count(), 1, "{log}");
+    lab.remove()
+}
+
+/// The route that discards is there for whatever no bridge takes, and goes with the flag.
+#[test]
+fn a_blackhole_takes_what_no_bridge_does() -> Result<()> {
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &["--ip-blackhole-route", "--iptables-resync=1"])?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let subnet = lab.status(0)?.subnets[0].to_string();
+    let there = || {
+        let routes = host.ip_json(&["route", "show", "type", "blackhole"])?;
+        let routes = routes.as_array().context("no list of routes")?;
+        Ok(routes.iter().any(|route| route["dst"] == subnet.as_str()))
+    };
+    assert!(there()?);
+    pings(&lab)?;
+    host.ip(&["route", "del", "blackhole", &subnet])?;
+    until("it is back", there)?;
+    lab.stop_daemon(0)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert!(!there()?);
+    lab.remove()
+}
+
+#[test]
+fn bad_values_are_refused() -> Result<()> {
+    let netns = NetNs::create(format!("weft-fw-{}", std::process::id()))?;
+    for (flag, told) in
+        [("--firewall=ipfw", "auto, iptables, nftables"), ("--iptables-resync=0", "1 to 86400")]
+    {
+        let (code, stderr) = run_weftd(&netns, &[flag])?;
+        assert_eq!(code, Some(2));
+        assert!(stderr.contains(told), "{stderr}");
+    }
+    netns.remove()
+}
