@@ -4,10 +4,25 @@ BACKEND ?= udp-tun
 REGISTRY ?= directory
 CARGO ?= cargo
 
-.PHONY: build lab test bench bench-quick fuzz lint deps
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+.PHONY: build install lab test bench bench-quick fuzz lint deps
 
 build: deps
 	$(CARGO) build --release --locked
+
+# Programs to PREFIX/bin, units to PREFIX/lib/systemd/system, all below DESTDIR. A flanneld there
+# gives way to a link to weftd only by hand: see docs/walkthrough.md.
+BIN = $(DESTDIR)$(PREFIX)/bin
+UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
+install: build
+	install -D --mode 755 --target-directory $(BIN) target/release/weftd target/release/weft \
+		packaging/mk-docker-opts.sh
+	cd packaging/systemd && for unit in weftd.service docker.service.d/weft.conf; do \
+		install -D --mode 644 $$unit $(UNITS)/$$unit && \
+		sed --in-place 's|/usr/local/bin/weft|$(PREFIX)/bin/weft|' $(UNITS)/$$unit || exit 1; \
+	done
 
 # Three hosts in network namespaces, a weftd in each, traffic between all pairs.
 lab: build

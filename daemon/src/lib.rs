@@ -1,8 +1,11 @@
 //! weftd, the overlay network daemon, and weft, the operator's command.
 
+pub mod cni;
+pub mod docker_opts;
 pub mod firewall;
 pub mod flags;
 mod forwarding;
+mod handed;
 mod health;
 mod http;
 pub mod interface;

@@ -249,12 +249,13 @@ fn wiped_rules_come_back_and_foreign_ones_stay() -> Result<()> {
         &["iptables-nft", "-D", "FLANNEL-FWD", "1"],
         &["iptables-nft", "-t", "nat", "-D", "FLANNEL-POSTRTG", "3"],
     ] {
+        let before = lab.status(0)?.firewall_repairs;
         host.tool(wipe[0], &wipe[1..])?;
         is_flannels(&lab, 0, Mode::Nft)?;
+        until("the repair is counted", || Ok(lab.status(0)?.firewall_repairs > before))?;
     }
     let mine = host.tool("iptables-nft-save", &[])?.matches("-A MINE ").count();
     assert_eq!(mine, 1000);
-    until("the repairs are counted", || Ok(lab.status(0)?.firewall_repairs >= 4))?;
     // As firewalld's restart: everything goes, and others' rules come in its place.
     host.tool("nft", &["flush", "ruleset"])?;
     restore(&host, "iptables-nft-restore", &foreign)?;

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use weft_daemon::cni::{self, CniArgs};
+use weft_daemon::docker_opts::{self, DockerOptsArgs};
 use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, EtcdOptions, MAX_TRANSFER, RunOptions};
 use weft_daemon::registry_command::{self, RegistryArgs};
 
@@ -20,6 +22,8 @@ struct Cli {
 enum Command {
     Lab(LabArgs),
     Registry(RegistryArgs),
+    DockerOpts(DockerOptsArgs),
+    Cni(CniArgs),
 }
 
 /// Bring up hosts in network namespaces, a weftd on each, and move traffic between all of them.
@@ -63,6 +67,10 @@ fn main() -> ExitCode {
         Command::Lab(arguments) => run_lab(&arguments),
         Command::Registry(arguments) => {
             registry_command::run(&arguments, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS)
+        }
+        Command::DockerOpts(arguments) => docker_opts::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Cni(arguments) => {
+            cni::run(&arguments, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS)
         }
     };
     outcome.unwrap_or_else(|error| {

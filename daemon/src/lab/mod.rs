@@ -24,7 +24,6 @@ mod process;
 mod progress;
 mod record;
 mod run;
-mod subnet_env;
 mod tables;
 mod topology;
 mod transfer;

@@ -1,13 +1,13 @@
 //! The lab's namespaces and what is in them, made with iproute2.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use ipnetwork::IpNetwork;
 
-use super::subnet_env::{SubnetEnv, first_container};
+use crate::handed::Handed;
 use crate::netns::NetNs;
 
 /// Hosts are numbered through the underlay's /24, from .94 on.
@@ -114,7 +114,7 @@ pub(super) fn make_container(
     name: String,
     number: usize,
 ) -> anyhow::Result<Container> {
-    let env = SubnetEnv::read(&host.subnet_file)?;
+    let env = Handed::read(&host.subnet_file)?;
     let addresses = env.gateways.iter().map(|gateway| first_container(*gateway));
     let container = Container {
         addresses: addresses.collect::<anyhow::Result<_>>()?,
@@ -185,4 +185,29 @@ pub(super) fn etcd_address(number: usize) -> anyhow::Result<IpAddr> {
 fn host_address(number: usize) -> anyhow::Result<IpAddr> {
     let last = u8::try_from(93 + number).context("too many hosts")?;
     Ok(Ipv4Addr::new(10, 168, 0, last).into())
+}
+
+/// The address that the first container behind `gateway` gets.
+fn first_container(gateway: IpNetwork) -> anyhow::Result<IpNetwork> {
+    let next: Option<IpAddr> = match gateway.ip() {
+        IpAddr::V4(ip) => u32::from(ip).checked_add(1).map(|bits| Ipv4Addr::from(bits).into()),
+        IpAddr::V6(ip) => u128::from(ip).checked_add(1).map(|bits| Ipv6Addr::from(bits).into()),
+    };
+    next.filter(|address| gateway.contains(*address))
+        .and_then(|address| IpNetwork::new(address, gateway.prefix()).ok())
+        .with_context(|| format!("{gateway} has no room for a container"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_container_follows_the_gateway() {
+        let first = |gateway: &str| first_container(gateway.parse().unwrap());
+        assert_eq!(first("10.42.7.1/24").unwrap().to_string(), "10.42.7.2/24");
+        assert_eq!(first("fd00:42:0:7::1/64").unwrap().to_string(), "fd00:42:0:7::2/64");
+        assert!(first("10.42.7.1/32").is_err());
+        assert!(first("255.255.255.255/24").is_err());
+    }
 }

@@ -1,0 +1,148 @@
+//! `weft docker-opts`: what docker is started with, from subnet.env; flannel's mk-docker-opts.sh.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+use weft_control::file::{self, PUBLIC};
+
+use crate::handed::Handed;
+
+/// Write docker's options for this node's subnet to a file for docker's unit (EnvironmentFile=).
+///
+/// Without -i and -c both forms are written.
+#[derive(Debug, Args)]
+pub struct DockerOptsArgs {
+    /// subnet.env, as weftd or flanneld writes it.
+    #[arg(short = 'f', value_name = "FILE", default_value = "/run/flannel/subnet.env")]
+    subnet_file: PathBuf,
+    /// The file to write.
+    #[arg(short = 'd', value_name = "FILE", default_value = "/run/docker_opts.env")]
+    docker_file: PathBuf,
+    /// One variable an option: DOCKER_OPT_BIP, DOCKER_OPT_IPMASQ, DOCKER_OPT_MTU.
+    #[arg(short = 'i')]
+    individual: bool,
+    /// All options in one variable.
+    #[arg(short = 'c')]
+    combined: bool,
+    /// The name of that variable.
+    #[arg(short = 'k', value_name = "KEY", default_value = "DOCKER_OPTS")]
+    key: String,
+    /// Without --ip-masq, which very old dockers do not know.
+    #[arg(short = 'm')]
+    no_ip_masq: bool,
+}
+
+/// Writes the file.
+///
+/// # Errors
+/// subnet.env is missing or lacks what docker needs, or the file cannot be written.
+pub fn run(arguments: &DockerOptsArgs) -> anyhow::Result<()> {
+    let handed = Handed::read(&arguments.subnet_file)?;
+    ensure!(
+        is_variable(&arguments.key),
+        "{:?} is no name of a variable: give -k letters, digits and underscores",
+        arguments.key
+    );
+    let text = text(&handed, arguments)?;
+    let path = &arguments.docker_file;
+    file::replace(path, text.as_bytes(), PUBLIC)
+        .with_context(|| format!("cannot write {}; see -d", path.display()))
+}
+
+fn is_variable(name: &str) -> bool {
+    let mut letters = name.bytes();
+    letters.next().is_some_and(|first| first.is_ascii_alphabetic() || first == b'_')
+        && letters.all(|other| other.is_ascii_alphanumeric() || other == b'_')
+}
+
+/// In the order of the variables' names, as the shell lists them for flannel.
+fn text(handed: &Handed, arguments: &DockerOptsArgs) -> anyhow::Result<String> {
+    let Some(subnet) = handed.gateways.iter().find(|gateway| gateway.is_ipv4()) else {
+        bail!(
+            "{} names no IPv4 subnet, which docker's --bip needs",
+            arguments.subnet_file.display()
+        );
+    };
+    let mut options = vec![("DOCKER_OPT_BIP", format!("--bip={subnet}"))];
+    // Who masquerades: weftd or docker, not both.
+    if !arguments.no_ip_masq {
+        options.push(("DOCKER_OPT_IPMASQ", format!("--ip-masq={}", !handed.ip_masq)));
+    }
+    options.push(("DOCKER_OPT_MTU", format!("--mtu={}", handed.mtu)));
+    let both = arguments.individual == arguments.combined;
+    let mut text = String::new();
+    if arguments.individual || both {
+        let lines = options.iter().map(|(name, option)| format!("{name}=\"{option}\"\n"));
+        text.extend(lines);
+    }
+    if arguments.combined || both {
+        let all: String = options.iter().map(|(_, option)| format!(" {option}")).collect();
+        text += &format!("{}=\"{all}\"\n", arguments.key);
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        arguments: DockerOptsArgs,
+    }
+
+    const SAMPLE: &str = "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.74.1/24\nFLANNEL_MTU=1472\n\
+         FLANNEL_IPMASQ=false\n";
+    const EACH: &str = "DOCKER_OPT_BIP=\"--bip=10.1.74.1/24\"\n\
+         DOCKER_OPT_IPMASQ=\"--ip-masq=true\"\nDOCKER_OPT_MTU=\"--mtu=1472\"\n";
+    const ALL: &str = "=\" --bip=10.1.74.1/24 --ip-masq=true --mtu=1472\"\n";
+
+    fn made(sample: &str, flags: &[&str]) -> anyhow::Result<String> {
+        let dir = tempfile::tempdir()?;
+        let (from, to) = (dir.path().join("subnet.env"), dir.path().join("docker.env"));
+        fs::write(&from, sample)?;
+        let files = ["weft", "-f", from.to_str().unwrap(), "-d", to.to_str().unwrap()];
+        run(&Cli::try_parse_from(files.iter().chain(flags))?.arguments)?;
+        Ok(fs::read_to_string(to)?)
+    }
+
+    /// The cases of the reference's own test.
+    #[test]
+    fn the_options_are_flannels() {
+        let made = |flags: &[&str]| made(SAMPLE, flags).unwrap();
+        assert_eq!(made(&[]), format!("{EACH}DOCKER_OPTS{ALL}"));
+        assert_eq!(made(&["-i", "-c"]), format!("{EACH}DOCKER_OPTS{ALL}"));
+        assert_eq!(made(&["-i"]), EACH);
+        assert_eq!(made(&["-c"]), format!("DOCKER_OPTS{ALL}"));
+        assert_eq!(made(&["-k", "CUSTOM_KEY"]), format!("{EACH}CUSTOM_KEY{ALL}"));
+        assert_eq!(
+            made(&["-m"]),
+            "DOCKER_OPT_BIP=\"--bip=10.1.74.1/24\"\nDOCKER_OPT_MTU=\"--mtu=1472\"\n\
+             DOCKER_OPTS=\" --bip=10.1.74.1/24 --mtu=1472\"\n"
+        );
+    }
+
+    #[test]
+    fn who_masquerades_is_not_told_to_docker_as_well() {
+        let found = made(&SAMPLE.replace("false", "true"), &["-c"]).unwrap();
+        assert_eq!(found, "DOCKER_OPTS=\" --bip=10.1.74.1/24 --ip-masq=false --mtu=1472\"\n");
+    }
+
+    #[test]
+    fn what_docker_cannot_use_is_told() {
+        let error = made("FLANNEL_IPV6_SUBNET=fd00:1::1/64\nFLANNEL_MTU=1472\n", &[])
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("names no IPv4 subnet"), "{error}");
+        let error = made(SAMPLE, &["-k", "x; rm"]).unwrap_err().to_string();
+        assert!(error.contains("no name of a variable"), "{error}");
+        let missing = Cli::try_parse_from(["weft", "-f", "/nowhere"]).unwrap().arguments;
+        assert!(run(&missing).unwrap_err().to_string().contains("cannot read /nowhere"));
+    }
+}
