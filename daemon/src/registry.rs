@@ -6,6 +6,7 @@ use weft_control::{
 };
 
 use crate::flags::{EtcdApi, RegistrySettings, Settings};
+use crate::health::Health;
 use crate::node;
 use crate::retry::Repeats;
 use crate::run::CONFIG_INTERVAL;
@@ -15,7 +16,10 @@ use crate::state_file::StateFile;
 ///
 /// # Errors
 /// A directory cannot be one.
-pub(crate) async fn open(settings: &Settings) -> Result<Box<dyn Registry>, RegistryError> {
+pub(crate) async fn open(
+    settings: &Settings,
+    health: &Health,
+) -> Result<Box<dyn Registry>, RegistryError> {
     match &settings.registry {
         RegistrySettings::Directory(path) => {
             let registry = DirectoryRegistry::open(path)?;
@@ -26,7 +30,7 @@ pub(crate) async fn open(settings: &Settings) -> Result<Box<dyn Registry>, Regis
             Ok(Box::new(registry))
         }
         RegistrySettings::Etcd { access, prefix, api: EtcdApi::Auto } => {
-            Ok(find_config(settings, access, prefix).await)
+            Ok(find_config(settings, access, prefix, Repeats::told_to(health)).await)
         }
         RegistrySettings::Etcd { access, prefix, api: EtcdApi::V3 } => {
             Ok(Box::new(Etcd3Registry::new(access, prefix)))
@@ -72,8 +76,12 @@ pub(crate) fn config_file(settings: &Settings, registry: &dyn Registry) -> State
 
 /// The API by which there is a network config, v3 before v2. While there is none: v3 if one is to be
 /// written, the one of the last run if nobody answers, and else both are asked again.
-async fn find_config(settings: &Settings, access: &Access, prefix: &str) -> Box<dyn Registry> {
-    let mut said = Repeats::default();
+async fn find_config(
+    settings: &Settings,
+    access: &Access,
+    prefix: &str,
+    mut said: Repeats,
+) -> Box<dyn Registry> {
     loop {
         let v3 = Etcd3Registry::new(access, prefix);
         let v2 = Etcd2Registry::new(access, prefix);

@@ -63,7 +63,7 @@ async fn serve(settings: &Settings, health: &Health) -> anyhow::Result<()> {
     if let Some(address) = settings.health {
         http::serve(address, health.watch()).await?;
     }
-    let registry = registry::open(settings).await?;
+    let registry = registry::open(settings, health).await?;
     let mut said = Repeats::told_to(health);
     let mut backoff = Backoff::default();
     loop {

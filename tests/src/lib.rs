@@ -3,6 +3,7 @@
 
 pub mod etcd;
 pub mod fuzz;
+pub mod service;
 
 use std::fs::{self, File};
 use std::net::IpAddr;

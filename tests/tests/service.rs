@@ -1,0 +1,98 @@
+//! What systemd and health checks are told, and what the unit that we ship lets the daemon do.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use weft_daemon::lab::{Lab, LabOptions};
+use weft_daemon::netns::NetNs;
+use weft_tests::service::{Service, Unit, make_root};
+use weft_tests::{hosts, program, run_weftd, until, write_config};
+
+fn unit_file() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd/weftd.service")
+}
+
+/// What a health check gets: the code and the body.
+fn check(netns: &NetNs, path: &str) -> Result<(u16, String)> {
+    let config = ureq::Agent::config_builder().http_status_as_error(false).build();
+    let agent = ureq::Agent::from(config);
+    let response = netns.run(|| agent.get(format!("http://127.0.0.1:8081{path}")).call())??;
+    Ok((response.status().as_u16(), response.into_body().read_to_string()?))
+}
+
+#[test]
+fn systemd_and_health_checks_are_told_how_it_is() -> Result<()> {
+    let lab = hosts(1)?;
+    let root = tempfile::tempdir()?;
+    make_root(root.path())?;
+    std::os::unix::fs::symlink(program("weftd")?, root.path().join("usr/local/bin/weftd"))?;
+    fs::create_dir_all(lab.registry()?)?;
+    let netns = &lab.host(0).netns;
+    let options = format!("--registry=dir:{} --healthz-port=8081", lab.registry()?.display());
+    // Our own unit, but for a shorter watchdog.
+    let unit = fs::read_to_string(unit_file())?.replace("WatchdogSec=60", "WatchdogSec=1");
+    let more = [("WEFT_OPTIONS", options.as_str())];
+    let unit = Unit::parse(&unit)?;
+    let mut service = Service::start(netns, &unit, root.path(), &more, &lab.host(0).log)?;
+    service.says("STATUS=waiting for the network config: there is none in dir:")?;
+    service.says("EXTEND_TIMEOUT_USEC=30000000")?;
+    until("it answers", || check(netns, "/healthz").map(|_| true))?;
+    assert_eq!(check(netns, "/healthz")?, (200, "flanneld is running".into()));
+    assert_eq!(check(netns, "/readyz")?, (503, "flanneld is not ready yet".into()));
+    assert_eq!(check(netns, "/other")?.0, 404);
+    assert!(!service.is_ready()?);
+
+    write_config(&lab, r#"{"Network":"10.42.0.0/16"}"#)?;
+    service.says("READY=1")?;
+    service.says("STATUS=forwarding")?;
+    until("it is ready", || Ok(check(netns, "/readyz")? == (200, "flanneld is ready".into())))?;
+    assert!(root.path().join("run/flannel/subnet.env").exists());
+    let pulses = |service: &mut Service| -> Result<usize> {
+        Ok(service.heard()?.iter().filter(|line| *line == "WATCHDOG=1").count())
+    };
+    let before = pulses(&mut service)?;
+    until("the watchdog is fed", || Ok(pulses(&mut service)? > before + 2))?;
+    assert!(service.stop()?.success());
+    service.says("STOPPING=1")?;
+    lab.remove()
+}
+
+/// The overlay works without the firewall's program, but it is not ready for everything.
+#[test]
+fn what_is_missing_shows_in_readyz() -> Result<()> {
+    let nothing = tempfile::tempdir()?;
+    let search_path = Some(nothing.path().to_owned());
+    let mut lab = Lab::new(LabOptions { hosts: 1, search_path, ..LabOptions::default() })?;
+    lab.start_daemon(0, &["--ip-masq", "--healthz-port=8081", "--iptables-resync=1"])?;
+    lab.wait_ready(0, weft_tests::DEADLINE)?;
+    let netns = &lab.host(0).netns;
+    assert_eq!(check(netns, "/healthz")?.0, 200);
+    assert_eq!(check(netns, "/readyz")?.0, 503);
+    // Somebody installs it.
+    std::os::unix::fs::symlink("/usr/sbin/nft", nothing.path().join("nft"))?;
+    until("it is ready", || Ok(check(netns, "/readyz")?.0 == 200))?;
+    lab.remove()
+}
+
+#[test]
+fn a_port_in_use_is_told() -> Result<()> {
+    let netns = NetNs::create(format!("weft-port-{}", std::process::id()))?;
+    netns.ip(&["link", "set", "lo", "up"])?;
+    let _taken = netns.run(|| TcpListener::bind("127.0.0.1:8081"))??;
+    let (code, stderr) = run_weftd(&netns, &["--healthz-port=8081", "--network=10.42.0.0/16"])?;
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("cannot listen at 127.0.0.1:8081; change --healthz-port"), "{stderr}");
+    netns.remove()
+}
+
+#[test]
+fn the_unit_is_hardened() -> Result<()> {
+    let mut command = Command::new("systemd-analyze");
+    command.args(["security", "--offline=true", "--no-pager", "--threshold=25"]).arg(unit_file());
+    let output = command.output().context("cannot run systemd-analyze; install systemd")?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    Ok(())
+}

@@ -1,0 +1,266 @@
+//! docs/walkthrough.md, step by step, as an operator goes through it: its files, its commands, and
+//! what it shows. Systemd's part is played by `weft_tests::service`, Docker's by the lab.
+
+use std::env;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use ipnetwork::IpNetwork;
+use serde_json::Value;
+use tempfile::TempDir;
+use weft_daemon::lab::{Lab, PingOptions};
+use weft_daemon::netns::NetNs;
+use weft_daemon::status;
+use weft_tests::service::{Service, Unit, enter, make_root};
+use weft_tests::{has_device, hosts, program, until};
+
+const TEXT: &str = include_str!("../../docs/walkthrough.md");
+
+const HOSTS: usize = 3;
+
+/// The file that the text shows below its path.
+fn file(path: &str) -> Result<&'static str> {
+    let shown = || {
+        let (_, rest) = TEXT.split_once(&format!("\n`{path}`"))?;
+        let (_, rest) = rest.split_once("\n```ini\n")?;
+        Some(rest.split_once("\n```")?.0)
+    };
+    shown().with_context(|| format!("the text does not show {path}"))
+}
+
+/// The commands of the text that contain all of these words, and none of those.
+fn commands(with: &[&str], without: &[&str]) -> Result<&'static str> {
+    let blocks = TEXT.split("\n```sh\n").skip(1).map(|rest| rest.split("\n```").next());
+    let mut blocks = blocks.flatten().filter(|block| {
+        with.iter().all(|word| block.contains(word))
+            && !without.iter().any(|word| block.contains(word))
+    });
+    blocks.next().with_context(|| format!("no command with {with:?}"))
+}
+
+/// One of the three hosts, with directories of its own.
+struct Node {
+    netns: NetNs,
+    root: PathBuf,
+}
+
+impl Node {
+    fn new(lab: &Lab, host: usize, directory: &TempDir, etcd: &Path) -> Result<Self> {
+        let root = directory.path().join(format!("{host}"));
+        make_root(&root)?;
+        // As `make install` does, and the text's link.
+        let bin = root.join("usr/local/bin");
+        for name in ["weftd", "weft"] {
+            symlink(program(name)?, bin.join(name))?;
+        }
+        symlink("weftd", bin.join("flanneld"))?;
+        let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging");
+        fs::copy(packaging.join("mk-docker-opts.sh"), bin.join("mk-docker-opts.sh"))?;
+        for (name, beside) in
+            [("etcd", etcd.to_owned()), ("etcdctl", etcd.with_file_name("etcdctl"))]
+        {
+            symlink(beside, bin.join(name))?;
+        }
+        Ok(Self { netns: NetNs::open(lab.host(host).netns.name()), root })
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.root.join(path.trim_start_matches('/'))
+    }
+
+    /// Runs commands as the operator's shell does.
+    fn shell(&self, commands: &str) -> Result<String> {
+        let words = ["bash", "-e", "-u", "-o", "pipefail", "-c", commands].map(str::to_owned);
+        let output = self.netns.output(&mut enter(&self.root, &words))?;
+        let told = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{commands}: {told}");
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn start(&self, unit: &str) -> Result<Service> {
+        let path = format!("/usr/lib/systemd/system/{unit}.service");
+        let log = self.root.join(format!("{unit}.log"));
+        Service::start(&self.netns, &Unit::parse(file(&path)?)?, &self.root, &[], &log)
+    }
+}
+
+fn address(host: usize) -> String {
+    format!("10.168.0.{}", 94 + host)
+}
+
+/// The host's own name and address, but for the list of all of them.
+fn etcd_conf(host: usize) -> Result<String> {
+    let lines = file("/opt/etcd/etcd.conf")?.lines().map(|line| {
+        if line.starts_with("ETCD_INITIAL_CLUSTER=") {
+            return line.to_owned();
+        }
+        line.replace("etcd01", &format!("etcd0{}", host + 1)).replace(&address(0), &address(host))
+    });
+    Ok(lines.map(|line| line + "\n").collect())
+}
+
+fn etcd() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("LAB_ETCD") {
+        return Ok(path.into());
+    }
+    let path = Path::new("/usr/bin/etcd");
+    ensure!(path.exists(), "{} is missing: install etcd-server", path.display());
+    Ok(path.to_owned())
+}
+
+/// One API's way of saying the same.
+struct Api {
+    set: &'static str,
+    list: &'static str,
+}
+
+fn walk(api: &Api) -> Result<()> {
+    let mut lab = hosts(HOSTS)?;
+    let directory = tempfile::tempdir()?;
+    let etcd = etcd()?;
+    let nodes: Vec<Node> =
+        (0..HOSTS).map(|host| Node::new(&lab, host, &directory, &etcd)).collect::<Result<_>>()?;
+
+    nodes[0].shell(commands(&["openssl req"], &[])?)?;
+    for (host, node) in nodes.iter().enumerate() {
+        let ssl = node.path("/opt/etcd/ssl");
+        fs::create_dir_all(&ssl)?;
+        fs::create_dir_all(node.path("/opt/flannel"))?;
+        for name in ["ca.pem", "etcd.pem", "etcd-key.pem"].into_iter().filter(|_| host > 0) {
+            fs::copy(nodes[0].path("/opt/etcd/ssl").join(name), ssl.join(name))?;
+        }
+        fs::write(node.path("/opt/etcd/etcd.conf"), etcd_conf(host)?)?;
+        let conf = "/opt/flannel/flanneld.conf";
+        fs::write(node.path(conf), file(conf)?)?;
+    }
+    let mut members: Vec<Service> =
+        nodes.iter().map(|node| node.start("etcd")).collect::<Result<_>>()?;
+    for member in &mut members {
+        member.says("READY=1")?;
+    }
+    nodes[0].shell(commands(&["endpoint health"], &[])?)?;
+
+    // Up first, and waiting: loaded, not active.
+    let mut daemons: Vec<Service> =
+        nodes.iter().map(|node| node.start("flanneld")).collect::<Result<_>>()?;
+    for (node, daemon) in nodes.iter().zip(&mut daemons) {
+        daemon.says("STATUS=waiting for the network config")?;
+        daemon.says("EXTEND_TIMEOUT_USEC=")?;
+        assert!(!daemon.is_ready()?);
+        assert!(!has_device(&node.netns, "flannel0")?);
+        assert!(!node.path("/run/flannel/subnet.env").exists());
+    }
+    nodes[0].shell(api.set)?;
+    let mut subnets = Vec::new();
+    for (node, daemon) in nodes.iter().zip(&mut daemons) {
+        daemon.says("READY=1")?;
+        let env = fs::read_to_string(node.path("/run/flannel/subnet.env"))?;
+        let subnet: IpNetwork = env
+            .lines()
+            .find_map(|line| line.strip_prefix("FLANNEL_SUBNET="))
+            .context("no FLANNEL_SUBNET")?
+            .parse()?;
+        let shown = shown("cat /run/flannel/subnet.env")?;
+        assert_eq!(env, shown.replace("172.22.82.1", &subnet.ip().to_string()));
+        device_is_as_shown(&node.netns, subnet)?;
+        rules_are_as_shown(&node.netns, subnet)?;
+        subnets.push(IpNetwork::new(subnet.network(), subnet.prefix())?);
+    }
+    leases_are_as_shown(&nodes[0], api, &subnets)?;
+
+    for (host, node) in nodes.iter().enumerate() {
+        let options = node.shell(commands(&["mk-docker-opts.sh"], &[])?)?;
+        let (_, wanted) = TEXT.split_once("\n```\nDOCKER_OPTS=").context("no DOCKER_OPTS")?;
+        let wanted = wanted.split_once("```").context("no end")?.0;
+        let gateway = fs::read_to_string(node.path("/run/flannel/subnet.env"))?;
+        let gateway =
+            gateway.lines().nth(1).and_then(|line| line.split_once('=')).context("no 2nd")?;
+        assert_eq!(options, format!("DOCKER_OPTS={}", wanted.replace("172.22.82.1/24", gateway.1)));
+        fs::copy(node.path("/run/flannel/subnet.env"), &lab.host(host).subnet_file)?;
+        lab.attach_container(host)?;
+    }
+    for node in &nodes {
+        until("it knows the others", || {
+            Ok(status::read(&node.path("/run/weft"))?.peers.len() == HOSTS - 1)
+        })?;
+    }
+    let report = lab.ping(1, 0, &PingOptions::default())?;
+    assert!(report.complete() && report.replies.iter().all(|reply| reply.ttl == 60), "{report:?}");
+
+    for daemon in &mut daemons {
+        assert!(daemon.stop()?.success());
+        daemon.says("STOPPING=1")?;
+    }
+    drop(members);
+    lab.remove()
+}
+
+/// What the text shows below a command.
+fn shown(command: &str) -> Result<&'static str> {
+    let (_, rest) = TEXT.split_once(&format!("\n# {command}\n")).context("not in the text")?;
+    Ok(&rest[..rest.find("```").context("no end")?])
+}
+
+fn device_is_as_shown(netns: &NetNs, subnet: IpNetwork) -> Result<()> {
+    let shown = shown("ip address show flannel0")?;
+    let (_, rest) = shown.split_once('<').context("no flags")?;
+    let (flags, rest) = rest.split_once('>').context("no flags")?;
+    let mut wanted: Vec<&str> = flags.split(',').collect();
+    let links = netns.ip_json(&["address", "show", "flannel0"])?;
+    let flags = links[0]["flags"].as_array().context("no flags")?;
+    let mut found: Vec<&str> = flags.iter().filter_map(Value::as_str).collect();
+    wanted.sort_unstable();
+    found.sort_unstable();
+    assert_eq!(found, wanted);
+    assert!(rest.starts_with(&format!(" mtu {} ", links[0]["mtu"])), "{rest}");
+    assert_eq!(links[0]["link_type"], "none");
+    let inet = &links[0]["addr_info"][0];
+    assert_eq!(inet["local"], subnet.network().to_string());
+    assert_eq!((&inet["prefixlen"], &inet["scope"]), (&32.into(), &"global".into()));
+    Ok(())
+}
+
+fn rules_are_as_shown(netns: &NetNs, subnet: IpNetwork) -> Result<()> {
+    let own = format!("{}/{}", subnet.network(), subnet.prefix());
+    let (nat, filter) = shown("iptables -t nat -S")?
+        .split_once("# iptables -S\n")
+        .context("the text does not show both")?;
+    for (table, shown) in [("nat", nat), ("filter", filter)] {
+        let listed = netns.tool("iptables", &["-t", table, "-S"])?;
+        let of = |text: &str| {
+            let mut rules: Vec<String> =
+                text.lines().filter(|line| line.starts_with("-A")).map(str::to_owned).collect();
+            rules.sort_by_key(|rule| rule.split(' ').nth(1).map(str::to_owned));
+            rules
+        };
+        assert_eq!(of(&listed), of(&shown.replace("172.22.82.0/24", &own)));
+    }
+    Ok(())
+}
+
+fn leases_are_as_shown(node: &Node, api: &Api, subnets: &[IpNetwork]) -> Result<()> {
+    let listed = node.shell(api.list)?;
+    let shown = node.shell(commands(&["weft registry"], &[])?)?;
+    for (host, subnet) in subnets.iter().enumerate() {
+        let key = format!("/subnets/{}-24", subnet.network());
+        let value = format!("{{\"PublicIP\":\"{}\",\"PublicIPv6\":null}}", address(host));
+        assert!(listed.contains(&key) || listed.contains(&value), "{listed}");
+        assert!(shown.contains(&subnet.to_string()), "{shown}");
+    }
+    assert_eq!(listed.lines().filter(|line| !line.is_empty()).count(), subnets.len(), "{listed}");
+    Ok(())
+}
+
+#[test]
+fn by_etcds_v3_api() -> Result<()> {
+    let set = commands(&["put ", "/config"], &[])?;
+    walk(&Api { set, list: commands(&["get --prefix"], &[])? })
+}
+
+#[test]
+fn by_etcds_v2_api() -> Result<()> {
+    let set = commands(&["ETCDCTL_API=2", " set "], &[])?;
+    walk(&Api { set, list: commands(&["ETCDCTL_API=2", " ls "], &[])? })
+}
