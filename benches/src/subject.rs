@@ -314,6 +314,8 @@ impl<'a> Running<'a> {
         let arguments = [
             format!("--registry=dir:{}", self.path(registry).display()),
             "--iface=eth0".into(),
+            // Nobody else has rules that each packet is held against.
+            "--iptables-forward-rules=false".into(),
             format!("--subnet-file={}", path("subnet.env")),
             format!("--state-dir={}", path("state")),
             format!("--run-dir={}", path("run")),

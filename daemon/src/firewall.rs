@@ -156,6 +156,17 @@ impl Writer {
         })
     }
 
+    /// Says that others' packets do not pass, for whoever looks for the reason.
+    async fn tell_policy(&self) {
+        if let Self::Iptables(iptables) = self
+            && iptables.forward_drops(false).await.unwrap_or(false)
+        {
+            tracing::info!(
+                "the chain FORWARD drops by its policy; our rules let the overlay's packets pass"
+            );
+        }
+    }
+
     fn describe(&self) -> String {
         match self {
             Self::Iptables(iptables) => iptables.version.clone(),
@@ -255,6 +266,7 @@ impl Keeper {
         let by = writer.describe();
         if outcome.is_ok() && first {
             writer.remove_leavings().await?;
+            writer.tell_policy().await;
         }
         self.writer = Some(writer);
         match outcome {

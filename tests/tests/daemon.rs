@@ -9,7 +9,9 @@ use anyhow::Result;
 use rustix::process::Signal;
 use weft_daemon::lab::Lab;
 use weft_daemon::status;
-use weft_tests::{DEADLINE, Weftd, has_device, hosts, program, run_to_end, run_weftd, until};
+use weft_tests::{
+    DEADLINE, Weftd, has_device, hosts, program, run_to_end, run_weftd, until, write_config,
+};
 
 /// How long a daemon may take to stop.
 const STOP: Duration = Duration::from_secs(2);
@@ -46,11 +48,6 @@ impl Files {
         ];
         [&files[..], more].concat()
     }
-}
-
-fn write_config(lab: &Lab, text: &str) -> Result<()> {
-    fs::create_dir_all(lab.registry()?)?;
-    Ok(fs::write(lab.registry()?.join("config"), text)?)
 }
 
 #[test]
@@ -203,7 +200,7 @@ fn a_wrong_command_line_is_told_apart() -> Result<()> {
     }
     for (flags, said) in [
         (&["-etcd-certfile=/x"][..], "--etcd-certfile goes with --etcd-keyfile"),
-        (&["-kube-subnet-mgr"], "not built yet: --kube-subnet-mgr"),
+        (&["-kube-subnet-mgr"], "--kube-subnet-mgr: leases from Kubernetes are not built yet"),
     ] {
         let (status, stderr) = run_weftd(netns, flags)?;
         assert_eq!(status, Some(1), "{flags:?}: {stderr}");
@@ -229,7 +226,7 @@ fn subnet_env_is_flannels_and_ip_masq_is_written() -> Result<()> {
         )
     );
     let log = fs::read_to_string(&lab.host(0).log)?;
-    assert!(log.contains("WARN") && log.contains("--ip-masq"), "{log}");
+    assert!(!log.contains("WARN"), "{log}");
 
     let device = &lab.host(0).netns.ip_json(&["address", "show", "flannel0"])?[0];
     assert_eq!(device["mtu"], 1472);
@@ -250,4 +247,50 @@ fn the_next_free_device_name_is_taken() -> Result<()> {
     lab.wait_ready(0, DEADLINE)?;
     assert_eq!(lab.status(0)?.device.as_deref(), Some("flannel1"));
     lab.remove()
+}
+
+/// The reference's cases, on a real device: the flags, the address that is taken, and the one that
+/// others send to.
+#[test]
+fn the_interface_is_chosen_as_asked() -> Result<()> {
+    let lab = hosts(1)?;
+    let (host, files) = (lab.host(0), Files::of(&lab)?);
+    host.netns.ip(&["link", "add", "dummy0", "type", "bridge"])?;
+    for address in
+        ["1.10.100.1", "192.168.200.128", "172.16.30.18", "172.16.31.200", "172.16.32.100"]
+    {
+        host.netns.ip(&["address", "add", &format!("{address}/24"), "dev", "dummy0"])?;
+    }
+    host.netns.ip(&["link", "set", "dummy0", "up"])?;
+    let cases: [(&[&str], &str, &str); 8] = [
+        (&[], "10.168.0.94", "it has the default route"),
+        (&["--iface=dummy0"], "1.10.100.1", "it matches --iface dummy0"),
+        (&["--iface=172.16.30.18"], "172.16.30.18", "it matches --iface 172.16.30.18"),
+        (&["-iface-regex", r"192\.168\.200\.\d+"], "192.168.200.128", "it matches --iface-regex"),
+        (&[r"-iface-regex=dummy\d+"], "1.10.100.1", "it matches --iface-regex"),
+        (&["--iface=eth7", "--iface-regex=^dum"], "1.10.100.1", "matching --iface eth7: no such"),
+        (&["--iface-can-reach=172.16.32.254"], "172.16.32.100", "it matches --iface-can-reach"),
+        (
+            &[r"--iface-regex=172\.16\.30\.\d+", "--public-ip=172.16.31.200"],
+            "172.16.31.200",
+            "it matches --iface-regex",
+        ),
+    ];
+    for (flags, public_ip, why) in cases {
+        fs::remove_dir_all(lab.registry()?).or_else(|error| {
+            if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+        })?;
+        let flags = [&["--network=10.42.0.0/16"][..], flags].concat();
+        let daemon = Weftd::start(&host.netns, &host.log, &files.flags(&flags))?;
+        daemon.logs(why)?;
+        until(&format!("{flags:?} take {public_ip}"), || {
+            let found = status::read(&host.run_dir)?.public_ip;
+            Ok(found.is_some_and(|found| found.to_string() == public_ip))
+        })?;
+        daemon.end(Signal::TERM)?;
+    }
+    let (code, stderr) = run_weftd(&host.netns, &files.flags(&["--iface-regex=("]))?;
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("could not compile the IP address regex"), "{stderr}");
+    Ok(())
 }

@@ -192,9 +192,22 @@ fn every_mode_has_flannels_rules_and_masquerades_as_flannel_does() -> Result<()>
 }
 
 #[test]
-fn without_masquerading_only_the_forward_rules_are_there() -> Result<()> {
+fn switches_leave_out_what_they_say() -> Result<()> {
     let mut lab = hosts(2)?;
     bring_up(&mut lab, &["--firewall=iptables"])?;
+    // Hosts that masquerade, but not at random.
+    let flags = ["--ip-masq", "--ip-masq-fully-random-disable", "--firewall=nftables"];
+    lab.stop_daemon(1)?;
+    lab.start_daemon(1, &flags)?;
+    lab.wait_ready(1, DEADLINE)?;
+    let table = nft_table(&lab.host(1).netns)?;
+    assert!(table.contains("masquerade comment") && !table.contains("random"), "{table}");
+    lab.stop_daemon(1)?;
+    lab.start_daemon(1, &[&flags[..2], &["--firewall=iptables"]].concat())?;
+    lab.wait_ready(1, DEADLINE)?;
+    let found = listed(&lab.host(1).netns, Mode::Nft, false)?.concat();
+    assert!(found.contains("-j MASQUERADE") && !found.contains("random"), "{found}");
+
     let found = listed(&lab.host(0).netns, Mode::Nft, false)?;
     assert_eq!(found.len(), 3, "{found:#?}");
     assert!(found.iter().all(|rule| rule.contains("flanneld forward")));
@@ -218,6 +231,8 @@ fn the_policy_drop_is_overcome_by_iptables_and_told_by_nftables() -> Result<()> 
     bring_up(&mut lab, &["--firewall=iptables"])?;
     pings(&lab)?;
     for host in 0..2 {
+        let log = fs::read_to_string(&lab.host(host).log)?;
+        assert!(log.contains("the chain FORWARD drops by its policy"), "{log}");
         lab.stop_daemon(host)?;
         lab.start_daemon(host, &["--firewall=nftables"])?;
         lab.wait_ready(host, DEADLINE)?;
@@ -343,6 +358,18 @@ fn nothing_is_left_of_what_was_before() -> Result<()> {
     let found = listed(&host, Mode::Nft, false)?;
     assert!(found.len() == 10 && !found.concat().contains("10.42."), "{found:#?}");
     assert!(!host.tool("nft", &["list", "tables"])?.contains("inet weft"));
+
+    // Somebody else gets our subnet while we run.
+    let subnet = lab.status(0)?.subnets[0];
+    let key = format!("subnets/{}-24", subnet.network());
+    fs::write(lab.registry()?.join(key), r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#)?;
+    until("the rules follow the lease", || {
+        let now = lab.status(0)?.subnets.first().copied().context("no subnet yet")?;
+        let found = listed(&host, Mode::Nft, false)?.concat();
+        Ok(now != subnet
+            && found.contains(&now.to_string())
+            && !found.contains(&subnet.to_string()))
+    })?;
     lab.remove()
 }
 
