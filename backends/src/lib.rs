@@ -1,7 +1,9 @@
 //! Ways to carry overlay packets between hosts: one trait, one module for each way.
 
+mod host_gw;
+mod kernel_events;
 pub mod netlink;
-mod nft_events;
+mod reconcile;
 mod udp_tun;
 
 use std::collections::BTreeMap;
@@ -13,7 +15,7 @@ use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::UnboundedReceiver;
 use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
 
-pub use nft_events::NftEvents;
+pub use kernel_events::KernelEvents;
 pub use weft_engine::{DscpMode, Feature, GuardMode, IoKind, SourcePort, Tuning};
 
 /// One way to carry overlay packets between hosts.
@@ -37,7 +39,8 @@ pub trait Backend: Send + fmt::Debug {
     /// here.
     fn reconcile(&mut self, desired: &Desired) -> Report;
 
-    /// Takes the overlay down; [`Self::start`] may follow.
+    /// Ends what moves packets in this process; [`Self::start`] may follow. What the kernel moves
+    /// them by stays: the next start adopts it.
     fn stop(&mut self);
 
     /// What the backend does now.
@@ -100,7 +103,8 @@ pub fn open(
 ) -> Result<Opened, BackendError> {
     match kind {
         BackendKind::UdpTun => udp_tun::open(config.clone(), interface.clone(), options),
-        BackendKind::Vxlan | BackendKind::HostGw => Err(BackendError::NotBuilt(kind)),
+        BackendKind::HostGw => host_gw::open(interface.clone()),
+        BackendKind::Vxlan => Err(BackendError::NotBuilt(kind)),
     }
 }
 
@@ -152,6 +156,8 @@ pub struct DesiredPeer {
 /// What a reconciliation came to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
+    /// Whether something in the kernel was not as it should be, and was changed.
+    pub changed: bool,
     /// What could not be done, one line each, with the object and the cure.
     pub problems: Vec<String>,
 }
@@ -179,7 +185,9 @@ pub struct BackendStatus {
 /// Why a backend cannot work.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
-    #[error("the backend {0} is not built yet; use udp-tun (`udp` in the network config)")]
+    #[error(
+        "the backend {0} is not built yet; use udp-tun (`udp` in the network config) or host-gw"
+    )]
     NotBuilt(BackendKind),
     #[error("the backend's options in the network config: {0}")]
     Options(#[from] ConfigError),
@@ -188,6 +196,11 @@ pub enum BackendError {
          address, or choose another one with --iface"
     )]
     NoAddress { interface: String },
+    #[error(
+        "your PublicIP differs from interface IP, meaning that probably you're on a NAT, which is not \
+         supported by host-gw backend: leave out --public-ip, or give the address of {interface}"
+    )]
+    Nat { interface: String },
     #[error(
         "the MTU of the interface {interface}, {mtu}, leaves no room for containers' packets: \
          raise it, or choose another interface with --iface"
@@ -214,6 +227,7 @@ impl BackendError {
     pub fn is_final(&self) -> bool {
         match self {
             Self::NoAddress { .. }
+            | Self::Nat { .. }
             | Self::MtuTooSmall { .. }
             | Self::NetlinkSocket(_)
             | Self::Engine(_) => true,

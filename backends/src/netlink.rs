@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 
-use futures_util::TryStreamExt;
+use futures_util::{StreamExt, TryStreamExt, future, stream};
 use ipnetwork::IpNetwork;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{
@@ -20,6 +20,8 @@ use rtnetlink::packet_route::route::{
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use tokio::runtime::{Builder, Runtime};
 
+pub use crate::reconcile::GatewayRoute;
+
 /// Marks the routes that weft made (`ip route` shows it as `proto 119`). No routing daemon in
 /// iproute2's `rt_protos` uses this number.
 pub const ROUTE_PROTOCOL: u8 = 119;
@@ -31,6 +33,9 @@ pub const LINK_ALIAS: &str = "weft";
 /// with the containers.
 const LAST_METRIC: u32 = u32::MAX - 1;
 
+/// Requests that wait for an answer at one time.
+const IN_FLIGHT: usize = 64;
+
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
@@ -40,6 +45,9 @@ pub struct Link {
     pub mtu: u32,
     /// Administratively up; says nothing about the carrier.
     pub up: bool,
+    /// Packets that may wait in it.
+    pub queue_len: u32,
+    pub alias: Option<String>,
     /// In the kernel's order.
     pub addresses: Vec<LinkAddress>,
 }
@@ -153,24 +161,35 @@ impl Netlink {
         })
     }
 
-    /// Gives the link an address, if it has not got it yet.
-    pub fn set_address(&self, link: &Link, address: IpNetwork) -> Result<(), NetlinkError> {
+    /// Gives the link an address, and says whether it had not got it yet.
+    pub fn set_address(&self, link: &Link, address: IpNetwork) -> Result<bool, NetlinkError> {
+        if link.addresses.iter().any(|it| it.network == address) {
+            return Ok(false);
+        }
         self.call(&format!("address replace {address} dev {}", link.name), async {
             let request = self.handle.address().add(link.index, address.ip(), address.prefix());
             request.replace().execute().await
-        })
+        })?;
+        Ok(true)
     }
 
-    /// Sets how many packets the link may queue, and marks it as weft's.
-    pub fn claim_link(&self, link: &Link, queue_len: u32) -> Result<(), NetlinkError> {
-        let command = format!("link set {} txqueuelen {queue_len} alias {LINK_ALIAS}", link.name);
+    /// Brings the link up, sets how many packets it may queue, and marks it as weft's; says whether
+    /// it was not so yet.
+    pub fn claim_link(&self, link: &Link, queue_len: u32) -> Result<bool, NetlinkError> {
+        if link.queue_len == queue_len && link.alias.as_deref() == Some(LINK_ALIAS) && link.up {
+            return Ok(false);
+        }
+        let command =
+            format!("link set {} txqueuelen {queue_len} alias {LINK_ALIAS} up", link.name);
         self.call(&command, async {
             let message = LinkUnspec::new_with_index(link.index)
                 .txqueuelen(queue_len)
+                .up()
                 .append_extra_attribute(LinkAttribute::IfAlias(LINK_ALIAS.into()))
                 .build();
             self.handle.link().set(message).execute().await
-        })
+        })?;
+        Ok(true)
     }
 
     /// Adds, or replaces, the route to `destination` out of `link`.
@@ -184,6 +203,49 @@ impl Netlink {
                 .build();
             self.handle.route().add(message).replace().execute().await
         })
+    }
+
+    /// Adds, or replaces, routes by way of neighbours on the link of this name, many at once. Goes on
+    /// past those that the kernel refuses, and says which and why.
+    pub fn set_gateway_routes(
+        &self,
+        routes: &[GatewayRoute],
+        link: &str,
+    ) -> Vec<(GatewayRoute, NetlinkError)> {
+        let requests = routes.iter().map(|route| {
+            let GatewayRoute { destination, gateway, .. } = route;
+            let command = format!("route replace {destination} via {gateway} dev {link}");
+            let handle = self.handle.route();
+            async move {
+                let set = async { handle.add(gateway_route(route)?).replace().execute().await };
+                let refused = set.await.err()?;
+                Some((*route, NetlinkError { command, reason: reason(refused) }))
+            }
+        });
+        self.many(requests)
+    }
+
+    /// Removes routes, many at once; one that is gone already is no error.
+    pub fn remove_routes(&self, routes: &[KernelRoute]) -> Vec<NetlinkError> {
+        let requests = routes.iter().filter_map(|route| {
+            let (gateway, link) = (route.gateway?, route.link?);
+            let destination = route.destination;
+            let command = format!("route del {destination} via {gateway}");
+            let handle = self.handle.route();
+            Some(async move {
+                let route = GatewayRoute { destination, gateway, link };
+                let remove = async { handle.del(gateway_route(&route)?).execute().await };
+                let reason = reason(remove.await.err()?);
+                let gone = reason.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error());
+                (!gone).then_some(NetlinkError { command, reason })
+            })
+        });
+        self.many(requests)
+    }
+
+    fn many<T, F: Future<Output = Option<T>>>(&self, requests: impl Iterator<Item = F>) -> Vec<T> {
+        let answers = stream::iter(requests).buffer_unordered(IN_FLIGHT);
+        self.runtime.block_on(answers.filter_map(future::ready).collect())
     }
 
     /// Makes these networks, and no others of weft's, be discarded where no better route takes them.
@@ -262,6 +324,8 @@ fn link(message: LinkMessage) -> Link {
         name: String::new(),
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        queue_len: 0,
+        alias: None,
         addresses: Vec::new(),
     };
     for attribute in message.attributes {
@@ -269,6 +333,10 @@ fn link(message: LinkMessage) -> Link {
             link.name = name;
         } else if let LinkAttribute::Mtu(mtu) = attribute {
             link.mtu = mtu;
+        } else if let LinkAttribute::TxQueueLen(len) = attribute {
+            link.queue_len = len;
+        } else if let LinkAttribute::IfAlias(alias) = attribute {
+            link.alias = Some(alias);
         }
     }
     link
@@ -320,6 +388,15 @@ fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
     }
     let destination = IpNetwork::new(destination, header.destination_prefix_length).ok()?;
     Some(KernelRoute { destination, gateway, link, protocol: header.protocol.into() })
+}
+
+fn gateway_route(route: &GatewayRoute) -> Result<RouteMessage, rtnetlink::Error> {
+    RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(route.destination.network(), route.destination.prefix())
+        .and_then(|message| message.gateway(route.gateway))
+        .map(|message| message.output_interface(route.link))
+        .map(|message| message.protocol(RouteProtocol::Other(ROUTE_PROTOCOL)).build())
+        .map_err(|_| rtnetlink::Error::RequestFailed)
 }
 
 fn blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Error> {

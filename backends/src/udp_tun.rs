@@ -48,6 +48,8 @@ struct Running {
     engine: EngineHandle,
     device: String,
     peers: Vec<(IpAddr, Vec<IpNetwork>)>,
+    /// What the engine's routes were made of.
+    published: Option<Desired>,
 }
 
 pub(crate) fn open(
@@ -96,7 +98,8 @@ impl Backend for UdpTun {
             let _ = events.send(BackendEvent::Lost(reason));
         });
         let engine = engine.start(RouteTable::default(), on_failure)?;
-        self.running = Some(Running { engine, device: device.clone(), peers: Vec::new() });
+        self.running =
+            Some(Running { engine, device: device.clone(), peers: Vec::new(), published: None });
         Ok(Started { device, mtu: mtu.into() })
     }
 
@@ -109,8 +112,9 @@ impl Backend for UdpTun {
         let Some(device) = self.running.as_ref().map(|running| running.device.clone()) else {
             return report;
         };
-        if let Err(error) = self.configure(&device, &desired.lease) {
-            report.problems.push(error.to_string());
+        match self.configure(&device, &desired.lease) {
+            Ok(changed) => report.changed = changed,
+            Err(error) => report.problems.push(error.to_string()),
         }
         let mut peers = Vec::new();
         for desired in &desired.peers {
@@ -123,7 +127,10 @@ impl Backend for UdpTun {
                 )),
             }
         }
-        if let Some(running) = &mut self.running {
+        if let Some(running) = &mut self.running
+            && running.published.as_ref() != Some(desired)
+        {
+            running.published = Some(desired.clone());
             running.peers =
                 peers.iter().map(|peer| (peer.endpoint.ip(), peer.subnets.clone())).collect();
             let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
@@ -198,18 +205,26 @@ impl UdpTun {
         Ok(())
     }
 
-    /// Address, route, queue length and sysctls of our device. Idempotent.
-    fn configure(&self, device: &str, lease: &Lease) -> Result<(), BackendError> {
+    /// Address, route, queue length and sysctls of our device. Says whether anything had to be done.
+    fn configure(&self, device: &str, lease: &Lease) -> Result<bool, BackendError> {
         let link = self.link(device)?;
-        self.netlink.claim_link(&link, QUEUE_LEN)?;
+        let mut changed = self.netlink.claim_link(&link, QUEUE_LEN)?;
         accept_own_address(device);
         for address in tunnel_addresses(lease) {
-            self.netlink.set_address(&link, IpNetwork::from(address))?;
+            changed |= self.netlink.set_address(&link, IpNetwork::from(address))?;
         }
-        for family in self.config.families() {
-            self.netlink.set_route(family.network, &link)?;
+        let routes = self.netlink.routes()?;
+        for network in self.config.families().map(|family| family.network) {
+            let is_there = routes.iter().any(|route| {
+                (route.destination, route.link) == (network, Some(link.index))
+                    && route.protocol == ROUTE_PROTOCOL
+            });
+            if !is_there {
+                self.netlink.set_route(network, &link)?;
+                changed = true;
+            }
         }
-        Ok(())
+        Ok(changed)
     }
 
     fn link(&self, device: &str) -> Result<Link, BackendError> {

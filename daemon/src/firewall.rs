@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use weft_backends::NftEvents;
+use weft_backends::KernelEvents;
 use weft_backends::netlink::Netlink;
 use weft_control::firewall::iptables::Iptables;
 use weft_control::firewall::nftables::Nftables;
@@ -202,7 +202,7 @@ struct Keeper {
 
 impl Keeper {
     async fn keep(mut self, mut wanted: watch::Receiver<Option<Wanted>>, resync: Duration) {
-        let events = NftEvents::listen()
+        let events = KernelEvents::of_nftables()
             .inspect_err(|error| tracing::debug!("the kernel tells of no nftables: {error}"))
             .ok();
         let mut timer = interval(resync);
@@ -295,7 +295,7 @@ impl Keeper {
 }
 
 /// The next group of changes; none for ever where the kernel does not tell.
-async fn next(events: Option<&NftEvents>) {
+async fn next(events: Option<&KernelEvents>) {
     match events {
         Some(events) => events.changed().await,
         None => std::future::pending().await,

@@ -9,7 +9,9 @@ use anyhow::Context;
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use weft_backends::{BackendEvent, BackendKind, Desired, DesiredPeer, ExternalInterface, Started};
+use weft_backends::{
+    BackendEvent, BackendKind, Desired, DesiredPeer, ExternalInterface, KernelEvents, Started,
+};
 use weft_control::keeper::{self, Identity, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
@@ -26,6 +28,8 @@ use crate::status::{self, PeerStatus, Status, StatusSocket};
 
 /// The slow timer: everything is reconciled even if nothing was heard.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
+/// More repairs in a minute are a fight, which nobody wins: only the slow timer repairs then.
+const REPAIRS_A_MINUTE: u32 = 10;
 /// Node records live three times as long, so two may get lost.
 const NODE_INTERVAL: Duration = Duration::from_secs(20);
 const NODE_TTL: Duration = Duration::from_secs(60);
@@ -36,6 +40,8 @@ pub(crate) struct Forwarding<'a> {
     pub(crate) registry: &'a dyn Registry,
     pub(crate) health: &'a Health,
     pub(crate) firewall: &'a Firewall,
+    /// What the kernel tells of links, addresses and routes.
+    pub(crate) kernel: &'a KernelEvents,
     pub(crate) identity: &'a Identity,
     pub(crate) kind: BackendKind,
     pub(crate) interface: &'a ExternalInterface,
@@ -66,13 +72,24 @@ struct Turn {
     /// What could not be done, at the last reconciliation.
     problems: BTreeSet<String>,
     subnet_file_written: bool,
+    /// How often in this minute, since its begin, something was put right that somebody else changed.
+    repairs: u32,
+    minute: Instant,
 }
 
 impl Turn {
     fn new(config: NetworkConfig, lease: Lease, margin: Duration) -> Self {
         let renewal = renewal(&lease, margin);
-        let problems = BTreeSet::new();
-        Self { config, lease, renewal, readable: false, problems, subnet_file_written: false }
+        Self {
+            config,
+            lease,
+            renewal,
+            readable: false,
+            problems: BTreeSet::new(),
+            subnet_file_written: false,
+            repairs: 0,
+            minute: Instant::now(),
+        }
     }
 
     /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
@@ -128,7 +145,21 @@ impl Forwarding<'_> {
                         remember(last_known, &turn, &snapshot);
                     }
                 }
+                () = self.kernel.changed(), if turn.repairs < REPAIRS_A_MINUTE => {
+                    let snapshot = watch.borrow().snapshot.clone();
+                    if self.reconcile(&snapshot, overlay, &mut turn).await? {
+                        tracing::warn!("somebody changed links or routes of weft's; put them right");
+                        turn.repairs += 1;
+                        if turn.repairs == REPAIRS_A_MINUTE {
+                            // Says that it is given up.
+                            self.reconcile(&snapshot, overlay, &mut turn).await?;
+                        }
+                    }
+                }
                 _ = slow.tick() => {
+                    if turn.minute.elapsed() > Duration::from_secs(60) {
+                        (turn.minute, turn.repairs) = (Instant::now(), 0);
+                    }
                     let View { snapshot, readable } = watch.borrow().clone();
                     self.reconcile(&snapshot, overlay, &mut turn).await?;
                     if readable {
@@ -182,16 +213,24 @@ impl Forwarding<'_> {
         Ok(None)
     }
 
+    /// Makes everything as it should be, and says whether the kernel had to be changed.
     async fn reconcile(
         &self,
         snapshot: &Snapshot,
         overlay: &mut Overlay,
         turn: &mut Turn,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         let (desired, mut problems) = self.desired(snapshot, turn);
         problems.extend(follow_config(snapshot, turn));
         let report = overlay.call(move |backend| backend.reconcile(&desired)).await?;
         problems.extend(report.problems);
+        if turn.repairs >= REPAIRS_A_MINUTE {
+            problems.insert(
+                "another program keeps changing links or routes of weft's; they are put right every \
+                 30 s only"
+                    .into(),
+            );
+        }
         for problem in problems.difference(&turn.problems) {
             tracing::warn!("{problem}");
         }
@@ -200,7 +239,7 @@ impl Forwarding<'_> {
             turn.subnet_file_written = self.write_subnet_file(turn);
         }
         self.tell_health(turn);
-        Ok(())
+        Ok(report.changed)
     }
 
     /// Without the firewall's rules or subnet.env packets move, but containers do not get far.

@@ -398,7 +398,8 @@ mod tests {
             }
         });
         let addresses = addresses.collect();
-        Link { index, name: name.into(), mtu: 1500, up: true, addresses }
+        let name = name.into();
+        Link { index, name, mtu: 1500, up: true, queue_len: 1000, alias: None, addresses }
     }
 
     fn host() -> Vec<Link> {

@@ -140,6 +140,8 @@ mod tests {
             name: name.into(),
             mtu: 1500,
             up: true,
+            queue_len: 1000,
+            alias: None,
             addresses: vec![LinkAddress {
                 network: address.parse().unwrap(),
                 link_local: false,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use rustix::thread::{CapabilitySet, capabilities};
 use weft_backends::netlink::{DefaultRoute, KernelRoute, Link, Netlink};
-use weft_backends::{BackendError, BackendKind, ExternalInterface, Options};
+use weft_backends::{BackendError, BackendKind, ExternalInterface, KernelEvents, Options};
 use weft_control::firewall::Rules;
 use weft_control::keeper::{self, Identity};
 use weft_control::lease::{Expiry, Snapshot};
@@ -137,6 +137,7 @@ impl Daemon<'_> {
         config_file(settings, registry).save(&self.text)?;
         let mut watch = registry.watch(last);
         let by_config = self.config.enable_nftables;
+        let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         loop {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
@@ -153,6 +154,7 @@ impl Daemon<'_> {
                 registry,
                 health,
                 firewall: &firewall,
+                kernel: &kernel,
                 identity: &identity,
                 kind: self.kind,
                 interface: &self.interface,
@@ -312,10 +314,10 @@ fn choose_backend(
 ) -> anyhow::Result<Result<BackendKind, String>> {
     let Some(name) = config.backend.kind.as_deref() else {
         let kind = settings.backend.unwrap_or(BackendKind::UdpTun);
-        return if kind == BackendKind::UdpTun {
-            Ok(Ok(kind))
-        } else {
+        return if kind == BackendKind::Vxlan {
             Err(BackendError::NotBuilt(kind).into())
+        } else {
+            Ok(Ok(kind))
         };
     };
     let Some(kind) = BackendKind::from_config(name) else {
@@ -326,7 +328,7 @@ fn choose_backend(
             "--backend {wanted} contradicts the network config, which names the backend {kind}; \
              drop the flag or change the config"
         ),
-        _ if kind != BackendKind::UdpTun => {
+        _ if kind == BackendKind::Vxlan => {
             Ok(Err(format!("waiting: the network config: {}", BackendError::NotBuilt(kind))))
         }
         _ => Ok(Ok(kind)),

@@ -36,10 +36,9 @@ impl Nftables {
         let script = script(rules);
         run("nft", &["-f", "-"], &script).await?;
         let shown = list().await?.unwrap_or_default();
-        // Somebody may have written in between; what they made of it must not pass for ours.
-        if shown.matches("comment \"flanneld").count()
-            != script.matches("comment \"flanneld").count()
-        {
+        // Somebody may have written in between; what they made of it must not pass for ours. nft says
+        // things in its own words, but as many of them.
+        if statements(&shown) != statements(&script) {
             self.written = None;
             return Err(FirewallError::NotKept("nft".into()));
         }
@@ -67,6 +66,11 @@ impl Nftables {
         }
         Ok(removed)
     }
+}
+
+/// How many lines say something within a table.
+fn statements(text: &str) -> usize {
+    text.lines().filter(|line| line.starts_with('\t')).count()
 }
 
 async fn remove(table: &str) -> Result<bool, FirewallError> {

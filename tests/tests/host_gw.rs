@@ -1,0 +1,264 @@
+//! host-gw: the kernel's routes to peers, exact, kept, and unbroken while the daemon is away; and how
+//! what udp-tun needs of the kernel is kept, too.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use weft_daemon::lab::{Bytes, Lab, LabOptions, PingOptions, ping};
+use weft_daemon::netns::NetNs;
+use weft_tests::{
+    DEADLINE, all_acquainted, bring_up, dual_stack, hosts, overlay, until, write_config,
+};
+
+/// Two hops, both in kernels.
+const TTL_ACROSS: u8 = 62;
+
+fn lab(hosts: usize) -> Result<Lab> {
+    Lab::new(LabOptions { hosts, backend: "host-gw".into(), ..LabOptions::default() })
+}
+
+/// A host's routes that are weft's, by destination: where they lead.
+fn routes(netns: &NetNs, family: &str) -> Result<Vec<(String, String)>> {
+    let routes = netns.ip_json(&[family, "route", "show", "proto", "119"])?;
+    let routes = routes.as_array().context("no list of routes")?;
+    let text = |route: &Value, key: &str| route[key].as_str().unwrap_or_default().to_owned();
+    let pairs = routes.iter().map(|route| (text(route, "dst"), text(route, "gateway")));
+    let mut pairs: Vec<_> = pairs.collect();
+    pairs.sort();
+    Ok(pairs)
+}
+
+/// What they should be: each other host's subnet by way of that host.
+fn wanted(lab: &Lab, host: usize) -> Result<Vec<(String, String)>> {
+    let others = (0..lab.hosts()).filter(|other| *other != host);
+    let pairs = others.map(|other| {
+        let subnet = lab.status(other)?.subnets[0].to_string();
+        Ok((subnet, lab.host(other).address.to_string()))
+    });
+    let mut pairs = pairs.collect::<Result<Vec<_>>>()?;
+    pairs.sort();
+    Ok(pairs)
+}
+
+fn are_as_wanted(lab: &Lab, host: usize) -> Result<()> {
+    let netns = &lab.host(host).netns;
+    let wanted = wanted(lab, host)?;
+    until("the routes are as they should be", || Ok(routes(netns, "-4")? == wanted))
+        .with_context(|| format!("{:?}, not {wanted:?}", routes(netns, "-4")))
+}
+
+fn pings(lab: &Lab) -> Result<()> {
+    for (from, to) in [(0, 1), (1, 0)] {
+        let report = lab.ping(from, to, &PingOptions::default())?;
+        assert!(report.complete(), "{report:?}");
+        assert!(report.replies.iter().all(|reply| reply.ttl == TTL_ACROSS), "{report:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn each_peer_has_its_route_and_the_lease_is_flannels() -> Result<()> {
+    let mut lab = lab(3)?;
+    bring_up(&mut lab, &[])?;
+    for host in 0..3 {
+        are_as_wanted(&lab, host)?;
+        assert!(fs::read_to_string(&lab.host(host).subnet_file)?.contains("FLANNEL_MTU=1500\n"));
+        let subnet = lab.status(host)?.subnets[0];
+        let key = format!("subnets/{}-24", subnet.network());
+        let lease: Value = serde_json::from_slice(&fs::read(lab.registry()?.join(key))?)?;
+        assert_eq!(lease["PublicIP"], lab.host(host).address.to_string());
+        assert_eq!(
+            (&lease["BackendType"], &lease["BackendData"]),
+            (&"host-gw".into(), &Value::Null)
+        );
+    }
+    pings(&lab)?;
+    assert!(lab.transfer(0, 2, Bytes(8 << 20))?.intact());
+    lab.remove()
+}
+
+#[test]
+fn both_families_have_routes() -> Result<()> {
+    let mut lab = lab(2)?;
+    dual_stack(&lab)?;
+    bring_up(&mut lab, &[])?;
+    are_as_wanted(&lab, 0)?;
+    let ipv6 = lab.status(1)?.subnets[1].to_string();
+    assert_eq!(routes(&lab.host(0).netns, "-6")?, [(ipv6, "fd00:168::95".to_owned())]);
+    let [from, to] = [lab.container(0)?, lab.container(1)?];
+    for address in &to.addresses {
+        until(&format!("{address} answers"), || {
+            Ok(ping(&from.netns, address.ip(), &PingOptions::default())?.complete())
+        })?;
+    }
+    lab.remove()
+}
+
+/// By hand, one at a time, all at once, and with the link.
+#[test]
+fn routes_that_somebody_removes_come_back() -> Result<()> {
+    let mut lab = lab(3)?;
+    bring_up(&mut lab, &[])?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    for (subnet, gateway) in wanted(&lab, 0)? {
+        host.ip(&["route", "del", &subnet])?;
+        are_as_wanted(&lab, 0)?;
+        host.ip(&["route", "replace", &subnet, "via", "10.168.0.200", "proto", "119"])?;
+        are_as_wanted(&lab, 0)?;
+        assert_ne!(gateway, "10.168.0.200");
+    }
+    host.ip(&["route", "flush", "proto", "119"])?;
+    are_as_wanted(&lab, 0)?;
+    host.ip(&["link", "set", "eth0", "down"])?;
+    host.ip(&["link", "set", "eth0", "up"])?;
+    are_as_wanted(&lab, 0)?;
+    pings(&lab)?;
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    assert!(log.contains("somebody changed links or routes of weft's"), "{log}");
+    lab.remove()
+}
+
+/// Somebody who undoes our routes again and again is not fought for ever.
+#[test]
+fn a_fight_is_given_up_and_told() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let given_up = || {
+        let problems = lab.status(0)?.problems;
+        Ok(problems.iter().any(|it| it.contains("another program keeps changing")))
+    };
+    until("it is told", || {
+        // Fails where it is not back yet.
+        let _ = host.ip(&["route", "flush", "proto", "119"]);
+        given_up()
+    })?;
+    lab.remove()
+}
+
+/// A running ping, 100 times a second, over a stop, a start, a kill and a start.
+#[test]
+fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    let before = wanted(&lab, 0)?;
+    let [from, to] = [lab.container(0)?.clone(), lab.container(1)?.clone()];
+    let interval = Duration::from_millis(10);
+    let how = PingOptions { count: 600, interval, ..PingOptions::default() };
+    let host = NetNs::open(lab.host(0).netns.name());
+    thread::scope(|scope| -> Result<()> {
+        let pinging = scope.spawn(|| ping(&from.netns, to.address()?, &how));
+        lab.stop_daemon(0)?;
+        assert_eq!(routes(&host, "-4")?, before);
+        // Of a node that has left meanwhile.
+        host.ip(&["route", "add", "10.42.250.0/24", "via", "10.168.0.250", "proto", "119"])?;
+        lab.start_daemon(0, &[])?;
+        lab.wait_ready(0, DEADLINE)?;
+        until("what is gone is forgotten", || Ok(routes(&host, "-4")? == before))?;
+        lab.kill_daemon(0)?;
+        assert_eq!(routes(&host, "-4")?, before);
+        lab.start_daemon(0, &[])?;
+        lab.wait_ready(0, DEADLINE)?;
+        all_acquainted(&lab)?;
+        let report = pinging.join().expect("the ping panicked")?;
+        assert!(report.complete(), "{} of {}: {:?}", report.received, report.sent, report.errors);
+        Ok(())
+    })?;
+    assert_eq!(wanted(&lab, 0)?, before, "the subnets are the same");
+    lab.remove()
+}
+
+/// Leases that cannot be served are told, each with the reason; the others go on.
+#[test]
+fn peers_that_cannot_be_reached_are_told() -> Result<()> {
+    let mut lab = lab(2)?;
+    let subnets = lab.registry()?.join("subnets");
+    fs::create_dir_all(&subnets)?;
+    let range = r#""SubnetMin":"10.42.20.0","SubnetMax":"10.42.99.0""#;
+    write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16",{range}}}"#))?;
+    let host_gw = |ip: &str| format!(r#"{{"PublicIP":"{ip}","BackendType":"host-gw"}}"#);
+    fs::write(subnets.join("10.42.1.0-24"), host_gw("203.0.113.7"))?;
+    fs::write(subnets.join("10.42.2.0-24"), r#"{"PublicIP":"10.168.0.120"}"#)?;
+    fs::write(subnets.join("10.42.3.0-24"), host_gw("10.168.0.130"))?;
+    fs::write(subnets.join("10.42.4.0-24"), host_gw("10.168.0.140"))?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    // Only its own network is on the link: the lab's default route has every address there.
+    for host in 0..2 {
+        let netns = &lab.host(host).netns;
+        netns.ip(&["route", "del", "default"])?;
+        netns.ip(&["route", "add", "default", "via", "10.168.0.254"])?;
+    }
+    // flannel's own, and a stranger's.
+    host.ip(&["route", "add", "10.42.3.0/24", "via", "10.168.0.130", "dev", "eth0"])?;
+    host.ip(&["route", "add", "10.42.4.0/24", "via", "10.168.0.200", "dev", "eth0"])?;
+    for host in 0..2 {
+        lab.start_daemon(host, &[])?;
+    }
+    for host in 0..2 {
+        lab.wait_ready(host, DEADLINE)?;
+        lab.attach_container(host)?;
+    }
+    for told in [
+        "the node 203.0.113.7 must be on the same link as eth0",
+        "the node of 10.42.2.0-24 is of the backend udp, not host-gw",
+        "the route to 10.42.4.0/24 is somebody else's",
+    ] {
+        until(told, || Ok(lab.status(0)?.problems.iter().any(|it| it.contains(told))))?;
+    }
+    until("flannel's route is ours", || {
+        Ok(routes(&host, "-4")?.contains(&("10.42.3.0/24".into(), "10.168.0.130".into())))
+    })?;
+    let strangers = host.ip_json(&["route", "show", "10.42.4.0/24"])?;
+    assert_eq!(strangers[0]["gateway"], "10.168.0.200");
+    until("the containers reach each other", || pings(&lab).map(|()| true))?;
+    lab.remove()
+}
+
+#[test]
+fn behind_a_nat_it_does_not_start() -> Result<()> {
+    let mut lab = lab(1)?;
+    lab.start_daemon(0, &["--iface=eth0", "--public-ip=198.51.100.1"])?;
+    let error = format!("{:#}", lab.wait_ready(0, DEADLINE).unwrap_err());
+    assert!(error.contains("your PublicIP differs from interface IP"), "{error}");
+    lab.remove()
+}
+
+/// udp-tun's device, address and route are looked after in the same way.
+#[test]
+fn udp_tun_has_its_device_put_right_at_once() -> Result<()> {
+    let lab = overlay(2)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let base = lab.status(0)?.subnets[0].network().to_string();
+    let is_right = || {
+        let routes = host.ip_json(&["route", "show", "10.42.0.0/16"])?;
+        let links = host.ip_json(&["address", "show", "flannel0"])?;
+        let addresses = links[0]["addr_info"].as_array().context("no addresses")?;
+        Ok(routes[0]["dev"] == "flannel0"
+            && addresses.iter().any(|it| it["local"] == base.as_str())
+            && links[0]["flags"].as_array().is_some_and(|flags| flags.contains(&"UP".into())))
+    };
+    assert!(is_right()?);
+    for meddling in [
+        &["route", "del", "10.42.0.0/16"][..],
+        &["address", "flush", "dev", "flannel0"],
+        &["link", "set", "flannel0", "down"],
+    ] {
+        host.ip(meddling)?;
+        until(&format!("it is right after {meddling:?}"), is_right)?;
+    }
+    until("packets pass", || Ok(lab.ping(0, 1, &PingOptions::default())?.complete()))?;
+    lab.remove()
+}
+
+#[test]
+fn a_second_backend_in_the_config_is_gone_by() -> Result<()> {
+    let mut lab = hosts(1)?;
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"host-gw"}}"#)?;
+    lab.start_daemon(0, &["--backend=host-gw"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_eq!(lab.status(0)?.backend.as_deref(), Some("host-gw"));
+    lab.remove()
+}
