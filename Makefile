@@ -12,17 +12,17 @@ DESTDIR ?=
 build: deps
 	$(CARGO) build --release --locked
 
-# Programs to PREFIX/bin, units to PREFIX/lib/systemd/system, all below DESTDIR. A flanneld there
-# gives way to a link to weftd only by hand: see docs/walkthrough.md.
-BIN = $(DESTDIR)$(PREFIX)/bin
-UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
+# Programs to PREFIX/bin, the unit to PREFIX/lib/systemd/system, what Docker's unit may need to
+# PREFIX/share/weft, all below DESTDIR. Nothing that is installed changes what runs already.
+TO = $(DESTDIR)$(PREFIX)
 install: build
-	install -D --mode 755 --target-directory $(BIN) target/release/weftd target/release/weft \
+	install -D --mode 755 --target-directory $(TO)/bin target/release/weftd target/release/weft \
 		packaging/mk-docker-opts.sh
-	cd packaging/systemd && for unit in weftd.service docker.service.d/weft.conf; do \
-		install -D --mode 644 $$unit $(UNITS)/$$unit && \
-		sed --in-place 's|/usr/local/bin/weft|$(PREFIX)/bin/weft|' $(UNITS)/$$unit || exit 1; \
-	done
+	install -d $(TO)/lib/systemd/system $(TO)/share/weft
+	sed 's|/usr/local/bin/weft|$(PREFIX)/bin/weft|' packaging/systemd/weftd.service \
+		> $(TO)/lib/systemd/system/weftd.service
+	sed 's|/usr/local/bin/weft|$(PREFIX)/bin/weft|' packaging/systemd/docker-weft.conf \
+		> $(TO)/share/weft/docker-weft.conf
 
 # Three hosts in network namespaces, a weftd in each, traffic between all pairs.
 lab: build

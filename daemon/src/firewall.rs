@@ -265,7 +265,9 @@ impl Keeper {
             if wanted.rules.ipv4.forward.is_empty() { None } else { writer.obstacle(false).await };
         let by = writer.describe();
         if outcome.is_ok() && first {
-            writer.remove_leavings().await?;
+            if let Err(error) = writer.remove_leavings().await {
+                tracing::warn!("cannot remove firewall rules that were left before: {error}");
+            }
             writer.tell_policy().await;
         }
         self.writer = Some(writer);

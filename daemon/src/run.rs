@@ -208,7 +208,9 @@ impl Daemon<'_> {
             return (Lease { expires: Expiry::Unknown, ..known.lease }, known.snapshot);
         }
         let lease = claim.acquire(self.registry, &previous).await;
-        (lease, self.registry.snapshot().await.unwrap_or_default())
+        // Gone again in this very moment, it must not look as if there were no peers.
+        let known = || file.load().map(|(known, _)| known.snapshot).unwrap_or_default();
+        (lease, self.registry.snapshot().await.unwrap_or_else(|_| known()))
     }
 }
 

@@ -8,6 +8,7 @@ pub mod rules;
 
 use std::io;
 use std::process::Stdio;
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
@@ -26,6 +27,9 @@ pub enum FirewallError {
     )]
     NotKept(String),
 }
+
+/// How long a program may take. iptables-restore waits 5 s for others by itself.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Runs a program to its end, giving it `input`, and returns what it wrote.
 async fn run(program: &str, arguments: &[&str], input: &str) -> Result<String, FirewallError> {
@@ -51,7 +55,9 @@ async fn run(program: &str, arguments: &[&str], input: &str) -> Result<String, F
         // A program that ends without reading says why.
         let _ = stdin.write_all(input.as_bytes()).await;
     }
-    let output = child.wait_with_output().await.map_err(|error| failed(error.to_string()))?;
+    let ended = tokio::time::timeout(PATIENCE, child.wait_with_output()).await;
+    let ended = ended.map_err(|_| failed(format!("it did not end within {PATIENCE:?}")))?;
+    let output = ended.map_err(|error| failed(error.to_string()))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
