@@ -1,3 +1,3 @@
 #!/bin/sh
 # flannel's script of this name, with all its options.
-exec "$(dirname "$0")/weft" docker-opts "$@"
+exec "$(dirname "$(readlink -f "$0")")/weft" docker-opts "$@"

@@ -47,7 +47,7 @@ fn configuration(handed: &Handed, arguments: &CniArgs) -> Value {
     let bridge = json!({
         "type": "bridge",
         "bridge": arguments.bridge,
-        "isGateway": true,
+        "isDefaultGateway": true,
         "hairpinMode": true,
         // Who masquerades: weftd or the bridge, not both.
         "ipMasq": !handed.ip_masq,
@@ -93,7 +93,7 @@ mod tests {
                 "plugins": [{
                     "type": "bridge",
                     "bridge": "cni0",
-                    "isGateway": true,
+                    "isDefaultGateway": true,
                     "hairpinMode": true,
                     "ipMasq": false,
                     "mtu": 1472,

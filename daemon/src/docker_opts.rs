@@ -1,5 +1,7 @@
 //! `weft docker-opts`: what docker is started with, from subnet.env; flannel's mk-docker-opts.sh.
 
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
@@ -45,9 +47,16 @@ pub fn run(arguments: &DockerOptsArgs) -> anyhow::Result<()> {
         arguments.key
     );
     let text = text(&handed, arguments)?;
+    // Where a link leads to; and a terminal or a pipe, as /dev/stdout, stays what it is.
     let path = &arguments.docker_file;
-    file::replace(path, text.as_bytes(), PUBLIC)
-        .with_context(|| format!("cannot write {}; see -d", path.display()))
+    let target = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    let is_special = fs::metadata(path).is_ok_and(|found| !found.is_file());
+    let written = if is_special {
+        File::options().write(true).open(path).and_then(|mut file| file.write_all(text.as_bytes()))
+    } else {
+        file::replace(&target, text.as_bytes(), PUBLIC)
+    };
+    written.with_context(|| format!("cannot write {}; see -d", path.display()))
 }
 
 fn is_variable(name: &str) -> bool {
@@ -85,8 +94,6 @@ fn text(handed: &Handed, arguments: &DockerOptsArgs) -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use clap::Parser;
 
     use super::*;
@@ -126,6 +133,23 @@ mod tests {
             "DOCKER_OPT_BIP=\"--bip=10.1.74.1/24\"\nDOCKER_OPT_MTU=\"--mtu=1472\"\n\
              DOCKER_OPTS=\" --bip=10.1.74.1/24 --mtu=1472\"\n"
         );
+    }
+
+    #[test]
+    fn a_link_is_followed_and_a_device_is_written_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to, link) =
+            (dir.path().join("subnet.env"), dir.path().join("to"), dir.path().join("link"));
+        fs::write(&from, SAMPLE).unwrap();
+        fs::write(&to, "").unwrap();
+        std::os::unix::fs::symlink(&to, &link).unwrap();
+        for target in [link.to_str().unwrap(), "/dev/null"] {
+            let words = ["weft", "-i", "-f", from.to_str().unwrap(), "-d", target];
+            run(&Cli::try_parse_from(words).unwrap().arguments).unwrap();
+        }
+        assert!(link.is_symlink());
+        assert_eq!(fs::read_to_string(&to).unwrap(), EACH);
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
     }
 
     #[test]

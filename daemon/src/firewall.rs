@@ -39,8 +39,8 @@ pub(crate) struct Wanted {
 /// How the firewall is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct FirewallState {
-    /// Whether what is wanted has been tried.
-    pub(crate) tried: bool,
+    /// What was last tried to bring about.
+    pub(crate) tried: Option<Wanted>,
     /// What writes the rules.
     pub(crate) by: Option<String>,
     /// How often rules that somebody else changed were put back.
@@ -81,10 +81,9 @@ impl Firewall {
 
     /// Wants this from now on, and waits until it has been tried.
     pub(crate) async fn want(&mut self, wanted: Wanted) {
-        self.wanted.send_replace(Some(wanted));
-        // Fails only if nothing keeps the firewall any more, which `state` tells.
-        let _ = self.state.changed().await;
-        let _ = self.state.wait_for(|state| state.tried).await;
+        self.wanted.send_replace(Some(wanted.clone()));
+        // Fails only if nothing keeps the firewall any more.
+        let _ = self.state.wait_for(|state| state.tried.as_ref() == Some(&wanted)).await;
     }
 
     pub(crate) fn watch(&self) -> watch::Receiver<FirewallState> {
@@ -239,19 +238,25 @@ impl Keeper {
         }
         let by = self.writer.as_ref().map(Writer::describe);
         let repairs = self.repairs;
-        self.state.send_replace(FirewallState { tried: true, by, repairs, problem });
+        self.state.send_replace(FirewallState { tried: Some(wanted), by, repairs, problem });
     }
 
     /// Makes it so; says what is in the way nevertheless.
     async fn apply(&mut self, wanted: &Wanted) -> anyhow::Result<Option<String>> {
-        let blackholes = wanted.blackholes.clone();
-        tokio::task::spawn_blocking(move || {
-            let netlink = Netlink::open().context("cannot open a netlink socket")?;
-            anyhow::Ok(netlink.keep_blackholes(&blackholes)?)
-        })
-        .await??;
-
+        let first = self.kept.is_none();
+        // With nothing wanted, what there is of an earlier run goes once; later it is another's.
+        if first || !wanted.blackholes.is_empty() {
+            let blackholes = wanted.blackholes.clone();
+            tokio::task::spawn_blocking(move || {
+                let netlink = Netlink::open().context("cannot open a netlink socket")?;
+                anyhow::Ok(netlink.keep_blackholes(&blackholes)?)
+            })
+            .await??;
+        }
         let nothing = wanted.rules.is_empty();
+        if nothing && !first {
+            return Ok(None);
+        }
         let mut writer = match self.writer.take() {
             Some(writer) => writer,
             None => match Writer::choose(self.kind).await {
@@ -259,10 +264,13 @@ impl Keeper {
                 chosen => chosen?,
             },
         };
-        let first = self.kept.is_none();
         let outcome = writer.apply(&wanted.rules, first).await;
-        let obstacle =
-            if wanted.rules.ipv4.forward.is_empty() { None } else { writer.obstacle(false).await };
+        let mut obstacle = None;
+        for ipv6 in [false, true] {
+            if obstacle.is_none() && !wanted.rules.family(ipv6).forward.is_empty() {
+                obstacle = writer.obstacle(ipv6).await;
+            }
+        }
         let by = writer.describe();
         if outcome.is_ok() && first {
             if let Err(error) = writer.remove_leavings().await {
@@ -276,7 +284,11 @@ impl Keeper {
             Ok(true) if self.kept.as_ref() == Some(wanted) => self.repaired(),
             Ok(true) => tracing::info!(%by, "wrote the firewall's rules"),
             Ok(false) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                // We wrote, which the kernel tells us of, too.
+                self.repairs_this_minute += u32::from(matches!(error, FirewallError::NotKept(_)));
+                return Err(error.into());
+            }
         }
         self.kept = Some(wanted.clone());
         if self.repairs_this_minute >= REPAIRS_A_MINUTE {

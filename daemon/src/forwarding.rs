@@ -191,6 +191,7 @@ impl Forwarding<'_> {
             Own::Held(lease) => turn.hold(lease, self.settings.renewal().0),
             Own::Missing => {
                 tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
+                self.health.starts_again("our lease is gone; claiming it again");
                 let previous = leasing::previous(&turn.lease.key);
                 let lease = self.claim(turn).acquire(self.registry, &previous).await;
                 if lease.key != turn.lease.key {
@@ -204,6 +205,7 @@ impl Forwarding<'_> {
                     owner = ?other.attrs.public_addresses().collect::<Vec<_>>(),
                     "our subnet has another owner; its containers must move to a new subnet"
                 );
+                self.health.starts_again("our subnet has another owner; claiming another one");
                 let previous = leasing::previous(&turn.lease.key);
                 let lease = self.claim(turn).acquire(self.registry, &previous).await;
                 return Ok(Some(Ended::OtherLease(lease.into())));
@@ -242,13 +244,14 @@ impl Forwarding<'_> {
         Ok(report.changed)
     }
 
-    /// Without the firewall's rules or subnet.env packets move, but containers do not get far.
+    /// Without the firewall's rules packets move, but containers do not get far; without subnet.env
+    /// they do not get their addresses.
     fn tell_health(&self, turn: &Turn) {
-        let mut problems: Vec<String> = self.firewall.state().problem.into_iter().collect();
-        if !turn.subnet_file_written {
-            problems.push(format!("cannot write {}", self.settings.subnet_file.display()));
+        if turn.subnet_file_written {
+            self.health.forwards(self.firewall.state().problem.into_iter().collect());
+        } else {
+            self.health.waits("subnet.env is not written yet");
         }
-        self.health.forwards(problems);
     }
 
     /// Everybody whose lease can be trusted, with the addresses they may send from.

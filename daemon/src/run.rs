@@ -141,7 +141,7 @@ impl Daemon<'_> {
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         loop {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
-            let started = start(&mut overlay, &lease).await?;
+            let started = start(&mut overlay, &lease, health).await?;
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
             let Surroundings { links, .. } = look_around(None).await?;
@@ -218,11 +218,15 @@ impl Daemon<'_> {
 ///
 /// # Errors
 /// What trying again would not mend.
-async fn start(overlay: &mut Overlay, lease: &Lease) -> anyhow::Result<weft_backends::Started> {
+async fn start(
+    overlay: &mut Overlay,
+    lease: &Lease,
+    health: &Health,
+) -> anyhow::Result<weft_backends::Started> {
     overlay.call(|backend| backend.stop()).await?;
     overlay.forget_events();
     let mut backoff = Backoff::default();
-    let mut said = Repeats::default();
+    let mut said = Repeats::told_to(health);
     loop {
         let lease = lease.clone();
         match overlay.call(move |backend| backend.start(&lease)).await? {

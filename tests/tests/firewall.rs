@@ -391,11 +391,12 @@ fn two_writers_at_once_lose_nothing() -> Result<()> {
             }
             Ok(count)
         });
-        for _ in 0..5 {
+        let ours = (0..5).try_for_each(|_| {
             host.tool("iptables-nft", &["-w", "-t", "nat", "-F", "FLANNEL-POSTRTG"])?;
-            is_flannels(&lab, 0, Mode::Nft)?;
-        }
+            is_flannels(&lab, 0, Mode::Nft)
+        });
         done.store(true, Ordering::Relaxed);
+        ours?;
         let count = other.join().expect("the other writer panicked")?;
         let saved = host.tool("iptables-nft-save", &["-t", "filter"])?;
         assert_eq!(saved.matches("-p tcp").count(), usize::try_from(count)?);

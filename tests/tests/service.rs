@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use weft_daemon::lab::{Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{Service, Unit, make_root};
-use weft_tests::{hosts, program, run_weftd, until, write_config};
+use weft_tests::{DEADLINE, hosts, program, run_weftd, until, write_config};
 
 fn unit_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd/weftd.service")
@@ -17,8 +17,8 @@ fn unit_file() -> PathBuf {
 
 /// What a health check gets: the code and the body.
 fn check(netns: &NetNs, path: &str) -> Result<(u16, String)> {
-    let config = ureq::Agent::config_builder().http_status_as_error(false).build();
-    let agent = ureq::Agent::from(config);
+    let config = ureq::Agent::config_builder().http_status_as_error(false);
+    let agent = ureq::Agent::from(config.timeout_global(Some(DEADLINE)).build());
     let response = netns.run(|| agent.get(format!("http://127.0.0.1:8081{path}")).call())??;
     Ok((response.status().as_u16(), response.into_body().read_to_string()?))
 }
@@ -33,7 +33,7 @@ fn systemd_and_health_checks_are_told_how_it_is() -> Result<()> {
     let netns = &lab.host(0).netns;
     let options = format!("--registry=dir:{} --healthz-port=8081", lab.registry()?.display());
     // Our own unit, but for a shorter watchdog.
-    let unit = fs::read_to_string(unit_file())?.replace("WatchdogSec=60", "WatchdogSec=1");
+    let unit = fs::read_to_string(unit_file())?.replace("WatchdogSec=60", "WatchdogSec=2");
     let more = [("WEFT_OPTIONS", options.as_str())];
     let unit = Unit::parse(&unit)?;
     let mut service = Service::start(netns, &unit, root.path(), &more, &lab.host(0).log)?;
@@ -67,7 +67,7 @@ fn what_is_missing_shows_in_readyz() -> Result<()> {
     let search_path = Some(nothing.path().to_owned());
     let mut lab = Lab::new(LabOptions { hosts: 1, search_path, ..LabOptions::default() })?;
     lab.start_daemon(0, &["--ip-masq", "--healthz-port=8081", "--iptables-resync=1"])?;
-    lab.wait_ready(0, weft_tests::DEADLINE)?;
+    lab.wait_ready(0, DEADLINE)?;
     let netns = &lab.host(0).netns;
     assert_eq!(check(netns, "/healthz")?.0, 200);
     assert_eq!(check(netns, "/readyz")?.0, 503);

@@ -68,7 +68,7 @@ impl Iptables {
     /// # Errors
     /// A program failed; a table that was not written is as it was.
     pub async fn apply(&self, rules: &Rules, adopt: bool) -> Result<bool, FirewallError> {
-        let mut changed = false;
+        let (mut changed, mut refused) = (false, None);
         for ipv6 in [false, true] {
             let family = rules.family(ipv6);
             let wanted = [(MASQUERADE, &family.postrouting), (FORWARD, &family.forward)];
@@ -77,11 +77,15 @@ impl Iptables {
                 if !rules_of_chain.is_empty() || adopt {
                     let random = rules.random_fully && self.is_recent;
                     let lines = rules_of_chain.iter().map(|it| chain.line(it, random)).collect();
-                    changed |= self.apply_chain(ipv6, chain, lines, adopt).await?;
+                    match self.apply_chain(ipv6, chain, lines, adopt).await {
+                        Ok(written) => changed |= written,
+                        // The other tables do not depend on it.
+                        Err(error) => refused = refused.or(Some(error)),
+                    }
                 }
             }
         }
-        Ok(changed)
+        refused.map_or(Ok(changed), Err)
     }
 
     async fn apply_chain(

@@ -27,6 +27,9 @@ impl Nftables {
     /// # Errors
     /// nft failed, and the table is as it was; or what it took is not there.
     pub async fn apply(&mut self, rules: &Rules) -> Result<bool, FirewallError> {
+        if rules.is_empty() {
+            return self.remove().await;
+        }
         let found = list().await?;
         let is_right =
             |(written, shown): &(Rules, String)| (written, Some(shown)) == (rules, found.as_ref());
