@@ -81,8 +81,10 @@ impl Backend for HostGw {
             )
         }));
         let name = &self.interface.name;
-        report.changed = !changes.set.is_empty() || !changes.remove.is_empty();
-        for (route, error) in self.netlink.set_gateway_routes(&changes.set, name) {
+        let refused = self.netlink.set_gateway_routes(&changes.set, name);
+        // What is refused is refused each time: it is no repair.
+        report.changed = refused.len() < changes.set.len() || !changes.remove.is_empty();
+        for (route, error) in refused {
             for (_, subnets) in &mut self.peers {
                 subnets.retain(|subnet| *subnet != route.destination);
             }

@@ -147,14 +147,23 @@ impl Netlink {
 
     /// The unicast routes of the main table, both families, in the kernel's order.
     pub fn routes(&self) -> Result<Vec<KernelRoute>, NetlinkError> {
-        self.call("route show", async {
+        self.dump_routes("route show", main_unicast_route)
+    }
+
+    /// What `pick` makes of all routes of both families, in the kernel's order.
+    fn dump_routes<T>(
+        &self,
+        command: &str,
+        pick: impl Fn(&RouteMessage) -> Option<T>,
+    ) -> Result<Vec<T>, NetlinkError> {
+        self.call(command, async {
             let mut routes = Vec::new();
             for family in [AddressFamily::Inet, AddressFamily::Inet6] {
                 let mut request = RouteMessage::default();
                 request.header.address_family = family;
                 let mut answers = self.handle.route().get(request).execute();
                 while let Some(message) = answers.try_next().await? {
-                    routes.extend(main_unicast_route(&message));
+                    routes.extend(pick(&message));
                 }
             }
             Ok(routes)
@@ -250,18 +259,7 @@ impl Netlink {
 
     /// Makes these networks, and no others of weft's, be discarded where no better route takes them.
     pub fn keep_blackholes(&self, networks: &[IpNetwork]) -> Result<(), NetlinkError> {
-        let found = self.call("route show type blackhole", async {
-            let mut found = Vec::new();
-            for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-                let mut request = RouteMessage::default();
-                request.header.address_family = family;
-                let mut answers = self.handle.route().get(request).execute();
-                while let Some(message) = answers.try_next().await? {
-                    found.extend(own_blackhole(&message));
-                }
-            }
-            Ok(found)
-        })?;
+        let found = self.dump_routes("route show type blackhole", own_blackhole)?;
         for network in networks.iter().filter(|network| !found.contains(network)) {
             let message = blackhole(*network);
             self.call(&format!("route add blackhole {network} metric {LAST_METRIC}"), async {

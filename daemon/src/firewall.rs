@@ -8,17 +8,15 @@ use anyhow::Context;
 use clap::ValueEnum;
 use ipnetwork::IpNetwork;
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval};
 use weft_backends::KernelEvents;
 use weft_backends::netlink::Netlink;
 use weft_control::firewall::iptables::Iptables;
 use weft_control::firewall::nftables::Nftables;
 use weft_control::firewall::{FirewallError, Rules};
 
+use crate::repairs::Repairs;
 use crate::retry::Repeats;
-
-/// More repairs in a minute are a fight, which nobody wins: only the timer repairs then.
-const REPAIRS_A_MINUTE: u32 = 10;
 
 /// By what program rules come into the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -71,9 +69,8 @@ impl Firewall {
             kept: None,
             state: sender,
             said: Repeats::default(),
-            minute: Instant::now(),
-            repairs_this_minute: 0,
-            repairs: 0,
+            repairs: Repairs::new(),
+            repaired: 0,
         };
         tokio::spawn(keeper.keep(receiver, resync));
         Self { wanted, state }
@@ -130,7 +127,7 @@ impl Writer {
                 Err(_) => false,
             },
         };
-        removed |= removed_flannels().await?;
+        removed |= self::removed(Nftables::remove_flannels().await)?;
         if let Ok(iptables) = Iptables::find().await
             && let Some(other) = iptables.other_kind().await
         {
@@ -182,10 +179,6 @@ fn removed(outcome: Result<bool, FirewallError>) -> Result<bool, FirewallError> 
     }
 }
 
-async fn removed_flannels() -> Result<bool, FirewallError> {
-    removed(Nftables::remove_flannels().await)
-}
-
 /// The work behind [`Firewall`].
 struct Keeper {
     kind: FirewallKind,
@@ -194,9 +187,9 @@ struct Keeper {
     kept: Option<Wanted>,
     state: watch::Sender<FirewallState>,
     said: Repeats,
-    minute: Instant,
-    repairs_this_minute: u32,
-    repairs: u64,
+    repairs: Repairs,
+    /// How many there were in all.
+    repaired: u64,
 }
 
 impl Keeper {
@@ -214,7 +207,7 @@ impl Keeper {
                     }
                 }
                 _ = timer.tick() => {}
-                () = next(events.as_ref()), if self.repairs_this_minute < REPAIRS_A_MINUTE => {}
+                () = next(events.as_ref()), if !self.repairs.is_fight() => {}
             }
             let now = wanted.borrow_and_update().clone();
             if let Some(now) = now {
@@ -224,10 +217,6 @@ impl Keeper {
     }
 
     async fn once(&mut self, wanted: Wanted) {
-        if self.minute.elapsed() > Duration::from_secs(60) {
-            self.minute = Instant::now();
-            self.repairs_this_minute = 0;
-        }
         let problem = match self.apply(&wanted).await {
             Ok(obstacle) => obstacle,
             Err(error) => Some(format!("the firewall is not as it should be: {error:#}")),
@@ -237,7 +226,7 @@ impl Keeper {
             None => self.said = Repeats::default(),
         }
         let by = self.writer.as_ref().map(Writer::describe);
-        let repairs = self.repairs;
+        let repairs = self.repaired;
         self.state.send_replace(FirewallState { tried: Some(wanted), by, repairs, problem });
     }
 
@@ -286,12 +275,14 @@ impl Keeper {
             Ok(false) => {}
             Err(error) => {
                 // We wrote, which the kernel tells us of, too.
-                self.repairs_this_minute += u32::from(matches!(error, FirewallError::NotKept(_)));
+                if matches!(error, FirewallError::NotKept(_)) {
+                    self.repairs.count();
+                }
                 return Err(error.into());
             }
         }
         self.kept = Some(wanted.clone());
-        if self.repairs_this_minute >= REPAIRS_A_MINUTE {
+        if self.repairs.is_fight() {
             return Ok(Some(
                 "another program keeps removing the firewall's rules; they are put back by the \
                  timer only (--iptables-resync)"
@@ -303,8 +294,8 @@ impl Keeper {
 
     fn repaired(&mut self) {
         tracing::warn!("somebody changed the firewall's rules; put them back");
-        self.repairs_this_minute += 1;
-        self.repairs += 1;
+        self.repairs.count();
+        self.repaired += 1;
     }
 }
 

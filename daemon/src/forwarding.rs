@@ -23,13 +23,12 @@ use crate::health::Health;
 use crate::leasing::{self, Claim};
 use crate::node::{self, Node};
 use crate::overlay::Overlay;
+use crate::repairs::Repairs;
 use crate::state_file::{LastKnown, StateFile};
 use crate::status::{self, PeerStatus, Status, StatusSocket};
 
 /// The slow timer: everything is reconciled even if nothing was heard.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
-/// More repairs in a minute are a fight, which nobody wins: only the slow timer repairs then.
-const REPAIRS_A_MINUTE: u32 = 10;
 /// Node records live three times as long, so two may get lost.
 const NODE_INTERVAL: Duration = Duration::from_secs(20);
 const NODE_TTL: Duration = Duration::from_secs(60);
@@ -72,9 +71,7 @@ struct Turn {
     /// What could not be done, at the last reconciliation.
     problems: BTreeSet<String>,
     subnet_file_written: bool,
-    /// How often in this minute, since its begin, something was put right that somebody else changed.
-    repairs: u32,
-    minute: Instant,
+    repairs: Repairs,
 }
 
 impl Turn {
@@ -87,8 +84,7 @@ impl Turn {
             readable: false,
             problems: BTreeSet::new(),
             subnet_file_written: false,
-            repairs: 0,
-            minute: Instant::now(),
+            repairs: Repairs::new(),
         }
     }
 
@@ -145,21 +141,17 @@ impl Forwarding<'_> {
                         remember(last_known, &turn, &snapshot);
                     }
                 }
-                () = self.kernel.changed(), if turn.repairs < REPAIRS_A_MINUTE => {
+                () = self.kernel.changed(), if !turn.repairs.is_fight() => {
                     let snapshot = watch.borrow().snapshot.clone();
                     if self.reconcile(&snapshot, overlay, &mut turn).await? {
                         tracing::warn!("somebody changed links or routes of weft's; put them right");
-                        turn.repairs += 1;
-                        if turn.repairs == REPAIRS_A_MINUTE {
+                        if turn.repairs.count() {
                             // Says that it is given up.
                             self.reconcile(&snapshot, overlay, &mut turn).await?;
                         }
                     }
                 }
                 _ = slow.tick() => {
-                    if turn.minute.elapsed() > Duration::from_secs(60) {
-                        (turn.minute, turn.repairs) = (Instant::now(), 0);
-                    }
                     let View { snapshot, readable } = watch.borrow().clone();
                     self.reconcile(&snapshot, overlay, &mut turn).await?;
                     if readable {
@@ -226,7 +218,7 @@ impl Forwarding<'_> {
         problems.extend(follow_config(snapshot, turn));
         let report = overlay.call(move |backend| backend.reconcile(&desired)).await?;
         problems.extend(report.problems);
-        if turn.repairs >= REPAIRS_A_MINUTE {
+        if turn.repairs.is_fight() {
             problems.insert(
                 "another program keeps changing links or routes of weft's; they are put right every \
                  30 s only"

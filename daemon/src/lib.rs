@@ -18,6 +18,7 @@ mod overlap;
 mod overlay;
 mod registry;
 pub mod registry_command;
+mod repairs;
 mod retry;
 pub mod run;
 mod state_file;

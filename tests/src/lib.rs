@@ -150,6 +150,17 @@ pub fn run_to_end(netns: &NetNs, command: &mut Command) -> Result<(Option<i32>, 
     Ok((status.code(), String::from_utf8_lossy(&stderr).into_owned()))
 }
 
+/// Sends a child a signal and waits for its end.
+pub fn end(child: &mut Child, signal: Signal) -> Result<ExitStatus> {
+    kill_process(Pid::from_child(child), signal)?;
+    let mut status = None;
+    until("the child ends", || {
+        status = child.try_wait()?;
+        Ok(status.is_some())
+    })?;
+    status.context("it ended")
+}
+
 /// A weftd that a test starts with a command line of its own. Dropped, it is killed.
 #[derive(Debug)]
 pub struct Weftd {
@@ -182,13 +193,7 @@ impl Weftd {
 
     /// Sends it a signal and waits for its end.
     pub fn end(mut self, signal: Signal) -> Result<ExitStatus> {
-        kill_process(Pid::from_child(&self.child), signal)?;
-        let mut status = None;
-        until("weftd ends", || {
-            status = self.child.try_wait()?;
-            Ok(status.is_some())
-        })?;
-        status.context("it ended")
+        end(&mut self.child, signal)
     }
 }
 

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use tempfile::TempDir;
 use weft_daemon::netns::NetNs;
 
-use crate::until;
+use crate::{end, until};
 
 /// What systemd gives to services.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -160,13 +160,7 @@ impl Service {
 
     /// Ends it by SIGTERM.
     pub fn stop(&mut self) -> Result<ExitStatus> {
-        kill_process(Pid::from_child(&self.child), Signal::TERM)?;
-        let mut status = None;
-        until("the service ends", || {
-            status = self.child.try_wait()?;
-            Ok(status.is_some())
-        })?;
-        status.context("it ended")
+        end(&mut self.child, Signal::TERM)
     }
 }
 

@@ -431,11 +431,11 @@ impl SlowProxy {
     fn start(netns: &NetNs, server: SocketAddr, delay: Duration) -> Result<Self> {
         let listener = netns.run(|| TcpListener::bind("127.0.0.1:0"))??;
         let address = listener.local_addr()?;
-        let name = netns.name().to_owned();
+        let netns = NetNs::open(netns.name());
         // Threads end with the connections, and those with the daemon.
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
-                let Ok(server) = connect_inside(&name, server) else { continue };
+                let Ok(Ok(server)) = netns.run(|| TcpStream::connect(server)) else { continue };
                 for (from, to) in [(&client, &server), (&server, &client)] {
                     if let (Ok(from), Ok(to)) = (from.try_clone(), to.try_clone()) {
                         thread::spawn(move || slow_copy(from, to, delay));
@@ -445,16 +445,6 @@ impl SlowProxy {
         });
         Ok(Self { address })
     }
-}
-
-/// As a host's own program would.
-fn connect_inside(netns: &str, server: SocketAddr) -> Result<TcpStream> {
-    let entrance = fs::File::open(format!("/run/netns/{netns}"))?;
-    let inside = move || {
-        nix::sched::setns(&entrance, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        Ok(TcpStream::connect(server)?)
-    };
-    thread::spawn(inside).join().unwrap_or_else(|_| anyhow::bail!("the connecting thread panicked"))
 }
 
 fn slow_copy(mut from: TcpStream, mut to: TcpStream, delay: Duration) {

@@ -214,6 +214,18 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     let strangers = host.ip_json(&["route", "show", "10.42.4.0/24"])?;
     assert_eq!(strangers[0]["gateway"], "10.168.0.200");
     until("the containers reach each other", || pings(&lab).map(|()| true))?;
+    // The bridge and the container's cable were changes, but none of ours; what is refused again is
+    // no repair.
+    for _ in 0..12 {
+        host.ip(&["address", "add", "192.0.2.1/32", "dev", "lo"])?;
+        host.ip(&["address", "del", "192.0.2.1/32", "dev", "lo"])?;
+    }
+    host.ip(&["route", "del", "10.42.3.0/24"])?;
+    until("a route that was removed is back", || {
+        Ok(routes(&host, "-4")?.contains(&("10.42.3.0/24".into(), "10.168.0.130".into())))
+    })?;
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    assert_eq!(log.matches("somebody changed links or routes").count(), 1, "{log}");
     lab.remove()
 }
 
