@@ -19,6 +19,7 @@ use jiff::SignedDuration;
 use tracing_subscriber::EnvFilter;
 use weft_control::Secret;
 
+use crate::directories::{RUN_DIR, STATE_DIR};
 use crate::firewall::FirewallKind;
 use crate::interface::Pattern;
 
@@ -112,10 +113,10 @@ pub struct NetworkFlags {
     #[arg(long, value_name = "FILE", default_value = "/run/flannel/subnet.env")]
     pub subnet_file: PathBuf,
     /// What outlives a reboot: this node's id
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/weft")]
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
     /// What does not: the lock and the socket of the running daemon
-    #[arg(long, value_name = "DIR", default_value = "/run/weft")]
+    #[arg(long, value_name = "DIR", default_value = RUN_DIR)]
     pub run_dir: PathBuf,
 }
 

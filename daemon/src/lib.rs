@@ -1,6 +1,7 @@
 //! weftd, the overlay network daemon, and weft, the operator's command.
 
 pub mod cni;
+pub mod directories;
 pub mod docker_opts;
 pub mod firewall;
 pub mod flags;
@@ -14,6 +15,7 @@ mod leasing;
 pub mod netns;
 mod node;
 mod notify;
+pub mod output;
 mod overlap;
 mod overlay;
 mod registry;
@@ -23,3 +25,4 @@ mod retry;
 pub mod run;
 mod state_file;
 pub mod status;
+pub mod status_command;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use comfy_table::{Table, presets};
 use ipnetwork::IpNetwork;
 use jiff::SignedDuration;
@@ -19,6 +19,7 @@ use weft_control::registry::minimal_config;
 use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 
 use crate::flags::RegistryFlags;
+use crate::output::Output;
 use crate::registry::open_now;
 
 /// Look at a registry, and change it.
@@ -29,17 +30,10 @@ pub struct RegistryArgs {
     #[command(flatten)]
     flags: RegistryFlags,
     /// How results are written.
-    #[arg(short, long, value_enum, default_value_t = Output::Table, global = true)]
+    #[arg(short, long, value_enum, default_value_t, global = true)]
     output: Output,
     #[command(subcommand)]
     command: RegistryCommand,
-}
-
-/// For people, or for programs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    Table,
-    Json,
 }
 
 #[derive(Debug, Subcommand)]

@@ -75,21 +75,55 @@ pub struct PeerStatus {
 /// Asks the one daemon whose run directory this is.
 ///
 /// # Errors
-/// No daemon, or more than one, has a socket there; or it does not answer within two seconds.
+/// No daemon, or more than one, answers there.
 pub fn read(run_dir: &Path) -> anyhow::Result<Status> {
-    let entries =
-        fs::read_dir(run_dir).with_context(|| format!("no weftd runs in {}", run_dir.display()))?;
+    let mut daemons = read_all(run_dir)?.into_iter();
+    match (daemons.next(), daemons.next()) {
+        (Some(daemon), None) => Ok(daemon),
+        _ => bail!("not exactly one weftd answers in {}", run_dir.display()),
+    }
+}
+
+/// Asks all daemons with this run directory. Sockets of daemons that are gone are passed over.
+///
+/// # Errors
+/// None runs, or one does not answer within two seconds.
+pub fn read_all(run_dir: &Path) -> anyhow::Result<Vec<Status>> {
+    let mut answers = Vec::new();
+    for socket in sockets(run_dir)? {
+        let context = || format!("weftd does not answer at {}", socket.display());
+        match ask(&socket) {
+            Ok(answer) => answers.push(answer),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Err(error) => return Err(error).with_context(context),
+        }
+    }
+    if answers.is_empty() {
+        bail!(
+            "no weftd runs with --run-dir {}; start it, or name its --run-dir",
+            run_dir.display()
+        );
+    }
+    Ok(answers)
+}
+
+/// The sockets there, in the order of their names.
+fn sockets(run_dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let context = || format!("no weftd runs with --run-dir {}", run_dir.display());
+    let entries = fs::read_dir(run_dir).with_context(context)?;
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut sockets = paths.filter(|path| path.extension().is_some_and(|ext| ext == "sock"));
-    let (Some(socket), None) = (sockets.next(), sockets.next()) else {
-        bail!("not exactly one weftd has its socket in {}", run_dir.display());
-    };
-    let context = || format!("weftd does not answer at {}", socket.display());
-    let mut stream = UnixStream::connect(&socket).with_context(context)?;
-    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).with_context(context)?;
+    let mut sockets: Vec<PathBuf> =
+        paths.filter(|path| path.extension().is_some_and(|ext| ext == "sock")).collect();
+    sockets.sort();
+    Ok(sockets)
+}
+
+fn ask(socket: &Path) -> io::Result<Status> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     let mut text = String::new();
-    stream.read_to_string(&mut text).with_context(context)?;
-    serde_json::from_str(&text).with_context(context)
+    stream.read_to_string(&mut text)?;
+    Ok(serde_json::from_str(&text)?)
 }
 
 /// The daemon's end: whoever connects gets one [`Status`].

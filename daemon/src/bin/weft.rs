@@ -6,20 +6,25 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use weft_daemon::cni::{self, CniArgs};
+use weft_daemon::directories::Directories;
 use weft_daemon::docker_opts::{self, DockerOptsArgs};
 use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, EtcdOptions, MAX_TRANSFER, RunOptions};
 use weft_daemon::registry_command::{self, RegistryArgs};
+use weft_daemon::status_command::{self, StatusArgs};
 
 /// The operator's command of weft, an overlay network for containers.
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Cli {
+    #[command(flatten)]
+    directories: Directories,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Status(StatusArgs),
     Lab(LabArgs),
     Registry(RegistryArgs),
     DockerOpts(DockerOptsArgs),
@@ -62,7 +67,11 @@ enum LabCommand {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    let Cli { directories, command } = Cli::parse();
+    let outcome = match command {
+        Command::Status(arguments) => {
+            status_command::run(&arguments, &directories, &mut io::stdout().lock())
+        }
         Command::Lab(LabArgs { command: Some(LabCommand::Down { id }), .. }) => down(id),
         Command::Lab(arguments) => run_lab(&arguments),
         Command::Registry(arguments) => {
