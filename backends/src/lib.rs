@@ -14,6 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::UnboundedReceiver;
 use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
+use weft_engine::EngineError;
 
 pub use kernel_events::KernelEvents;
 pub use weft_engine::{DscpMode, Feature, GuardMode, IoKind, SourcePort, Tuning};
@@ -127,6 +128,17 @@ pub struct ExternalInterface {
     pub other_addresses: Vec<IpAddr>,
 }
 
+impl fmt::Display for ExternalInterface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.name)?;
+        let (ipv4, ipv6) = (self.ipv4.map(IpAddr::V4), self.ipv6.map(IpAddr::V6));
+        for ip in ipv4.into_iter().chain(ipv6) {
+            write!(f, " {ip}")?;
+        }
+        write!(f, " MTU {}", self.mtu)
+    }
+}
+
 /// What came up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Started {
@@ -218,7 +230,7 @@ pub enum BackendError {
     #[error(transparent)]
     Netlink(#[from] netlink::NetlinkError),
     #[error(transparent)]
-    Engine(#[from] weft_engine::EngineError),
+    Engine(#[from] EngineError),
 }
 
 impl BackendError {
@@ -229,8 +241,12 @@ impl BackendError {
             Self::NoAddress { .. }
             | Self::Nat { .. }
             | Self::MtuTooSmall { .. }
-            | Self::NetlinkSocket(_)
-            | Self::Engine(_) => true,
+            | Self::NetlinkSocket(_) => true,
+            // The interface had it a moment ago; it is about to get another, or this one for good.
+            Self::Engine(EngineError::Listen { source, .. }) => {
+                source.kind() != io::ErrorKind::AddrNotAvailable
+            }
+            Self::Engine(_) => true,
             Self::NotBuilt(_)
             | Self::Options(_)
             | Self::RouteTaken { .. }

@@ -8,6 +8,8 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::{self, UnboundedSender};
@@ -31,6 +33,9 @@ const DEFAULT_PORT: u16 = 8285;
 const QUEUE_LEN: u32 = 10_000;
 /// The smallest MTU of an IPv4 link (RFC 791).
 const MTU_MIN: u32 = 68;
+
+/// How long a device may take to go; it does no harm beside the next one.
+const GONE_WITHIN: Duration = Duration::from_millis(500);
 
 /// The udp-tun backend.
 #[derive(Debug)]
@@ -140,7 +145,10 @@ impl Backend for UdpTun {
     }
 
     fn stop(&mut self) {
-        self.running = None;
+        if let Some(Running { engine, device, .. }) = self.running.take() {
+            drop(engine);
+            self.wait_until_gone(&device);
+        }
     }
 
     fn status(&self) -> BackendStatus {
@@ -225,6 +233,15 @@ impl UdpTun {
             }
         }
         Ok(changed)
+    }
+
+    /// io_uring lets go of the device some moments after the threads have ended; who starts again
+    /// meanwhile gets one of another name.
+    fn wait_until_gone(&self, device: &str) {
+        let deadline = Instant::now() + GONE_WITHIN;
+        while Instant::now() < deadline && self.link(device).is_ok() {
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn link(&self, device: &str) -> Result<Link, BackendError> {

@@ -97,11 +97,16 @@ pub enum Own {
     TakenBy(Lease),
 }
 
-/// Looks our lease up among the registry's.
-pub fn check_own(own: &Lease, leases: &[Lease]) -> Own {
+/// Looks our lease up among the registry's. `former` is what we published there before our address
+/// changed: who looks just after that may still see it.
+pub fn check_own(own: &Lease, former: Option<&LeaseAttrs>, leases: &[Lease]) -> Own {
+    let is_ours = |found: &Lease| {
+        let former = former.is_some_and(|former| found.attrs.same_node(former));
+        former || found.attrs.same_node(&own.attrs)
+    };
     match leases.iter().find(|lease| lease.key == own.key) {
         None => Own::Missing,
-        Some(found) if found.attrs.same_node(&own.attrs) => {
+        Some(found) if is_ours(found) => {
             // Nobody has written it since we did, so it ends when we know.
             let is_untouched = found.revision == own.revision && found.expires == Expiry::Unknown;
             let expires = if is_untouched { own.expires } else { found.expires };
@@ -116,9 +121,17 @@ pub fn ttl(lease: &Lease, ttl: Duration) -> Option<Duration> {
     (lease.expires != Expiry::Never).then_some(ttl)
 }
 
-/// How long after `now` to renew: `margin` before the end; at once where nobody knows it. `None` for
-/// a reservation.
-pub fn renew_in(lease: &Lease, margin: Duration, now: Timestamp) -> Option<Duration> {
+/// How long after `now` to renew: `margin` before the end; at once where nobody knows it, or where
+/// the lease does not say `attrs`, which is what we are. `None` for a reservation that does.
+pub fn renew_in(
+    lease: &Lease,
+    attrs: &LeaseAttrs,
+    margin: Duration,
+    now: Timestamp,
+) -> Option<Duration> {
+    if lease.attrs != *attrs {
+        return Some(Duration::ZERO);
+    }
     match lease.expires {
         Expiry::Never => None,
         Expiry::At(end) => {
@@ -216,23 +229,30 @@ mod tests {
     #[test]
     fn knows_what_became_of_our_lease() {
         let own = lease("10.3.4.0-24", "192.0.2.9");
-        assert_eq!(check_own(&own, &[]), Own::Missing);
-        assert_eq!(check_own(&own, std::slice::from_ref(&own)), Own::Held(own.clone()));
+        assert_eq!(check_own(&own, None, &[]), Own::Missing);
+        assert_eq!(check_own(&own, None, std::slice::from_ref(&own)), Own::Held(own.clone()));
         let end = Expiry::At("2026-11-23T12:00:00Z".parse().unwrap());
         let ours = Lease { expires: end, revision: 7, ..own.clone() };
         let listed = Lease { expires: Expiry::Unknown, ..ours.clone() };
-        assert_eq!(check_own(&ours, std::slice::from_ref(&listed)), Own::Held(ours.clone()));
+        assert_eq!(check_own(&ours, None, std::slice::from_ref(&listed)), Own::Held(ours.clone()));
         let touched = Lease { revision: 8, ..listed };
-        assert_eq!(check_own(&ours, std::slice::from_ref(&touched)), Own::Held(touched.clone()));
+        assert_eq!(
+            check_own(&ours, None, std::slice::from_ref(&touched)),
+            Own::Held(touched.clone())
+        );
         let other = lease("10.3.4.0-24", "192.0.2.1");
-        assert_eq!(check_own(&own, std::slice::from_ref(&other)), Own::TakenBy(other));
+        let seen = std::slice::from_ref(&other);
+        assert_eq!(check_own(&own, None, seen), Own::TakenBy(other.clone()));
+        assert_eq!(check_own(&own, Some(&other.attrs), seen), Own::Held(other.clone()));
     }
 
     #[test]
     fn renewal_comes_a_margin_before_the_end() {
         let mut own = lease("10.3.4.0-24", "192.0.2.9");
+        let attrs = own.attrs.clone();
         let left = |own: &Lease, now: &str| {
-            renew_in(own, Duration::from_secs(3600), now.parse().unwrap()).map(|it| it.as_secs())
+            let margin = Duration::from_secs(3600);
+            renew_in(own, &attrs, margin, now.parse().unwrap()).map(|it| it.as_secs())
         };
         assert_eq!(left(&own, "2026-11-23T12:00:00Z"), None);
         own.expires = Expiry::Unknown;
@@ -241,6 +261,8 @@ mod tests {
         assert_eq!(left(&own, "2026-11-23T10:30:00Z"), Some(1800));
         assert_eq!(left(&own, "2026-11-23T11:30:00Z"), Some(0));
         assert_eq!(left(&own, "2026-11-23T12:30:00Z"), Some(0));
+        own = lease("10.3.4.0-24", "192.0.2.8");
+        assert_eq!(left(&own, "2026-11-23T10:30:00Z"), Some(0), "it has to say our address");
     }
 
     /// A registry as all of them are: each write is conditional on the state that was seen.
@@ -285,7 +307,7 @@ mod tests {
 
         fn decide(&mut self, config: &NetworkConfig, model: &mut Model, rng: &mut fastrand::Rng) {
             let former = self.held.take();
-            match former.as_ref().map(|held| check_own(held, &self.seen)) {
+            match former.as_ref().map(|held| check_own(held, None, &self.seen)) {
                 Some(Own::Held(lease)) => {
                     let renew = model.is_as_seen(&lease);
                     self.held = Some(if renew {

@@ -8,30 +8,34 @@ use std::time::Duration;
 use anyhow::Context;
 use jiff::Timestamp;
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, Interval};
 use weft_backends::{
     BackendEvent, BackendKind, Desired, DesiredPeer, ExternalInterface, KernelEvents, Started,
 };
-use weft_control::keeper::{self, Identity, Own};
+use weft_control::keeper::{self, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
-use weft_control::{Lease, NetworkConfig, Registry, View};
+use weft_control::{Lease, LeaseAttrs, NetworkConfig, Registry, View};
 
+use crate::external::{self, Prepared};
 use crate::firewall::Firewall;
 use crate::flags::Settings;
 use crate::health::Health;
 use crate::leasing::{self, Claim};
-use crate::node::{self, Node};
+use crate::node;
 use crate::overlay::Overlay;
+use crate::place::Place;
 use crate::repairs::Repairs;
 use crate::state_file::{LastKnown, StateFile};
-use crate::status::{self, PeerStatus, Status, StatusSocket};
+use crate::status::{self, PeerStatus, Status};
 
 /// The slow timer: everything is reconciled even if nothing was heard.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
 /// Node records live three times as long, so two may get lost.
 const NODE_INTERVAL: Duration = Duration::from_secs(20);
 const NODE_TTL: Duration = Duration::from_secs(60);
+/// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
+const MOVED_RETRY: Duration = Duration::from_secs(1);
 
 /// What stays the same while one lease is forwarded under.
 pub(crate) struct Forwarding<'a> {
@@ -41,13 +45,9 @@ pub(crate) struct Forwarding<'a> {
     pub(crate) firewall: &'a Firewall,
     /// What the kernel tells of links, addresses and routes.
     pub(crate) kernel: &'a KernelEvents,
-    pub(crate) identity: &'a Identity,
     pub(crate) kind: BackendKind,
-    pub(crate) interface: &'a ExternalInterface,
-    pub(crate) node: &'a Node,
-    pub(crate) public_ip: IpAddr,
+    pub(crate) place: &'a Place,
     pub(crate) started: Started,
-    pub(crate) socket: &'a StatusSocket,
 }
 
 /// Why the loop ended.
@@ -57,13 +57,22 @@ pub(crate) enum Ended {
     Lost(String),
     /// Our subnets are others now.
     OtherLease(Box<Lease>),
+    /// The external interface is another, or has another address or MTU; a backend is ready there, for
+    /// the same lease.
+    OtherInterface { prepared: Box<Prepared>, lease: Box<Lease> },
 }
 
 /// What changes from turn to turn.
 #[derive(Debug)]
 struct Turn {
     config: NetworkConfig,
+    /// As [`Place::interface`], but for further addresses, which come and go.
+    interface: ExternalInterface,
+    /// Why the external interface cannot be followed to what it is now.
+    stuck: Option<String>,
     lease: Lease,
+    /// What the lease says until it says our attributes.
+    former: Option<LeaseAttrs>,
     /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
     renewal: Option<Instant>,
     /// Whether the registry could be read when it was last heard of.
@@ -75,10 +84,14 @@ struct Turn {
 }
 
 impl Turn {
-    fn new(config: NetworkConfig, lease: Lease, margin: Duration) -> Self {
-        let renewal = renewal(&lease, margin);
+    fn new(config: NetworkConfig, lease: Lease, place: &Place, margin: Duration) -> Self {
+        let attrs = &place.identity.attrs;
+        let renewal = renewal(&lease, attrs, margin);
         Self {
             config,
+            interface: place.interface.clone(),
+            stuck: None,
+            former: (lease.attrs != *attrs).then(|| lease.attrs.clone()),
             lease,
             renewal,
             readable: false,
@@ -90,9 +103,9 @@ impl Turn {
 
     /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
     /// known, and not again: the clock may be set meanwhile.
-    fn hold(&mut self, lease: Lease, margin: Duration) {
-        if lease.expires != self.lease.expires {
-            self.renewal = renewal(&lease, margin);
+    fn hold(&mut self, lease: Lease, attrs: &LeaseAttrs, margin: Duration) {
+        if (lease.expires, &lease.attrs) != (self.lease.expires, &self.lease.attrs) {
+            self.renewal = renewal(&lease, attrs, margin);
         }
         self.lease = lease;
     }
@@ -113,7 +126,7 @@ impl Forwarding<'_> {
         last_known: &mut StateFile<LastKnown>,
     ) -> anyhow::Result<Ended> {
         let (margin, retry) = self.settings.renewal();
-        let mut turn = Turn::new(config.clone(), lease, margin);
+        let mut turn = Turn::new(config.clone(), lease, self.place, margin);
         let mut slow = tokio::time::interval(RECONCILE_INTERVAL);
         let mut publish = tokio::time::interval(NODE_INTERVAL);
         let mut renew_not_before = Instant::now();
@@ -134,7 +147,7 @@ impl Forwarding<'_> {
                     if let Some(ended) = self.follow(&snapshot, overlay, &mut turn).await? {
                         return Ok(ended);
                     }
-                    if !snapshot.nodes.iter().any(|node| node.id == self.node.id) {
+                    if !snapshot.nodes.iter().any(|node| node.id == self.place.node.id) {
                         publish.reset_immediately();
                     }
                     if is_back {
@@ -142,6 +155,9 @@ impl Forwarding<'_> {
                     }
                 }
                 () = self.kernel.changed(), if !turn.repairs.is_fight() => {
+                    if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
+                        return Ok(ended);
+                    }
                     let snapshot = watch.borrow().snapshot.clone();
                     if self.reconcile(&snapshot, overlay, &mut turn).await? {
                         tracing::warn!("somebody changed links or routes of weft's; put them right");
@@ -152,22 +168,66 @@ impl Forwarding<'_> {
                     }
                 }
                 _ = slow.tick() => {
+                    if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
+                        return Ok(ended);
+                    }
                     let View { snapshot, readable } = watch.borrow().clone();
                     self.reconcile(&snapshot, overlay, &mut turn).await?;
                     if readable {
                         remember(last_known, &turn, &snapshot);
                     }
                 }
-                _ = publish.tick(), if turn.readable => self.publish_node().await,
+                _ = publish.tick(), if turn.readable => self.publish_node(&turn.interface).await,
                 () = renewal, if turn.readable => {
-                    self.renew(&mut turn).await;
-                    renew_not_before = Instant::now() + retry;
+                    if self.renew(&mut turn).await {
+                        remember(last_known, &turn, &watch.borrow().snapshot);
+                    }
+                    let is_told = turn.lease.attrs == self.place.identity.attrs;
+                    renew_not_before = Instant::now() + if is_told { retry } else { MOVED_RETRY };
                 }
                 Ok(()) = firewall.changed() => self.tell_health(&turn),
                 BackendEvent::Lost(reason) = overlay.event() => return Ok(Ended::Lost(reason)),
-                Ok(asker) = self.socket.accept() => {
+                Ok(asker) = self.place.socket.accept() => {
                     status::answer(asker, &self.status(overlay, &turn));
                 }
+            }
+        }
+    }
+
+    /// Sees whether the external interface is what it was, and ends the turn where the backend has to
+    /// begin anew on it. Where there is none to use for now, all stays as it is.
+    async fn follow_interface(
+        &self,
+        turn: &mut Turn,
+        publish: &mut Interval,
+    ) -> anyhow::Result<Option<Ended>> {
+        let next = match external::changed(self.settings, &turn.config, &turn.interface).await {
+            Ok(None) => {
+                turn.stuck = None;
+                return Ok(None);
+            }
+            Ok(Some(next)) => next,
+            Err(reason) => {
+                turn.stuck = Some(reason);
+                return Ok(None);
+            }
+        };
+        let other_addresses = next.other_addresses.clone();
+        if (ExternalInterface { other_addresses, ..turn.interface.clone() }) == next {
+            turn.stuck = None;
+            turn.interface = next;
+            publish.reset_immediately();
+            return Ok(None);
+        }
+        let prepared = Prepared::new(self.settings, &turn.config, self.kind, next);
+        match prepared.await? {
+            Ok(prepared) => {
+                let (prepared, lease) = (Box::new(prepared), Box::new(turn.lease.clone()));
+                Ok(Some(Ended::OtherInterface { prepared, lease }))
+            }
+            Err(error) => {
+                turn.stuck = Some(error.to_string());
+                Ok(None)
             }
         }
     }
@@ -179,8 +239,14 @@ impl Forwarding<'_> {
         overlay: &mut Overlay,
         turn: &mut Turn,
     ) -> anyhow::Result<Option<Ended>> {
-        match keeper::check_own(&turn.lease, &snapshot.leases) {
-            Own::Held(lease) => turn.hold(lease, self.settings.renewal().0),
+        let attrs = &self.place.identity.attrs;
+        match keeper::check_own(&turn.lease, turn.former.as_ref(), &snapshot.leases) {
+            Own::Held(lease) => {
+                if lease.attrs.same_node(attrs) {
+                    turn.former = None;
+                }
+                turn.hold(lease, attrs, self.settings.renewal().0);
+            }
             Own::Missing => {
                 tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
                 self.health.starts_again("our lease is gone; claiming it again");
@@ -189,7 +255,7 @@ impl Forwarding<'_> {
                 if lease.key != turn.lease.key {
                     return Ok(Some(Ended::OtherLease(lease.into())));
                 }
-                turn.hold(lease, self.settings.renewal().0);
+                turn.hold(lease, attrs, self.settings.renewal().0);
             }
             Own::TakenBy(other) => {
                 tracing::error!(
@@ -216,6 +282,12 @@ impl Forwarding<'_> {
     ) -> anyhow::Result<bool> {
         let (desired, mut problems) = self.desired(snapshot, turn);
         problems.extend(follow_config(snapshot, turn));
+        problems.extend(turn.stuck.iter().map(|reason| {
+            format!(
+                "the external interface cannot be followed ({reason}); it stays {}",
+                turn.interface
+            )
+        }));
         let report = overlay.call(move |backend| backend.reconcile(&desired)).await?;
         problems.extend(report.problems);
         if turn.repairs.is_fight() {
@@ -272,7 +344,7 @@ impl Forwarding<'_> {
         let skipped =
             snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
         let mut problems: BTreeSet<String> = refused.chain(skipped).collect();
-        problems.extend(keeper::claimant(self.identity, &snapshot.nodes).map(|other| {
+        problems.extend(keeper::claimant(&self.place.identity, &snapshot.nodes).map(|other| {
             format!(
                 "the node {} (id {}) lives with our public address; give either a --public-ip of \
                  its own",
@@ -284,7 +356,7 @@ impl Forwarding<'_> {
 
     fn claim<'t>(&'t self, turn: &'t Turn) -> Claim<'t> {
         let (ttl, health) = (self.settings.lease_ttl, self.health);
-        Claim { config: &turn.config, identity: self.identity, ttl, health }
+        Claim { config: &turn.config, identity: &self.place.identity, ttl, health }
     }
 
     fn write_subnet_file(&self, turn: &Turn) -> bool {
@@ -304,14 +376,13 @@ impl Forwarding<'_> {
         }
     }
 
-    async fn publish_node(&self) {
-        let interface = self.interface;
+    async fn publish_node(&self, interface: &ExternalInterface) {
         let bound = [interface.ipv4.map(IpAddr::V4), interface.ipv6.map(IpAddr::V6)];
-        let attrs = &self.identity.attrs;
+        let attrs = &self.place.identity.attrs;
         let publics: Vec<IpAddr> = attrs.public_addresses().collect();
         let addresses = bound.into_iter().flatten().chain(interface.other_addresses.clone());
         let record = NodeRecord {
-            id: self.node.id.clone(),
+            id: self.place.node.id.clone(),
             name: node::host_name(),
             public_ip: attrs.public_ip,
             public_ipv6: attrs.public_ipv6,
@@ -324,18 +395,22 @@ impl Forwarding<'_> {
         }
     }
 
-    async fn renew(&self, turn: &mut Turn) {
+    /// Writes the lease anew, with what we are now, and says whether it did.
+    async fn renew(&self, turn: &mut Turn) -> bool {
         let ttl = keeper::ttl(&turn.lease, self.settings.lease_ttl);
-        match self.registry.renew(&turn.lease, &self.identity.attrs, ttl).await {
+        let attrs = &self.place.identity.attrs;
+        match self.registry.renew(&turn.lease, attrs, ttl).await {
             Ok(Some(lease)) => {
                 tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
-                turn.hold(lease, self.settings.renewal().0);
+                turn.hold(lease, attrs, self.settings.renewal().0);
+                return true;
             }
             Ok(None) => {
                 tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
             }
             Err(error) => tracing::warn!("cannot renew the lease, trying again: {error}"),
         }
+        false
     }
 
     fn status(&self, overlay: &Overlay, turn: &Turn) -> Status {
@@ -345,12 +420,12 @@ impl Forwarding<'_> {
         Status {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
-            node_id: self.node.id.clone(),
+            node_id: self.place.node.id.clone(),
             state: "forwarding".into(),
             registry: self.registry.describe(),
             backend: Some(self.kind.to_string()),
-            interface: Some(self.interface.name.clone()),
-            public_ip: Some(self.public_ip),
+            interface: Some(turn.interface.name.clone()),
+            public_ip: Some(self.place.public_ip),
             device: Some(self.started.device.clone()),
             mtu: Some(self.started.mtu),
             subnets: turn.lease.key.networks().collect(),
@@ -409,8 +484,8 @@ pub(crate) fn expiry(lease: &Lease) -> String {
     }
 }
 
-fn renewal(lease: &Lease, margin: Duration) -> Option<Instant> {
-    keeper::renew_in(lease, margin, Timestamp::now()).map(|left| Instant::now() + left)
+fn renewal(lease: &Lease, attrs: &LeaseAttrs, margin: Duration) -> Option<Instant> {
+    keeper::renew_in(lease, attrs, margin, Timestamp::now()).map(|left| Instant::now() + left)
 }
 
 async fn sleep_until(due: Option<Instant>) {

@@ -3,6 +3,7 @@
 pub mod cni;
 pub mod directories;
 pub mod docker_opts;
+mod external;
 pub mod firewall;
 pub mod flags;
 mod forwarding;
@@ -18,6 +19,7 @@ mod notify;
 pub mod output;
 mod overlap;
 mod overlay;
+mod place;
 mod registry;
 pub mod registry_command;
 mod repairs;

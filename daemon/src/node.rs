@@ -7,49 +7,94 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
+use weft_control::file::{self, PRIVATE};
 
 /// This node.
 #[derive(Debug)]
 pub(crate) struct Node {
     /// 32 hexadecimal digits, made once.
     pub(crate) id: String,
-    /// Where the daemon answers for its state.
+    pub(crate) files: NodeFiles,
+    /// Held as long as the daemon runs.
+    lock: File,
+}
+
+/// The files of the daemon that uses one registry under one public address.
+#[derive(Debug)]
+pub(crate) struct NodeFiles {
+    id: PathBuf,
+    lock: PathBuf,
+    /// Where it answers for its state.
     pub(crate) socket: PathBuf,
     /// Where it keeps what the registry last said.
     pub(crate) last_known: PathBuf,
-    /// Held as long as the daemon runs.
-    _lock: File,
 }
 
-impl Node {
-    /// Claims the identity of (`registry`, `public_ip`) in these directories, made if missing.
-    ///
-    /// # Errors
-    /// Another daemon runs with this identity, or a directory cannot be written to.
-    pub(crate) fn claim(
-        state_dir: &Path,
-        run_dir: &Path,
-        registry: &str,
-        public_ip: IpAddr,
-    ) -> anyhow::Result<Self> {
-        for (dir, flag) in [(state_dir, "--state-dir"), (run_dir, "--run-dir")] {
+impl NodeFiles {
+    /// In these directories.
+    pub(crate) fn of(state_dir: &Path, run_dir: &Path, registry: &str, public_ip: IpAddr) -> Self {
+        let mark = mark(&format!("{registry}\n{public_ip}"));
+        Self {
+            id: state_dir.join(format!("node-{mark}")),
+            lock: run_dir.join(format!("weftd-{mark}.lock")),
+            socket: run_dir.join(format!("weftd-{mark}.sock")),
+            last_known: state_dir.join(format!("last-known-{mark}.json")),
+        }
+    }
+
+    fn make_directories(&self) -> anyhow::Result<()> {
+        for (file, flag) in [(&self.id, "--state-dir"), (&self.lock, "--run-dir")] {
+            let dir = file.parent().unwrap_or(Path::new("."));
             fs::create_dir_all(dir)
                 .with_context(|| format!("cannot make {}; see {flag}", dir.display()))?;
         }
-        let mark = mark(&format!("{registry}\n{public_ip}"));
-        let lock = run_dir.join(format!("weftd-{mark}.lock"));
-        let node = Self {
-            id: load_or_make_id(&state_dir.join(format!("node-{mark}")))?,
-            socket: run_dir.join(format!("weftd-{mark}.sock")),
-            last_known: state_dir.join(format!("last-known-{mark}.json")),
-            _lock: take_lock(&lock)?,
-        };
-        Ok(node)
+        Ok(())
+    }
+}
+
+impl Node {
+    /// Claims the identity that these files stand for; their directories are made if missing.
+    ///
+    /// # Errors
+    /// Another daemon runs with this identity, or a directory cannot be written to.
+    pub(crate) fn claim(files: NodeFiles) -> anyhow::Result<Self> {
+        files.make_directories()?;
+        let id = load_or_make_id(&files.id)?;
+        let lock = take_lock(&files.lock)?;
+        Ok(Self { id, files, lock })
+    }
+
+    /// Goes on as the same node under another public address, and so by files of other names.
+    ///
+    /// # Errors
+    /// As for [`Node::claim`]; the old names then stand.
+    pub(crate) fn move_to(&mut self, files: NodeFiles) -> anyhow::Result<()> {
+        files.make_directories()?;
+        let lock = take_lock(&files.lock)?;
+        file::replace(&files.id, self.id.as_bytes(), PRIVATE)
+            .with_context(|| format!("cannot write {}; see --state-dir", files.id.display()))?;
+        let old = std::mem::replace(&mut self.files, files);
+        // Held until its file is gone.
+        let _former = std::mem::replace(&mut self.lock, lock);
+        let moved = fs::rename(&old.last_known, &self.files.last_known);
+        for (outcome, path) in [
+            (moved, &old.last_known),
+            (fs::remove_file(&old.id), &old.id),
+            (fs::remove_file(&old.lock), &old.lock),
+        ] {
+            if let Err(error) = outcome
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!("cannot move or remove {}: {error}", path.display());
+            }
+        }
+        Ok(())
     }
 }
 
@@ -70,13 +115,8 @@ pub(crate) fn host_name() -> String {
 
 fn take_lock(path: &Path) -> anyhow::Result<File> {
     let unusable = || format!("cannot write {}; see --run-dir", path.display());
-    let mut lock = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .with_context(unusable)?;
+    let open = || File::options().read(true).write(true).create(true).truncate(false).open(path);
+    let mut lock = open().with_context(unusable)?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut pid = String::new();
         // Only to name the other one; an unreadable number changes nothing.
@@ -87,9 +127,23 @@ fn take_lock(path: &Path) -> anyhow::Result<File> {
             pid.trim()
         );
     }
+    // Whoever held it may have removed it between our two steps: then it keeps nobody out.
+    if !is_at(&lock, path).with_context(unusable)? {
+        return take_lock(path);
+    }
     lock.set_len(0).with_context(unusable)?;
     writeln!(lock, "{}", std::process::id()).with_context(unusable)?;
     Ok(lock)
+}
+
+/// Whether the path still leads to this file.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(found) => Ok((found.dev(), found.ino()) == (ours.dev(), ours.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn load_or_make_id(path: &Path) -> anyhow::Result<String> {
@@ -125,9 +179,21 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
+    fn files(dir: &Path, public_ip: &str) -> NodeFiles {
+        NodeFiles::of(&dir.join("state"), &dir.join("run"), "dir:/r", public_ip.parse().unwrap())
+    }
+
     fn claim(dir: &Path, public_ip: &str) -> anyhow::Result<Node> {
-        let ip = public_ip.parse().unwrap();
-        Node::claim(&dir.join("state"), &dir.join("run"), "dir:/r", ip)
+        Node::claim(files(dir, public_ip))
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = ["state", "run"].map(|name| fs::read_dir(dir.join(name)).unwrap());
+        let entries = entries.into_iter().flatten();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
     }
 
     #[test]
@@ -146,6 +212,26 @@ mod tests {
         assert!(refused.contains(&format!("pid {}", std::process::id())), "{refused}");
         drop(held);
         claim(dir.path(), "192.0.2.1").unwrap();
+    }
+
+    #[test]
+    fn another_address_is_another_name_for_the_same_node() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut node = claim(dir.path(), "192.0.2.1").unwrap();
+        let id = node.id.clone();
+        fs::write(&node.files.last_known, "known").unwrap();
+        let neighbour = claim(dir.path(), "192.0.2.3").unwrap();
+        node.move_to(files(dir.path(), "192.0.2.3")).unwrap_err();
+        claim(dir.path(), "192.0.2.1").unwrap_err();
+        drop(neighbour);
+        for address in ["192.0.2.3", "192.0.2.2"] {
+            node.move_to(files(dir.path(), address)).unwrap();
+            assert_eq!(fs::read_to_string(&node.files.last_known).unwrap(), "known");
+        }
+        assert_eq!(names(dir.path()).len(), 3, "nothing of the old names is left");
+        claim(dir.path(), "192.0.2.2").unwrap_err();
+        drop(node);
+        assert_eq!(claim(dir.path(), "192.0.2.2").unwrap().id, id);
     }
 
     #[test]

@@ -2,37 +2,35 @@
 //!
 //! config → interface → identity → lease → backend → firewall → subnet.env → forwarding. What is missing is
 //! waited for; only a wrong flag, a missing privilege, a port in use and a missing interface end
-//! the daemon. When forwarding breaks, or the lease becomes another one, the backend starts again.
+//! the daemon. When forwarding breaks, or the lease or the interface becomes another one, the backend
+//! starts again.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::thread::{CapabilitySet, capabilities};
-use weft_backends::netlink::{DefaultRoute, KernelRoute, Link, Netlink};
-use weft_backends::{BackendError, BackendKind, ExternalInterface, KernelEvents, Options};
+use weft_backends::{BackendError, BackendKind, KernelEvents, Started};
 use weft_control::firewall::Rules;
-use weft_control::keeper::{self, Identity};
+use weft_control::keeper;
 use weft_control::lease::{Expiry, Snapshot};
 use weft_control::registry::minimal_config;
 use weft_control::subnet_env::read_previous;
-use weft_control::{Backoff, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
+use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry};
 
+use crate::external::{self, Prepared, Surroundings};
 use crate::firewall::{Firewall, Wanted};
 use crate::flags::{Flags, Note, Settings};
 use crate::forwarding::{Ended, Forwarding, expiry};
 use crate::health::Health;
 use crate::http;
-use crate::interface::{self, Families, Way};
 use crate::leasing::Claim;
-use crate::node::Node;
 use crate::notify;
 use crate::overlap;
 use crate::overlay::Overlay;
+use crate::place::Place;
 use crate::registry::{self, config_file};
 use crate::retry::Repeats;
 use crate::state_file::{LastKnown, StateFile};
-use crate::status::StatusSocket;
 
 /// How often a missing config is looked for, as flannel does.
 pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
@@ -68,36 +66,19 @@ async fn serve(settings: &Settings, health: &Health) -> anyhow::Result<()> {
     let mut backoff = Backoff::default();
     loop {
         let (text, config, kind) = wait_for_config(registry.as_ref(), settings, &mut said).await?;
-        let Surroundings { links, default_routes, routes, way } =
-            look_around(settings.wish.can_reach).await?;
-        let families = Families { ipv4: config.ipv4.is_some(), ipv6: config.ipv6.is_some() };
-        let chosen = interface::choose(&settings.wish, families, &links, &default_routes, way)?;
-        let interface = chosen.interface;
-        if let Some(reason) = overlap::conflict(&config, &interface, &routes, &settings.registry) {
+        let around = Surroundings::look(settings.wish.can_reach).await?;
+        let chosen = around.choose(settings, &config)?;
+        if let Some(reason) = around.conflict(settings, &config, &chosen.interface) {
             said.error(&format!("waiting: {reason}"));
             tokio::time::sleep(CONFIG_INTERVAL).await;
             continue;
         }
-        tracing::info!(interface = interface.name, why = chosen.why, "external interface");
-        let options = Options {
-            guard: settings.guard,
-            workers: settings.workers,
-            tuning: settings.tuning.clone(),
-        };
-        let opened = weft_backends::open(kind, &config, &interface, options).map(Overlay::new);
-        let mut overlay = match opened {
-            Ok(overlay) => overlay,
-            Err(error) => {
-                end_or_warn(error, &mut said)?;
-                backoff.wait().await;
-                continue;
-            }
-        };
-        match overlay.call(|backend| backend.prepare()).await? {
-            Ok(attrs) => {
+        tracing::info!(interface = chosen.interface.name, why = chosen.why, "external interface");
+        match Prepared::new(settings, &config, kind, chosen.interface).await? {
+            Ok(prepared) => {
                 let registry = registry.as_ref();
-                let daemon = Daemon { settings, registry, health, text, config, kind, interface };
-                return daemon.serve(overlay, attrs).await;
+                let daemon = Daemon { settings, registry, health, text, config, kind };
+                return daemon.serve(prepared).await;
             }
             Err(error) => end_or_warn(error, &mut said)?,
         }
@@ -114,26 +95,26 @@ struct Daemon<'a> {
     text: String,
     config: NetworkConfig,
     kind: BackendKind,
-    interface: ExternalInterface,
+}
+
+/// What becomes another one where the external interface does.
+struct Station {
+    place: Place,
+    overlay: Overlay,
+    last_known: StateFile<LastKnown>,
 }
 
 impl Daemon<'_> {
-    async fn serve(&self, mut overlay: Overlay, attrs: LeaseAttrs) -> anyhow::Result<()> {
-        let public_ip = attrs
-            .public_addresses()
-            .next()
-            .context("the interface has no address that other nodes could send to")?;
-        let (settings, registry) = (self.settings, self.registry);
-        let node =
-            Node::claim(&settings.state_dir, &settings.run_dir, &registry.identity(), public_ip)?;
-        let socket = StatusSocket::open(&node.socket)?;
-        tracing::info!(node = node.id, %public_ip, registry = registry.describe(), "this node");
-
-        let identity = Identity { node_id: node.id.clone(), attrs };
-        let (ttl, health) = (settings.lease_ttl, self.health);
-        let claim = Claim { config: &self.config, identity: &identity, ttl, health };
-        let mut file = StateFile::new(node.last_known.clone());
-        let (mut lease, last) = self.first_lease(&claim, &file).await;
+    async fn serve(&self, prepared: Prepared) -> anyhow::Result<()> {
+        let (settings, registry, health) = (self.settings, self.registry, self.health);
+        let mut station = self.take_station(prepared)?;
+        let claim = Claim {
+            config: &self.config,
+            identity: &station.place.identity,
+            ttl: settings.lease_ttl,
+            health,
+        };
+        let (mut lease, last) = self.first_lease(&claim, &station.last_known).await;
         config_file(settings, registry).save(&self.text)?;
         let mut watch = registry.watch(last);
         let by_config = self.config.enable_nftables;
@@ -141,30 +122,27 @@ impl Daemon<'_> {
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         loop {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
-            let started = start(&mut overlay, &lease, health).await?;
+            let started = self.start(&mut station, &lease).await?;
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
-            let Surroundings { links, .. } = look_around(None).await?;
+            let Surroundings { links, .. } = Surroundings::look(None).await?;
             for stray in overlap::strays(&self.config, &lease.key, &links, &started.device) {
                 tracing::warn!("{stray}");
             }
             firewall.want(self.wanted(&lease.key)).await;
+            let Station { place, overlay, last_known } = &mut station;
             let forwarding = Forwarding {
                 settings,
                 registry,
                 health,
                 firewall: &firewall,
                 kernel: &kernel,
-                identity: &identity,
                 kind: self.kind,
-                interface: &self.interface,
-                node: &node,
-                public_ip,
+                place,
                 started,
-                socket: &socket,
             };
             match forwarding
-                .run(&mut overlay, &self.config, lease.clone(), &mut watch, &mut file)
+                .run(overlay, &self.config, lease.clone(), &mut watch, last_known)
                 .await?
             {
                 Ended::Lost(reason) => {
@@ -175,6 +153,66 @@ impl Daemon<'_> {
                     health.starts_again("taking up other subnets");
                     lease = *other;
                 }
+                Ended::OtherInterface { prepared, lease: held } => {
+                    health.starts_again("the external interface has changed");
+                    lease = *held;
+                    self.move_station(&mut station, *prepared).await?;
+                }
+            }
+        }
+    }
+
+    fn take_station(&self, prepared: Prepared) -> anyhow::Result<Station> {
+        let Prepared { interface, overlay, attrs } = prepared;
+        let place = Place::take(self.settings, &self.registry.identity(), interface, attrs)?;
+        let last_known = StateFile::new(place.node.files.last_known.clone());
+        tracing::info!(node = place.node.id, public_ip = %place.public_ip,
+            registry = self.registry.describe(), "this node");
+        Ok(Station { place, overlay, last_known })
+    }
+
+    /// Moves to the interface as it is now. The backend that was there ends first: both may want one
+    /// device, or one port.
+    async fn move_station(&self, station: &mut Station, prepared: Prepared) -> anyhow::Result<()> {
+        let Prepared { interface, overlay, attrs } = prepared;
+        station.overlay.call(|backend| backend.stop()).await?;
+        station.overlay = overlay;
+        self.registry.reconnect();
+        tracing::warn!(
+            "the external interface has changed, from {} to {}; moving there",
+            station.place.interface,
+            interface
+        );
+        let registry = self.registry.identity();
+        station.place.move_to(self.settings, &registry, interface, attrs)?;
+        station.last_known = StateFile::new(station.place.node.files.last_known.clone());
+        Ok(())
+    }
+
+    /// Starts the backend, however often it takes, on whatever the external interface becomes
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// What trying again would not mend.
+    async fn start(&self, station: &mut Station, lease: &Lease) -> anyhow::Result<Started> {
+        station.overlay.call(|backend| backend.stop()).await?;
+        station.overlay.forget_events();
+        let mut backoff = Backoff::default();
+        let mut said = Repeats::told_to(self.health);
+        loop {
+            let wanted = lease.clone();
+            match station.overlay.call(move |backend| backend.start(&wanted)).await? {
+                Ok(started) => return Ok(started),
+                Err(error) => end_or_warn(error, &mut said)?,
+            }
+            backoff.wait().await;
+            let known = &station.place.interface;
+            let Ok(Some(next)) = external::changed(self.settings, &self.config, known).await else {
+                continue;
+            };
+            match Prepared::new(self.settings, &self.config, self.kind, next).await? {
+                Ok(prepared) => self.move_station(station, prepared).await?,
+                Err(error) => said.warn(&format!("waiting: {error}")),
             }
         }
     }
@@ -211,29 +249,6 @@ impl Daemon<'_> {
         // Gone again in this very moment, it must not look as if there were no peers.
         let known = || file.load().map(|(known, _)| known.snapshot).unwrap_or_default();
         (lease, self.registry.snapshot().await.unwrap_or_else(|_| known()))
-    }
-}
-
-/// Starts the backend, however often it takes.
-///
-/// # Errors
-/// What trying again would not mend.
-async fn start(
-    overlay: &mut Overlay,
-    lease: &Lease,
-    health: &Health,
-) -> anyhow::Result<weft_backends::Started> {
-    overlay.call(|backend| backend.stop()).await?;
-    overlay.forget_events();
-    let mut backoff = Backoff::default();
-    let mut said = Repeats::told_to(health);
-    loop {
-        let lease = lease.clone();
-        match overlay.call(move |backend| backend.start(&lease)).await? {
-            Ok(started) => return Ok(started),
-            Err(error) => end_or_warn(error, &mut said)?,
-        }
-        backoff.wait().await;
     }
 }
 
@@ -339,28 +354,4 @@ fn choose_backend(
         }
         _ => Ok(Ok(kind)),
     }
-}
-
-/// What the host has.
-struct Surroundings {
-    links: Vec<Link>,
-    default_routes: Vec<DefaultRoute>,
-    routes: Vec<KernelRoute>,
-    /// The way to the address that was asked for.
-    way: Way,
-}
-
-async fn look_around(reach: Option<IpAddr>) -> anyhow::Result<Surroundings> {
-    tokio::task::spawn_blocking(move || {
-        let netlink = Netlink::open().context("cannot open a netlink socket")?;
-        // An address that no route leads to has no way; the choice says so.
-        let way = reach.and_then(|ip| netlink.way_to(ip).ok());
-        Ok(Surroundings {
-            links: netlink.links()?,
-            default_routes: netlink.default_routes()?,
-            routes: netlink.routes()?,
-            way: way.map(|(link, source)| Way { link, source }).unwrap_or_default(),
-        })
-    })
-    .await?
 }

@@ -85,6 +85,11 @@ impl<D: Dial> Endpoints<D> {
         urls.join(",")
     }
 
+    /// Makes new connections from now on.
+    pub(super) fn forget(&self) {
+        self.all.iter().for_each(Endpoint::forget);
+    }
+
     /// The endpoint that last worked, by its number.
     pub(super) fn current(&self) -> usize {
         self.current.load(Ordering::Relaxed)

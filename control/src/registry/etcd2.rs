@@ -343,6 +343,10 @@ impl Registry for Etcd2Registry {
         format!("etcd2:/{}", self.shared.prefix)
     }
 
+    fn reconnect(&self) {
+        self.shared.endpoints.forget();
+    }
+
     async fn snapshot(&self) -> Result<Snapshot, RegistryError> {
         self.shared.refuse_while_away()?;
         Ok(self.shared.list().await?.0.snapshot())

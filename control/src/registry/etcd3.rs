@@ -282,6 +282,10 @@ impl Registry for Etcd3Registry {
         format!("etcd:{}", self.shared.prefix)
     }
 
+    fn reconnect(&self) {
+        self.shared.endpoints.forget();
+    }
+
     async fn snapshot(&self) -> Result<Snapshot, RegistryError> {
         self.shared.refuse_while_away()?;
         Ok(self.shared.list().await?.0.snapshot())

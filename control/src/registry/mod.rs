@@ -65,6 +65,10 @@ pub trait Registry: Send + Sync + 'static {
     /// Makes sure that this node's record is there, and lives for `ttl` from now.
     async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError>;
 
+    /// Does not go on with connections that were made before: this host's address has changed, and
+    /// answers may not find back to the old one.
+    fn reconnect(&self) {}
+
     /// Keeps the newest view at hand, beginning with `last`: the receiver changes when the registry
     /// does, also by leases that expire, and when it can be read no more, or again. Ends when every
     /// receiver is dropped.

@@ -1,0 +1,120 @@
+//! The external interface, chosen from what the host has now: at the start, and again whenever the
+//! kernel tells of a change.
+
+use std::net::IpAddr;
+
+use anyhow::Context;
+use weft_backends::netlink::{DefaultRoute, KernelRoute, Link, Netlink};
+use weft_backends::{BackendError, BackendKind, ExternalInterface, Options};
+use weft_control::{LeaseAttrs, NetworkConfig};
+
+use crate::flags::Settings;
+use crate::interface::{self, Chosen, Families, InterfaceError, Way};
+use crate::overlap;
+use crate::overlay::Overlay;
+
+/// What the host has.
+#[derive(Debug)]
+pub(crate) struct Surroundings {
+    pub(crate) links: Vec<Link>,
+    default_routes: Vec<DefaultRoute>,
+    routes: Vec<KernelRoute>,
+    /// The way to the address that was asked for.
+    way: Way,
+}
+
+impl Surroundings {
+    /// Looks around; `reach` is the address that `--iface-can-reach` names.
+    ///
+    /// # Errors
+    /// netlink failed.
+    pub(crate) async fn look(reach: Option<IpAddr>) -> anyhow::Result<Self> {
+        tokio::task::spawn_blocking(move || {
+            let netlink = Netlink::open().context("cannot open a netlink socket")?;
+            // An address that no route leads to has no way; the choice says so.
+            let way = reach.and_then(|ip| netlink.way_to(ip).ok());
+            Ok(Self {
+                links: netlink.links()?,
+                default_routes: netlink.default_routes()?,
+                routes: netlink.routes()?,
+                way: way.map(|(link, source)| Way { link, source }).unwrap_or_default(),
+            })
+        })
+        .await?
+    }
+
+    /// The interface that the flags ask for.
+    ///
+    /// # Errors
+    /// None can be used.
+    pub(crate) fn choose(
+        &self,
+        settings: &Settings,
+        config: &NetworkConfig,
+    ) -> Result<Chosen, InterfaceError> {
+        let families = Families { ipv4: config.ipv4.is_some(), ipv6: config.ipv6.is_some() };
+        interface::choose(&settings.wish, families, &self.links, &self.default_routes, self.way)
+    }
+
+    /// Why the overlay would cut off a host that is reached by this interface.
+    pub(crate) fn conflict(
+        &self,
+        settings: &Settings,
+        config: &NetworkConfig,
+        interface: &ExternalInterface,
+    ) -> Option<String> {
+        overlap::conflict(config, interface, &self.routes, &settings.registry)
+    }
+}
+
+/// What to go on with, now that the interface is not what is known of it; `None` if it is.
+///
+/// # Errors
+/// There is no interface to use, and why.
+pub(crate) async fn changed(
+    settings: &Settings,
+    config: &NetworkConfig,
+    known: &ExternalInterface,
+) -> Result<Option<ExternalInterface>, String> {
+    let look = Surroundings::look(settings.wish.can_reach).await;
+    let around = look.map_err(|error| format!("{error:#}"))?;
+    let chosen = around.choose(settings, config).map_err(|error| error.to_string())?.interface;
+    if chosen == *known {
+        return Ok(None);
+    }
+    around.conflict(settings, config, &chosen).map_or(Ok(Some(chosen)), Err)
+}
+
+/// A backend that is ready to begin on an interface.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) interface: ExternalInterface,
+    pub(crate) overlay: Overlay,
+    /// What goes into the lease.
+    pub(crate) attrs: LeaseAttrs,
+}
+
+impl Prepared {
+    /// Opens the backend, and has it check its options and the interface.
+    ///
+    /// # Errors
+    /// The inner error is the backend's; the outer one that it panicked.
+    pub(crate) async fn new(
+        settings: &Settings,
+        config: &NetworkConfig,
+        kind: BackendKind,
+        interface: ExternalInterface,
+    ) -> anyhow::Result<Result<Self, BackendError>> {
+        let options = Options {
+            guard: settings.guard,
+            workers: settings.workers,
+            tuning: settings.tuning.clone(),
+        };
+        let mut overlay = match weft_backends::open(kind, config, &interface, options) {
+            Ok(opened) => Overlay::new(opened),
+            Err(error) => return Ok(Err(error)),
+        };
+        let attrs = overlay.call(|backend| backend.prepare()).await?;
+        Ok(attrs.map(|attrs| Self { interface, overlay, attrs }))
+    }
+}
