@@ -13,7 +13,7 @@ use crate::netlink::Netlink;
 use crate::reconcile::{GatewayRoute, RouteChanges};
 use crate::{
     Backend, BackendError, BackendKind, BackendStatus, Desired, DesiredPeer, ExternalInterface,
-    Opened, Report, Started,
+    Opened, PeerWay, Report, Started, Way,
 };
 
 /// The host-gw backend.
@@ -21,7 +21,7 @@ use crate::{
 struct HostGw {
     interface: ExternalInterface,
     netlink: Netlink,
-    peers: Vec<(IpAddr, Vec<IpNetwork>)>,
+    peers: Vec<PeerWay>,
 }
 
 pub(crate) fn open(interface: ExternalInterface) -> Result<Opened, BackendError> {
@@ -59,7 +59,8 @@ impl Backend for HostGw {
             match self.routes(peer) {
                 Ok(found) => {
                     let subnets = found.iter().map(|route| route.destination).collect();
-                    self.peers.extend(found.first().map(|route| (route.gateway, subnets)));
+                    let way = |public_ip| PeerWay { public_ip, subnets, way: Way::Direct };
+                    self.peers.extend(found.first().map(|route| way(route.gateway)));
                     routes.extend(found);
                 }
                 Err(problem) => report.problems.push(problem),
@@ -85,15 +86,15 @@ impl Backend for HostGw {
         // What is refused is refused each time: it is no repair.
         report.changed = refused.len() < changes.set.len() || !changes.remove.is_empty();
         for (route, error) in refused {
-            for (_, subnets) in &mut self.peers {
-                subnets.retain(|subnet| *subnet != route.destination);
+            for peer in &mut self.peers {
+                peer.subnets.retain(|subnet| *subnet != route.destination);
             }
             report.problems.push(format!(
                 "{error}; the node {} must be on the same link as {name} for host-gw",
                 route.gateway
             ));
         }
-        self.peers.retain(|(_, subnets)| !subnets.is_empty());
+        self.peers.retain(|peer| !peer.subnets.is_empty());
         for error in self.netlink.remove_routes(&changes.remove) {
             report.problems.push(error.to_string());
         }

@@ -6,7 +6,6 @@ pub mod netlink;
 mod reconcile;
 mod udp_tun;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -17,7 +16,9 @@ use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
 use weft_engine::EngineError;
 
 pub use kernel_events::KernelEvents;
-pub use weft_engine::{DscpMode, Feature, GuardMode, IoKind, SourcePort, Tuning};
+pub use weft_engine::{
+    Counter, DscpMode, EngineMeter, Feature, FeatureState, GuardMode, IoKind, SourcePort, Tuning,
+};
 
 /// One way to carry overlay packets between hosts.
 ///
@@ -182,16 +183,40 @@ pub enum BackendEvent {
 }
 
 /// What a backend does at one moment.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct BackendStatus {
-    /// The peers that packets go to: where to, and what lies there.
-    pub peers: Vec<(IpAddr, Vec<IpNetwork>)>,
-    /// How the packet engine does input and output, where it carries the packets.
-    pub io: Option<String>,
-    /// What the kernel does for many packets at once, by name, and whether it is in use.
-    pub offloads: BTreeMap<String, bool>,
-    /// By name; they begin at zero with each [`Backend::start`].
-    pub counters: BTreeMap<String, u64>,
+    /// The peers that packets go to.
+    pub peers: Vec<PeerWay>,
+    /// The packet engine, where it carries the packets; a new one with each [`Backend::start`].
+    pub engine: Option<EngineMeter>,
+}
+
+/// How packets go to one peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerWay {
+    /// Where they are sent.
+    pub public_ip: IpAddr,
+    /// What lies there.
+    pub subnets: Vec<IpNetwork>,
+    pub way: Way,
+}
+
+/// Whether packets are wrapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    Tunnel,
+    /// Routed as they are.
+    Direct,
+}
+
+impl Way {
+    /// The name in status and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tunnel => "tunnel",
+            Self::Direct => "direct",
+        }
+    }
 }
 
 /// Why a backend cannot work.

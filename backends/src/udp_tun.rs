@@ -14,14 +14,12 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::{self, UnboundedSender};
 use weft_control::{Lease, LeaseAttrs, NetworkConfig};
-use weft_engine::{
-    Counter, EcnMode, Engine, EngineConfig, EngineHandle, Feature, Peer, RouteTable, overhead,
-};
+use weft_engine::{EcnMode, Engine, EngineConfig, EngineHandle, Peer, RouteTable, overhead};
 
 use crate::netlink::{Link, Netlink, ROUTE_PROTOCOL};
 use crate::{
     Backend, BackendError, BackendEvent, BackendStatus, Desired, DesiredPeer, ExternalInterface,
-    Opened, Options, Report, Started,
+    Opened, Options, PeerWay, Report, Started, Way,
 };
 
 /// The name that flannel's device has; the kernel puts the next free number.
@@ -52,7 +50,7 @@ struct UdpTun {
 struct Running {
     engine: EngineHandle,
     device: String,
-    peers: Vec<(IpAddr, Vec<IpNetwork>)>,
+    peers: Vec<PeerWay>,
     /// What the engine's routes were made of.
     published: Option<Desired>,
 }
@@ -136,8 +134,7 @@ impl Backend for UdpTun {
             && running.published.as_ref() != Some(desired)
         {
             running.published = Some(desired.clone());
-            running.peers =
-                peers.iter().map(|peer| (peer.endpoint.ip(), peer.subnets.clone())).collect();
+            running.peers = peers.iter().map(way_to).collect();
             let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
             running.engine.publish(RouteTable::new(&local, peers));
         }
@@ -155,15 +152,7 @@ impl Backend for UdpTun {
         let Some(running) = &self.running else {
             return BackendStatus::default();
         };
-        let counter =
-            |counter: &Counter| (counter.name().to_owned(), running.engine.counter(*counter));
-        let offload = |it: &Feature| (it.name().to_owned(), running.engine.has(*it));
-        BackendStatus {
-            peers: running.peers.clone(),
-            io: Some(running.engine.io().name().to_owned()),
-            offloads: Feature::ALL.iter().map(offload).collect(),
-            counters: Counter::ALL.iter().map(counter).collect(),
-        }
+        BackendStatus { peers: running.peers.clone(), engine: Some(running.engine.meter()) }
     }
 }
 
@@ -267,6 +256,10 @@ fn accept_own_address(device: &str) {
              (make /proc/sys/net writable for weftd)"
         );
     }
+}
+
+fn way_to(peer: &Peer) -> PeerWay {
+    PeerWay { public_ip: peer.endpoint.ip(), subnets: peer.subnets.clone(), way: Way::Tunnel }
 }
 
 /// `None` where the peer has no address of our underlay's family.

@@ -75,20 +75,22 @@ pub(crate) async fn changed(
     settings: &Settings,
     config: &NetworkConfig,
     known: &ExternalInterface,
-) -> Result<Option<ExternalInterface>, String> {
+) -> Result<Option<Chosen>, String> {
     let look = Surroundings::look(settings.wish.can_reach).await;
     let around = look.map_err(|error| format!("{error:#}"))?;
-    let chosen = around.choose(settings, config).map_err(|error| error.to_string())?.interface;
-    if chosen == *known {
+    let chosen = around.choose(settings, config).map_err(|error| error.to_string())?;
+    if chosen.interface == *known {
         return Ok(None);
     }
-    around.conflict(settings, config, &chosen).map_or(Ok(Some(chosen)), Err)
+    around.conflict(settings, config, &chosen.interface).map_or(Ok(Some(chosen)), Err)
 }
 
 /// A backend that is ready to begin on an interface.
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) interface: ExternalInterface,
+    /// Why it is this one.
+    pub(crate) why: String,
     pub(crate) overlay: Overlay,
     /// What goes into the lease.
     pub(crate) attrs: LeaseAttrs,
@@ -103,8 +105,9 @@ impl Prepared {
         settings: &Settings,
         config: &NetworkConfig,
         kind: BackendKind,
-        interface: ExternalInterface,
+        chosen: Chosen,
     ) -> anyhow::Result<Result<Self, BackendError>> {
+        let Chosen { interface, why } = chosen;
         let options = Options {
             guard: settings.guard,
             workers: settings.workers,
@@ -115,6 +118,6 @@ impl Prepared {
             Err(error) => return Ok(Err(error)),
         };
         let attrs = overlay.call(|backend| backend.prepare()).await?;
-        Ok(attrs.map(|attrs| Self { interface, overlay, attrs }))
+        Ok(attrs.map(|attrs| Self { interface, why, overlay, attrs }))
     }
 }

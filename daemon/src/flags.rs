@@ -22,6 +22,7 @@ use weft_control::Secret;
 use crate::directories::{RUN_DIR, STATE_DIR};
 use crate::firewall::FirewallKind;
 use crate::interface::Pattern;
+use crate::log::LogFormat;
 
 pub use engine::EngineFlags;
 pub use parse::{one_line, parse};
@@ -214,6 +215,10 @@ pub struct LoggingFlags {
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = log_level)]
     #[arg(verbatim_doc_comment)]
     pub log_level: String,
+    /// How it is logged: text, with fields for the journal where there is one; or json, an object a
+    /// line
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
     /// flannel's log level; changes nothing, see --log-level
     #[arg(long, value_name = "LEVEL")]
     pub v: Option<i32>,
@@ -275,7 +280,7 @@ fn cidr(text: &str) -> Result<IpNetwork, &'static str> {
     network.ok_or("give a network with its length, as in 10.42.0.0/16")
 }
 
-fn log_level(text: &str) -> Result<String, String> {
+pub(crate) fn log_level(text: &str) -> Result<String, String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
     // The filter would take a misspelt level for the name of a module, and log nothing else.
     let misspelt = text

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context;
+use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval};
@@ -17,6 +18,7 @@ use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
 use weft_control::{Lease, LeaseAttrs, NetworkConfig, Registry, View};
 
+use crate::board::Board;
 use crate::external::{self, Prepared};
 use crate::firewall::Firewall;
 use crate::flags::Settings;
@@ -27,7 +29,6 @@ use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::repairs::Repairs;
 use crate::state_file::{LastKnown, StateFile};
-use crate::status::{self, PeerStatus, Status};
 
 /// The slow timer: everything is reconciled even if nothing was heard.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
@@ -48,6 +49,7 @@ pub(crate) struct Forwarding<'a> {
     pub(crate) kind: BackendKind,
     pub(crate) place: &'a Place,
     pub(crate) started: Started,
+    pub(crate) board: &'a Board,
 }
 
 /// Why the loop ended.
@@ -140,6 +142,7 @@ impl Forwarding<'_> {
                     let View { snapshot, readable } = watch.borrow_and_update().clone();
                     let is_back = readable && !turn.readable;
                     turn.readable = readable;
+                    self.tell_registry(readable);
                     if !readable {
                         self.reconcile(&snapshot, overlay, &mut turn).await?;
                         continue;
@@ -161,6 +164,7 @@ impl Forwarding<'_> {
                     let snapshot = watch.borrow().snapshot.clone();
                     if self.reconcile(&snapshot, overlay, &mut turn).await? {
                         tracing::warn!("somebody changed links or routes of weft's; put them right");
+                        self.board.update(|status| status.repairs += 1);
                         if turn.repairs.count() {
                             // Says that it is given up.
                             self.reconcile(&snapshot, overlay, &mut turn).await?;
@@ -187,9 +191,6 @@ impl Forwarding<'_> {
                 }
                 Ok(()) = firewall.changed() => self.tell_health(&turn),
                 BackendEvent::Lost(reason) = overlay.event() => return Ok(Ended::Lost(reason)),
-                Ok(asker) = self.place.socket.accept() => {
-                    status::answer(asker, &self.status(overlay, &turn));
-                }
             }
         }
     }
@@ -212,10 +213,10 @@ impl Forwarding<'_> {
                 return Ok(None);
             }
         };
-        let other_addresses = next.other_addresses.clone();
-        if (ExternalInterface { other_addresses, ..turn.interface.clone() }) == next {
+        let other_addresses = next.interface.other_addresses.clone();
+        if (ExternalInterface { other_addresses, ..turn.interface.clone() }) == next.interface {
             turn.stuck = None;
-            turn.interface = next;
+            turn.interface = next.interface;
             publish.reset_immediately();
             return Ok(None);
         }
@@ -304,6 +305,17 @@ impl Forwarding<'_> {
         if !turn.subnet_file_written {
             turn.subnet_file_written = self.write_subnet_file(turn);
         }
+        let subnets: Vec<IpNetwork> = turn.lease.key.networks().collect();
+        self.board.backend(overlay.status(), &snapshot.nodes);
+        self.board.update(|status| {
+            status.reconciliations += 1;
+            status.problems = turn.problems.iter().cloned().collect();
+            if status.subnets != subnets {
+                status.subnets = subnets;
+                status.lease_since = Some(Timestamp::now());
+            }
+            status.lease_expires = end(&turn.lease);
+        });
         self.tell_health(turn);
         Ok(report.changed)
     }
@@ -390,8 +402,9 @@ impl Forwarding<'_> {
             version: env!("CARGO_PKG_VERSION").into(),
             mtu: self.started.mtu,
         };
-        if let Err(error) = self.registry.publish_node(&record, NODE_TTL).await {
-            tracing::warn!("cannot publish this node's record: {error}");
+        match self.registry.publish_node(&record, NODE_TTL).await {
+            Ok(()) => self.tell_registry(true),
+            Err(error) => tracing::warn!("cannot publish this node's record: {error}"),
         }
     }
 
@@ -403,6 +416,7 @@ impl Forwarding<'_> {
             Ok(Some(lease)) => {
                 tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
                 turn.hold(lease, attrs, self.settings.renewal().0);
+                self.board.update(|status| status.lease_expires = end(&turn.lease));
                 return true;
             }
             Ok(None) => {
@@ -413,34 +427,13 @@ impl Forwarding<'_> {
         false
     }
 
-    fn status(&self, overlay: &Overlay, turn: &Turn) -> Status {
-        let backend = overlay.status();
-        let peers = backend.peers.into_iter();
-        let firewall = self.firewall.state();
-        Status {
-            pid: std::process::id(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            node_id: self.place.node.id.clone(),
-            state: "forwarding".into(),
-            registry: self.registry.describe(),
-            backend: Some(self.kind.to_string()),
-            interface: Some(turn.interface.name.clone()),
-            public_ip: Some(self.place.public_ip),
-            device: Some(self.started.device.clone()),
-            mtu: Some(self.started.mtu),
-            subnets: turn.lease.key.networks().collect(),
-            lease_expires: match turn.lease.expires {
-                Expiry::At(end) => Some(end.to_string()),
-                Expiry::Never | Expiry::Unknown => None,
-            },
-            peers: peers.map(|(public_ip, subnets)| PeerStatus { subnets, public_ip }).collect(),
-            problems: turn.problems.iter().cloned().chain(firewall.problem).collect(),
-            firewall: firewall.by,
-            firewall_repairs: firewall.repairs,
-            io: backend.io,
-            offloads: backend.offloads,
-            counters: backend.counters,
-        }
+    fn tell_registry(&self, readable: bool) {
+        self.board.update(|status| {
+            status.registry_readable = readable;
+            if readable {
+                status.registry_answered = Some(Timestamp::now());
+            }
+        });
     }
 }
 
@@ -472,6 +465,14 @@ fn remember(file: &mut StateFile<LastKnown>, turn: &Turn, snapshot: &Snapshot) {
     let known = LastKnown { lease: turn.lease.clone(), snapshot: snapshot.clone() };
     if let Err(error) = file.save(&known) {
         tracing::warn!("cannot remember what the registry said: {error:#}");
+    }
+}
+
+/// When a lease ends, where that is known.
+fn end(lease: &Lease) -> Option<Timestamp> {
+    match lease.expires {
+        Expiry::At(end) => Some(end),
+        Expiry::Never | Expiry::Unknown => None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! weftd, the overlay network daemon, and weft, the operator's command.
 
+mod board;
 pub mod cni;
 pub mod directories;
 pub mod docker_opts;
@@ -13,6 +14,7 @@ mod http;
 pub mod interface;
 pub mod lab;
 mod leasing;
+pub mod log;
 pub mod netns;
 mod node;
 mod notify;
@@ -25,6 +27,7 @@ pub mod registry_command;
 mod repairs;
 mod retry;
 pub mod run;
+pub mod socket;
 mod state_file;
 pub mod status;
 pub mod status_command;

@@ -10,7 +10,7 @@ use weft_control::keeper::Identity;
 
 use crate::flags::Settings;
 use crate::node::{Node, NodeFiles};
-use crate::status::StatusSocket;
+use crate::socket::Socket;
 
 /// One node's place.
 #[derive(Debug)]
@@ -20,23 +20,24 @@ pub(crate) struct Place {
     /// The first of the addresses that other nodes send to.
     pub(crate) public_ip: IpAddr,
     pub(crate) node: Node,
-    pub(crate) socket: StatusSocket,
+    socket: Socket,
 }
 
 impl Place {
-    /// Takes it, for the daemon that uses the registry of this identity.
+    /// Takes it, for the daemon that uses the registry of this identity; the socket gets its name.
     ///
     /// # Errors
     /// Another daemon has it, or a directory cannot be written to.
     pub(crate) fn take(
         settings: &Settings,
         registry: &str,
+        mut socket: Socket,
         interface: ExternalInterface,
         attrs: LeaseAttrs,
     ) -> anyhow::Result<Self> {
         let public_ip = public_ip(&attrs)?;
         let node = Node::claim(files(settings, registry, public_ip))?;
-        let socket = StatusSocket::open(&node.files.socket)?;
+        socket.move_to(&node.files.socket)?;
         let identity = Identity { node_id: node.id.clone(), attrs };
         Ok(Self { interface, identity, public_ip, node, socket })
     }
@@ -55,7 +56,7 @@ impl Place {
         let public_ip = public_ip(&attrs)?;
         if public_ip != self.public_ip {
             self.node.move_to(files(settings, registry, public_ip))?;
-            self.socket = StatusSocket::open(&self.node.files.socket)?;
+            self.socket.move_to(&self.node.files.socket)?;
         }
         self.interface = interface;
         self.identity.attrs = attrs;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::thread::{CapabilitySet, capabilities};
-use weft_backends::{BackendError, BackendKind, KernelEvents, Started};
+use weft_backends::{BackendError, BackendKind, ExternalInterface, KernelEvents, Started};
 use weft_control::firewall::Rules;
 use weft_control::keeper;
 use weft_control::lease::{Expiry, Snapshot};
@@ -17,6 +17,7 @@ use weft_control::registry::minimal_config;
 use weft_control::subnet_env::read_previous;
 use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry};
 
+use crate::board::Board;
 use crate::external::{self, Prepared, Surroundings};
 use crate::firewall::{Firewall, Wanted};
 use crate::flags::{Flags, Note, Settings};
@@ -24,12 +25,14 @@ use crate::forwarding::{Ended, Forwarding, expiry};
 use crate::health::Health;
 use crate::http;
 use crate::leasing::Claim;
+use crate::log::Log;
 use crate::notify;
 use crate::overlap;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::registry::{self, config_file};
 use crate::retry::Repeats;
+use crate::socket::Socket;
 use crate::state_file::{LastKnown, StateFile};
 
 /// How often a missing config is looked for, as flannel does.
@@ -39,12 +42,13 @@ pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// What ends the daemon; see the module.
-pub async fn run(flags: Flags, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+pub async fn run(flags: Flags, log: Log, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
     let settings = flags.settings()?;
     settings.notes.iter().for_each(Note::log);
     let health = Health::new();
+    let board = Board::new(log, &health);
     tokio::select! {
-        outcome = serve(&settings, &health) => outcome,
+        outcome = serve(&settings, &health, &board) => outcome,
         () = notify::tell(health.watch()) => bail!("nobody knows any more how the daemon is"),
         () = shutdown => {
             tracing::info!(
@@ -56,12 +60,14 @@ pub async fn run(flags: Flags, shutdown: impl Future<Output = ()>) -> anyhow::Re
     }
 }
 
-async fn serve(settings: &Settings, health: &Health) -> anyhow::Result<()> {
+async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::Result<()> {
     require_net_admin()?;
+    let socket = Socket::open(&settings.run_dir, board.clone())?;
     if let Some(address) = settings.health {
         http::serve(address, health.watch()).await?;
     }
     let registry = registry::open(settings, health).await?;
+    board.update(|status| status.registry = registry.describe());
     let mut said = Repeats::told_to(health);
     let mut backoff = Backoff::default();
     loop {
@@ -74,11 +80,12 @@ async fn serve(settings: &Settings, health: &Health) -> anyhow::Result<()> {
             continue;
         }
         tracing::info!(interface = chosen.interface.name, why = chosen.why, "external interface");
-        match Prepared::new(settings, &config, kind, chosen.interface).await? {
+        board.update(|status| status.backend = Some(kind.to_string()));
+        match Prepared::new(settings, &config, kind, chosen).await? {
             Ok(prepared) => {
                 let registry = registry.as_ref();
-                let daemon = Daemon { settings, registry, health, text, config, kind };
-                return daemon.serve(prepared).await;
+                let daemon = Daemon { settings, registry, health, board, text, config, kind };
+                return daemon.serve(prepared, socket).await;
             }
             Err(error) => end_or_warn(error, &mut said)?,
         }
@@ -91,6 +98,7 @@ struct Daemon<'a> {
     settings: &'a Settings,
     registry: &'a dyn Registry,
     health: &'a Health,
+    board: &'a Board,
     /// The config as the registry has it.
     text: String,
     config: NetworkConfig,
@@ -105,9 +113,9 @@ struct Station {
 }
 
 impl Daemon<'_> {
-    async fn serve(&self, prepared: Prepared) -> anyhow::Result<()> {
+    async fn serve(&self, prepared: Prepared, socket: Socket) -> anyhow::Result<()> {
         let (settings, registry, health) = (self.settings, self.registry, self.health);
-        let mut station = self.take_station(prepared)?;
+        let mut station = self.take_station(prepared, socket)?;
         let claim = Claim {
             config: &self.config,
             identity: &station.place.identity,
@@ -120,11 +128,17 @@ impl Daemon<'_> {
         let by_config = self.config.enable_nftables;
         let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
+        self.board.firewall(firewall.watch());
         loop {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
             let started = self.start(&mut station, &lease).await?;
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
+            self.board.update(|status| {
+                status.device = Some(started.device.clone());
+                status.mtu = Some(started.mtu);
+                status.mtu_why = Some(mtu_why(&station.place.interface, started.mtu));
+            });
             let Surroundings { links, .. } = Surroundings::look(None).await?;
             for stray in overlap::strays(&self.config, &lease.key, &links, &started.device) {
                 tracing::warn!("{stray}");
@@ -140,6 +154,7 @@ impl Daemon<'_> {
                 kind: self.kind,
                 place,
                 started,
+                board: self.board,
             };
             match forwarding
                 .run(overlay, &self.config, lease.clone(), &mut watch, last_known)
@@ -162,9 +177,11 @@ impl Daemon<'_> {
         }
     }
 
-    fn take_station(&self, prepared: Prepared) -> anyhow::Result<Station> {
-        let Prepared { interface, overlay, attrs } = prepared;
-        let place = Place::take(self.settings, &self.registry.identity(), interface, attrs)?;
+    fn take_station(&self, prepared: Prepared, socket: Socket) -> anyhow::Result<Station> {
+        let Prepared { interface, why, overlay, attrs } = prepared;
+        let registry = self.registry.identity();
+        let place = Place::take(self.settings, &registry, socket, interface, attrs)?;
+        self.tell_place(&place, why);
         let last_known = StateFile::new(place.node.files.last_known.clone());
         tracing::info!(node = place.node.id, public_ip = %place.public_ip,
             registry = self.registry.describe(), "this node");
@@ -174,7 +191,7 @@ impl Daemon<'_> {
     /// Moves to the interface as it is now. The backend that was there ends first: both may want one
     /// device, or one port.
     async fn move_station(&self, station: &mut Station, prepared: Prepared) -> anyhow::Result<()> {
-        let Prepared { interface, overlay, attrs } = prepared;
+        let Prepared { interface, why, overlay, attrs } = prepared;
         station.overlay.call(|backend| backend.stop()).await?;
         station.overlay = overlay;
         self.registry.reconnect();
@@ -185,8 +202,18 @@ impl Daemon<'_> {
         );
         let registry = self.registry.identity();
         station.place.move_to(self.settings, &registry, interface, attrs)?;
+        self.tell_place(&station.place, why);
         station.last_known = StateFile::new(station.place.node.files.last_known.clone());
         Ok(())
+    }
+
+    fn tell_place(&self, place: &Place, why: String) {
+        self.board.update(|status| {
+            status.node_id.clone_from(&place.node.id);
+            status.public_ip = Some(place.public_ip);
+            status.interface = Some(place.interface.name.clone());
+            status.interface_why = Some(why);
+        });
     }
 
     /// Starts the backend, however often it takes, on whatever the external interface becomes
@@ -249,6 +276,15 @@ impl Daemon<'_> {
         // Gone again in this very moment, it must not look as if there were no peers.
         let known = || file.load().map(|(known, _)| known.snapshot).unwrap_or_default();
         (lease, self.registry.snapshot().await.unwrap_or_else(|_| known()))
+    }
+}
+
+/// How containers' MTU was found.
+fn mtu_why(interface: &ExternalInterface, mtu: u32) -> String {
+    let ExternalInterface { name, mtu: external, .. } = interface;
+    match external.saturating_sub(mtu) {
+        0 => format!("that of {name}"),
+        headers => format!("{external} of {name}, less {headers} for what packets are wrapped in"),
     }
 }
 

@@ -1,66 +1,87 @@
-//! What a running weftd says of itself: one JSON document per connection to a Unix socket in its
-//! run directory.
+//! What a running weftd says of itself, as a document with a version.
 
 use std::collections::BTreeMap;
-use std::fs::{self, Permissions};
-use std::io::{self, Read};
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use ipnetwork::IpNetwork;
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use tokio::io::AsyncWriteExt;
-use tokio::net::UnixListener;
 
-/// How long either end of the socket waits for the other.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+use crate::log::LogLine;
+use crate::socket::{self, Request};
 
-/// The state of one daemon at one moment.
+/// The version of the document. It grows when a field goes or changes its meaning; new fields alone
+/// do not change it.
+pub const SCHEMA: u32 = 1;
+
+/// The state of one daemon at one moment; `docs/status.md` tells of each field.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// The version of this document: [`SCHEMA`].
+    pub schema: u32,
     /// Process id.
     pub pid: u32,
     /// weft's version.
     pub version: String,
-    /// This node's id, made once and kept in the state directory.
+    /// When the daemon was started.
+    pub started: Timestamp,
+    /// This node's id, made once and kept in the state directory; empty until it is known.
     pub node_id: String,
-    /// What the daemon is doing: "waiting for the network config", "forwarding", …
+    /// "forwarding", or what the daemon waits for.
     pub state: String,
-    /// Where leases are kept, as in `--registry`.
+    /// Whether it forwards and nothing is wrong, as `/readyz` has it.
+    pub ready: bool,
+    /// Leases that are in the registry but not forwarded to, and what else could not be done.
+    pub problems: Vec<String>,
+    /// Where leases are kept.
     pub registry: String,
+    /// Whether the registry can be read; while it cannot, all stays as it was.
+    pub registry_readable: bool,
+    /// When the registry last answered.
+    pub registry_answered: Option<Timestamp>,
     /// The backend in use.
     pub backend: Option<String>,
     /// The external interface.
     pub interface: Option<String>,
+    /// Why it is this one.
+    pub interface_why: Option<String>,
     /// The address that other nodes send to.
     pub public_ip: Option<IpAddr>,
     /// The overlay device.
     pub device: Option<String>,
     /// The MTU handed to containers.
     pub mtu: Option<u32>,
+    /// How it was found.
+    pub mtu_why: Option<String>,
     /// The subnets of our lease.
     pub subnets: Vec<IpNetwork>,
-    /// When the lease expires if it is not renewed, RFC 3339; absent for a reservation.
-    pub lease_expires: Option<String>,
+    /// Since when this daemon has had the lease.
+    pub lease_since: Option<Timestamp>,
+    /// When the lease expires if it is not renewed; absent for a reservation.
+    pub lease_expires: Option<Timestamp>,
     /// Peers that traffic is forwarded to.
     pub peers: Vec<PeerStatus>,
-    /// Leases that are in the registry but not forwarded to, and what else could not be done.
-    pub problems: Vec<String>,
     /// What writes the firewall's rules.
     pub firewall: Option<String>,
+    /// Whether they are as they should be; absent until they were first written.
+    pub firewall_in_place: Option<bool>,
     /// How often rules that somebody else changed were put back.
     pub firewall_repairs: u64,
+    /// How often everything was compared with what it should be.
+    pub reconciliations: u64,
+    /// How often links or routes that somebody else changed were put right.
+    pub repairs: u64,
     /// How the packet engine does input and output: "uring" or "mmsg".
     pub io: Option<String>,
-    /// What the kernel does for many packets at once, by the names of `--offload`, and whether it is
-    /// in use: switched off, refused, or never there is `false`.
-    pub offloads: BTreeMap<String, bool>,
-    /// The backend's counters by name, summed over workers.
+    /// What the kernel does for many packets at once, by the names of `--offload`: "on", "off" by a
+    /// flag, "missing" in this kernel, or "refused" by it.
+    pub offloads: BTreeMap<String, String>,
+    /// The packet engine's counters by name, summed over workers, since the backend started.
     pub counters: BTreeMap<String, u64>,
+    /// The last changes of state, the newest last.
+    pub changes: Vec<LogLine>,
 }
 
 /// One peer.
@@ -70,6 +91,12 @@ pub struct PeerStatus {
     pub subnets: Vec<IpNetwork>,
     /// The address that we send to.
     pub public_ip: IpAddr,
+    /// "tunnel", or "direct" where packets go unwrapped.
+    pub way: String,
+    /// The host's name, which only weft nodes publish.
+    pub name: Option<String>,
+    /// weft's version there; absent for a flannel node.
+    pub version: Option<String>,
 }
 
 /// Asks the one daemon whose run directory this is.
@@ -84,89 +111,48 @@ pub fn read(run_dir: &Path) -> anyhow::Result<Status> {
     }
 }
 
-/// Asks all daemons with this run directory. Sockets of daemons that are gone are passed over.
+/// Asks all daemons with this run directory.
 ///
 /// # Errors
 /// None runs, or one does not answer within two seconds.
 pub fn read_all(run_dir: &Path) -> anyhow::Result<Vec<Status>> {
-    let mut answers = Vec::new();
-    for socket in sockets(run_dir)? {
-        let context = || format!("weftd does not answer at {}", socket.display());
-        match ask(&socket) {
-            Ok(answer) => answers.push(answer),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            Err(error) => return Err(error).with_context(context),
-        }
-    }
-    if answers.is_empty() {
-        bail!(
-            "no weftd runs with --run-dir {}; start it, or name its --run-dir",
-            run_dir.display()
-        );
-    }
-    Ok(answers)
+    socket::ask_all(run_dir, &Request::Status)
 }
 
-/// The sockets there, in the order of their names.
-fn sockets(run_dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let context = || format!("no weftd runs with --run-dir {}", run_dir.display());
-    let entries = fs::read_dir(run_dir).with_context(context)?;
-    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut sockets: Vec<PathBuf> =
-        paths.filter(|path| path.extension().is_some_and(|ext| ext == "sock")).collect();
-    sockets.sort();
-    Ok(sockets)
-}
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
 
-fn ask(socket: &Path) -> io::Result<Status> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok(serde_json::from_str(&text)?)
-}
+    use serde_json::Value;
 
-/// The daemon's end: whoever connects gets one [`Status`].
-#[derive(Debug)]
-pub(crate) struct StatusSocket {
-    listener: UnixListener,
-    path: PathBuf,
-}
+    use super::*;
 
-impl StatusSocket {
-    /// Listens at `path`, which only root may connect to. What a killed daemon left there goes:
-    /// the caller holds the lock that belongs to the name.
-    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
-        if path.exists() {
-            fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
-        }
-        let listener = UnixListener::bind(path)
-            .with_context(|| format!("cannot listen at {}; see --run-dir", path.display()))?;
-        fs::set_permissions(path, Permissions::from_mode(0o600))
-            .with_context(|| format!("cannot restrict {}", path.display()))?;
-        Ok(Self { listener, path: path.to_owned() })
+    /// The names in the first column of a document's tables.
+    fn documented(document: &str) -> BTreeSet<String> {
+        let rows = document.lines().filter_map(|line| line.strip_prefix("| `"));
+        rows.filter_map(|row| Some(row.split_once('`')?.0.to_owned())).collect()
     }
 
-    /// The next one who asks.
-    pub(crate) async fn accept(&self) -> io::Result<tokio::net::UnixStream> {
-        Ok(self.listener.accept().await?.0)
+    fn names(prefix: &str, value: &Value) -> BTreeSet<String> {
+        let fields = value.as_object().into_iter().flatten();
+        fields.map(|(name, _)| format!("{prefix}{name}")).collect()
     }
-}
 
-impl Drop for StatusSocket {
-    fn drop(&mut self) {
-        // Left behind, it is removed by the next start.
-        let _ = fs::remove_file(&self.path);
+    #[test]
+    fn every_field_is_documented_and_nothing_else() {
+        let line = LogLine { at: Timestamp::UNIX_EPOCH, level: String::new(), text: String::new() };
+        let peer = PeerStatus {
+            subnets: Vec::new(),
+            public_ip: IpAddr::from([192, 0, 2, 1]),
+            way: String::new(),
+            name: None,
+            version: None,
+        };
+        let mut fields = names("", &serde_json::to_value(Status::default()).unwrap());
+        fields.extend(names("peers[].", &serde_json::to_value(peer).unwrap()));
+        fields.extend(names("changes[].", &serde_json::to_value(line).unwrap()));
+        let document = include_str!("../../docs/status.md");
+        let document = document.split("## The socket").next().unwrap();
+        assert_eq!(documented(document), fields);
     }
-}
-
-/// Answers one who asked, without waiting for one who does not listen.
-pub(crate) fn answer(mut stream: tokio::net::UnixStream, status: &Status) {
-    let Ok(text) = serde_json::to_vec(status) else {
-        return;
-    };
-    tokio::spawn(async move {
-        // Whoever hangs up or stalls misses the answer; nobody else is concerned.
-        let _ = tokio::time::timeout(ANSWER_TIMEOUT, stream.write_all(&text)).await;
-    });
 }

@@ -1,7 +1,7 @@
 //! What the kernel does for many packets at once, and may refuse: found out at start, switched off
 //! by hand, or given up at the first refusal. A feature that has fallen stays down.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// One of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,30 +47,63 @@ impl Feature {
     }
 }
 
+/// Whether a feature is in use, and if not, why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FeatureState {
+    On,
+    /// By a flag.
+    Off,
+    /// This kernel, or this way to do input and output, has no such thing.
+    Missing,
+    /// The kernel refused it while packets flowed.
+    Refused,
+}
+
+impl FeatureState {
+    const ALL: [Self; 4] = [Self::On, Self::Off, Self::Missing, Self::Refused];
+
+    /// The name in status.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Off => "off",
+            Self::Missing => "missing",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 /// Which features are in use; shared by all threads.
 #[derive(Debug)]
-pub struct Features([AtomicBool; Feature::ALL.len()]);
+pub struct Features([AtomicU8; Feature::ALL.len()]);
 
 impl Features {
     /// All but these.
     pub fn without(off: &[Feature]) -> Self {
-        let features = Self([const { AtomicBool::new(true) }; Feature::ALL.len()]);
+        let features = Self([const { AtomicU8::new(FeatureState::On as u8) }; Feature::ALL.len()]);
         for feature in off {
-            features.fall(*feature);
+            features.fall(*feature, FeatureState::Off);
         }
         features
     }
 
     pub fn has(&self, feature: Feature) -> bool {
-        self.0[feature as usize].load(Ordering::Relaxed)
+        self.0[feature as usize].load(Ordering::Relaxed) == FeatureState::On as u8
     }
 
-    /// Gives the feature up, and what needs it; says whether it was in use until now.
-    pub fn fall(&self, feature: Feature) -> bool {
+    pub fn state(&self, feature: Feature) -> FeatureState {
+        FeatureState::ALL[usize::from(self.0[feature as usize].load(Ordering::Relaxed))]
+    }
+
+    /// Gives the feature up for this reason, and what needs it; says whether it was in use until now.
+    pub fn fall(&self, feature: Feature, why: FeatureState) -> bool {
         if feature == Feature::TunUso {
-            self.fall(Feature::UdpCoalesce);
+            self.fall(Feature::UdpCoalesce, why);
         }
-        self.0[feature as usize].swap(false, Ordering::Relaxed)
+        let (on, why) = (FeatureState::On as u8, why as u8);
+        let cell = &self.0[feature as usize];
+        cell.compare_exchange(on, why, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }
 
@@ -83,8 +116,11 @@ mod tests {
         let features = Features::without(&[Feature::UdpGro]);
         assert!(!features.has(Feature::UdpGro) && features.has(Feature::TunUso));
         assert!(features.has(Feature::UdpCoalesce));
-        assert!(features.fall(Feature::TunUso));
-        assert!(!features.fall(Feature::TunUso));
+        assert!(features.fall(Feature::TunUso, FeatureState::Missing));
+        assert!(!features.fall(Feature::TunUso, FeatureState::Refused));
+        assert_eq!(features.state(Feature::TunUso), FeatureState::Missing);
+        assert_eq!(features.state(Feature::UdpGro), FeatureState::Off);
+        assert_eq!(features.state(Feature::TunTso), FeatureState::On);
         assert!(!features.has(Feature::UdpCoalesce));
         assert!(features.has(Feature::TcpCoalesce));
     }

@@ -29,6 +29,7 @@ pub mod features;
 pub mod guard;
 pub mod icmp;
 mod io;
+mod meter;
 pub mod offload;
 pub mod packet;
 pub mod routes;
@@ -55,8 +56,9 @@ use arc_swap::ArcSwap;
 use crossbeam::channel::{self, Sender};
 
 pub use ecn::{DscpMode, EcnMode};
-pub use features::Feature;
+pub use features::{Feature, FeatureState};
 pub use guard::GuardMode;
+pub use meter::EngineMeter;
 pub use routes::{Peer, RouteTable};
 pub use stats::Counter;
 // For the benchmarks, which compare forwarders on one and the same device.
@@ -280,7 +282,7 @@ fn choose_io(wish: Option<IoKind>, features: &Features) -> Result<IoKind, Engine
     };
     // Reading on and on is the ring's, and not every kernel's.
     if !matches!(probed, Some(Ok(true))) {
-        features.fall(Feature::MultishotRead);
+        features.fall(Feature::MultishotRead, FeatureState::Missing);
     }
     match probed {
         None => Ok(IoKind::Mmsg),
@@ -314,19 +316,10 @@ impl EngineHandle {
         self.routes.store(Arc::new(routes));
     }
 
-    /// How input and output are done.
-    pub fn io(&self) -> IoKind {
-        self.io
-    }
-
-    /// Whether a feature is in use.
-    pub fn has(&self, feature: Feature) -> bool {
-        self.features.has(feature)
-    }
-
-    /// A counter, summed over all threads.
-    pub fn counter(&self, counter: Counter) -> u64 {
-        self.threads.iter().map(|thread| thread.stats.get(counter)).sum()
+    /// What can be read of it at any time, from any thread.
+    pub fn meter(&self) -> EngineMeter {
+        let stats = self.threads.iter().map(|thread| Arc::clone(&thread.stats)).collect();
+        EngineMeter::new(self.io, Arc::clone(&self.features), stats)
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use tun::AbstractDevice;
 
-use crate::features::{Feature, Features};
+use crate::features::{Feature, FeatureState, Features};
 use crate::sys;
 
 /// What is offered to the kernel (TUNSETOFFLOAD, include/uapi/linux/if_tun.h): TUN_F_CSUM, without
@@ -57,13 +57,14 @@ impl TunDevice {
     /// The kernel then hands over super-packets, as large as an IP packet can be. What it does not
     /// know falls.
     fn offer_offloads(&self, features: &Features) {
+        let lacks = |feature| features.fall(feature, FeatureState::Missing);
         loop {
             let tso = if features.has(Feature::TunTso) { TSO } else { 0 };
             let uso = if features.has(Feature::TunUso) { USO } else { 0 };
             let csum = if tso | uso == 0 { 0 } else { CSUM };
             let offer = sys::set_tun_offload(self.queues[0].as_fd(), csum | tso | uso);
             match offer {
-                Err(_) if features.fall(Feature::TunUso) || features.fall(Feature::TunTso) => {}
+                Err(_) if lacks(Feature::TunUso) || lacks(Feature::TunTso) => {}
                 // Nothing offered is what a new device has.
                 Ok(()) | Err(_) => return,
             }

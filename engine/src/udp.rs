@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::batch::{Outer, Transmit};
-use crate::features::{Feature, Features};
+use crate::features::{Feature, FeatureState, Features};
 use crate::sys;
 
 /// Ports that flows are spread over, where they are: so many that they hardly ever all fall to one
@@ -73,10 +73,10 @@ impl UdpSocket {
         if features.has(Feature::UdpGro)
             && sys::set_option(socket.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1).is_err()
         {
-            features.fall(Feature::UdpGro);
+            features.fall(Feature::UdpGro, FeatureState::Missing);
         }
         if sys::option(socket.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT).is_err() {
-            features.fall(Feature::UdpSegment);
+            features.fall(Feature::UdpSegment, FeatureState::Missing);
         }
         socket.socket.bind(&local.into())?;
         Ok(socket)

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 
 use crate::ecn::DscpMode;
-use crate::features::{Feature, Features};
+use crate::features::{Feature, FeatureState, Features};
 use crate::guard::Guard;
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
 use crate::io::{Completion, Direction, Files, Io, Wait};
@@ -73,7 +73,7 @@ impl Context {
 
     /// Gives a feature up because the kernel refused it, and says so once.
     pub(crate) fn fall(&self, feature: Feature, refusal: &io::Error) {
-        if self.features.fall(feature) {
+        if self.features.fall(feature, FeatureState::Refused) {
             tracing::warn!(
                 "the kernel refuses {name} ({refusal}); going on without it (--offload \
                  {name}=off says so from the start)",

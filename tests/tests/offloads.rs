@@ -64,7 +64,7 @@ fn one(from: &Arc<Container>, to: &Arc<Container>, bytes: u64) -> Result<()> {
 /// The kinds that are not in use.
 fn fallen(lab: &Lab) -> Result<Vec<String>> {
     let offloads = lab.status(0)?.offloads.into_iter();
-    Ok(offloads.filter(|(_, on)| !on).map(|(name, _)| name).collect())
+    Ok(offloads.filter(|(_, state)| state != "on").map(|(name, _)| name).collect())
 }
 
 #[test]

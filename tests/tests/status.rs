@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::Value;
 use weft_daemon::netns::NetNs;
-use weft_tests::{overlay, program};
+use weft_tests::{Weftd, overlay, program, until};
 
 /// What `weft` with these arguments answers: whether it succeeded, and its output.
 fn weft(netns: &NetNs, arguments: &[&str]) -> Result<(bool, String, String)> {
@@ -24,17 +24,62 @@ fn it_tells_people_and_programs() -> Result<()> {
     let lab = overlay(2)?;
     let host = lab.host(0);
     let run_dir = text(&host.run_dir)?;
+    let (_, json, _) = weft(&host.netns, &["--run-dir", run_dir, "status", "-o", "json"])?;
+    let daemons: Value = serde_json::from_str(&json)?;
+    let daemon = &daemons[0];
+    assert_eq!(daemon["schema"], 1);
+    assert_eq!(daemon["state"], "forwarding");
+    assert_eq!(daemon["interface_why"], "it has the default route");
+    assert_eq!(daemon["mtu_why"], "1500 of eth0, less 28 for what packets are wrapped in");
+    assert_eq!(daemon["registry_readable"], true);
+    let peer = &daemon["peers"][0];
+    assert_eq!(peer["public_ip"], lab.host(1).address.to_string());
+    assert_eq!(peer["way"], "tunnel");
+    let changes = daemon["changes"].as_array().context("no changes")?;
+    let says = |text: &str| changes.iter().any(|it| it["text"].to_string().contains(text));
+    assert!(says("forwarding backend=udp-tun device=flannel0 mtu=1472"), "{changes:?}");
+
     // Directories go before and after the subcommand.
-    let (ok, before, _) = weft(&host.netns, &["--run-dir", run_dir, "status", "-o", "json"])?;
-    let (_, after, _) = weft(&host.netns, &["status", "-o", "json", "--run-dir", run_dir])?;
-    assert!(ok, "{before}");
-    let [before, after]: [Value; 2] =
-        [serde_json::from_str(&before)?, serde_json::from_str(&after)?];
-    assert_eq!(before[0]["node_id"], after[0]["node_id"]);
-    assert_eq!(before[0]["peers"].as_array().context("no peers")?.len(), 1);
+    until("all is well", || Ok(weft(&host.netns, &["status", "--run-dir", run_dir])?.0))?;
+    let (_, stdout, _) = weft(&host.netns, &["status", "--run-dir", run_dir])?;
+    for part in ["forwarding", "lease      10.42.", "MTU        1472", "udp-gro on", "Last changes"]
+    {
+        assert!(stdout.contains(part), "no {part:?} in:\n{stdout}");
+    }
 
     let (ok, _, stderr) = weft(&host.netns, &["status", "--run-dir", "/nowhere"])?;
     assert!(!ok);
     assert!(stderr.contains("no weftd runs with --run-dir /nowhere"), "{stderr}");
+    lab.remove()
+}
+
+#[test]
+fn a_daemon_that_waits_says_what_for_and_a_killed_one_is_passed_over() -> Result<()> {
+    let lab = overlay(1)?;
+    let host = lab.host(0);
+    let run_dir = text(&host.run_dir)?;
+    let all = || -> Result<(bool, Vec<Value>)> {
+        let (ok, json, _) = weft(&host.netns, &["status", "-o", "json", "--run-dir", run_dir])?;
+        Ok((ok, serde_json::from_str(&json)?))
+    };
+    let log = tempfile::NamedTempFile::new()?;
+    let run_dir = format!("--run-dir={run_dir}");
+    let waiting = Weftd::start(
+        &host.netns,
+        log.path(),
+        &["--etcd-endpoints=http://127.0.0.1:9", "--etcd-api=v3", &run_dir],
+    )?;
+    until("it says what it waits for", || {
+        let (ok, daemons) = all()?;
+        let state = |number: usize| daemons[number]["state"].to_string();
+        let waits =
+            (0..daemons.len()).any(|it| state(it).contains("waiting for the network config"));
+        Ok(!ok && daemons.len() == 2 && waits)
+    })?;
+    // Killed, it leaves its socket behind.
+    drop(waiting);
+    let (_, daemons) = all()?;
+    assert_eq!(daemons.len(), 1);
+    assert_eq!(daemons[0]["state"], "forwarding");
     lab.remove()
 }

@@ -1,13 +1,12 @@
 //! weftd: parses the command line, runs the daemon, and turns its end into an exit status.
 
-use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 use weft_daemon::flags::{self, Flags};
+use weft_daemon::log::Log;
 use weft_daemon::run::run;
 
 /// The exit status for a command line that is wrong, as clap's and the shell's.
@@ -25,8 +24,8 @@ fn main() -> ExitCode {
             return ExitCode::from(MISUSE);
         }
     };
-    start_log(&flags);
-    match daemon(flags) {
+    let log = Log::start(&flags.logging);
+    match daemon(flags, log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -35,16 +34,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn start_log(flags: &Flags) {
-    tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
-        .with_target(false)
-        .with_env_filter(EnvFilter::new(&flags.logging.log_level))
-        .init();
-}
-
-fn daemon(flags: Flags) -> anyhow::Result<()> {
+fn daemon(flags: Flags, log: Log) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -58,7 +48,7 @@ fn daemon(flags: Flags) -> anyhow::Result<()> {
                 _ = interrupt.recv() => {}
             }
         };
-        run(flags, shutdown).await
+        run(flags, log, shutdown).await
     });
     runtime.shutdown_timeout(LAST_WORK);
     outcome

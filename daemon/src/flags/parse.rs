@@ -10,7 +10,7 @@ use super::{Flags, arguments};
 const PROGRAM: &str = "weftd";
 
 /// The flags that flannel does not have; their variables begin with WEFT_.
-const WEFT_FLAGS: [&str; 18] = [
+const WEFT_FLAGS: [&str; 19] = [
     "registry",
     "subnet-lease-ttl",
     "etcd-api",
@@ -29,6 +29,7 @@ const WEFT_FLAGS: [&str; 18] = [
     "dscp",
     "firewall",
     "log-level",
+    "log-format",
 ];
 
 /// Reads the command line `args`, which begins with the program's name, and for each flag that it

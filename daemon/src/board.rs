@@ -1,0 +1,116 @@
+//! What is known of the running daemon, for whoever asks: its parts write here what they do, and the
+//! socket ([`crate::socket`]) and HTTP ([`crate::http`]) read it at any time, whatever the daemon
+//! waits for.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+use tokio::sync::watch;
+use weft_backends::{BackendStatus, EngineMeter, PeerWay};
+use weft_control::lease::NodeRecord;
+
+use crate::firewall::FirewallState;
+use crate::health::{Health, Phase};
+use crate::log::Log;
+use crate::status::{PeerStatus, SCHEMA, Status};
+
+/// The one place where it is kept. Clones are the same board.
+#[derive(Debug, Clone)]
+pub(crate) struct Board {
+    log: Log,
+    phases: watch::Receiver<Phase>,
+    facts: Arc<Mutex<Facts>>,
+}
+
+#[derive(Debug, Default)]
+struct Facts {
+    status: Status,
+    engine: Option<EngineMeter>,
+    firewall: Option<watch::Receiver<FirewallState>>,
+}
+
+impl Board {
+    pub(crate) fn new(log: Log, health: &Health) -> Self {
+        let status = Status {
+            schema: SCHEMA,
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            started: Timestamp::now(),
+            ..Status::default()
+        };
+        let facts = Facts { status, ..Facts::default() };
+        Self { log, phases: health.watch(), facts: Arc::new(Mutex::new(facts)) }
+    }
+
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Writes down what has become known or has changed.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.facts().status);
+    }
+
+    /// Writes down what the backend does, and what the nodes tell of themselves.
+    pub(crate) fn backend(&self, backend: BackendStatus, nodes: &[NodeRecord]) {
+        let by_address =
+            nodes.iter().flat_map(|node| node.public_addresses().map(move |ip| (ip, node)));
+        let by_address: HashMap<IpAddr, &NodeRecord> = by_address.collect();
+        let peers = backend.peers.into_iter().map(|PeerWay { public_ip, subnets, way }| {
+            let node = by_address.get(&public_ip);
+            PeerStatus {
+                subnets,
+                public_ip,
+                way: way.name().into(),
+                name: node.map(|node| node.name.clone()),
+                version: node.map(|node| node.version.clone()),
+            }
+        });
+        let peers = peers.collect();
+        let mut facts = self.facts();
+        facts.status.peers = peers;
+        facts.engine = backend.engine;
+    }
+
+    /// Says where the firewall's state is to be found.
+    pub(crate) fn firewall(&self, state: watch::Receiver<FirewallState>) {
+        self.facts().firewall = Some(state);
+    }
+
+    /// All of it, as it is now.
+    pub(crate) fn read(&self) -> Status {
+        let facts = self.facts();
+        let mut status = facts.status.clone();
+        if let Some(engine) = &facts.engine {
+            status.io = Some(engine.io().name().into());
+            status.offloads = engine
+                .features()
+                .map(|(it, state)| (it.name().into(), state.name().into()))
+                .collect();
+            status.counters =
+                engine.counters().map(|(it, count)| (it.name().into(), count)).collect();
+        }
+        if let Some(firewall) = &facts.firewall {
+            let firewall = firewall.borrow().clone();
+            status.firewall_in_place =
+                firewall.tried.is_some().then_some(firewall.problem.is_none());
+            status.firewall = firewall.by;
+            status.firewall_repairs = firewall.repairs;
+            status.problems.extend(firewall.problem);
+        }
+        drop(facts);
+        (status.state, status.ready) = match &*self.phases.borrow() {
+            Phase::Starting(what) => (what.clone(), false),
+            Phase::Forwarding(problems) => ("forwarding".into(), problems.is_empty()),
+        };
+        status.changes = self.log.recent();
+        status
+    }
+
+    fn facts(&self) -> MutexGuard<'_, Facts> {
+        // What is written is whole after each statement, so a panic elsewhere leaves nothing half done.
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

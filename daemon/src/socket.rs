@@ -1,0 +1,239 @@
+//! The Unix socket in the run directory: one request, a line of JSON, and one document as its answer.
+//!
+//!     echo '{"request":"status"}' | socat - UNIX-CONNECT:/run/weft/weftd-0123456789ab.sock
+//!
+//! Root may ask, and the group `weft` where there is one.
+
+use std::fs::{self, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use nix::unistd::Group;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixListener;
+
+use crate::board::Board;
+
+/// The group that may ask besides root.
+const GROUP: &str = "weft";
+/// How long a request or an answer may be on its way.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Bytes of the longest request.
+const REQUEST_LEN_MAX: u64 = 64 << 10;
+
+/// What can be asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// A [`crate::status::Status`].
+    Status,
+    /// The levels of the log, as in `--log-level`, once they are these; as they are, if there are
+    /// none.
+    LogLevel { levels: Option<String> },
+}
+
+/// What comes back.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Answer {
+    Ok(Value),
+    Error(String),
+}
+
+/// Asks the daemon at `socket`, which may take so long to answer.
+///
+/// # Errors
+/// None is there ([`is_gone`]), it does not answer in time, or its answer is no.
+pub fn ask<T: DeserializeOwned>(
+    socket: &Path,
+    request: &Request,
+    within: Duration,
+) -> anyhow::Result<T> {
+    let context = || format!("weftd does not answer at {}", socket.display());
+    let answer = exchange(socket, request, within).with_context(context)?;
+    match answer {
+        Answer::Ok(value) => serde_json::from_value(value).with_context(context),
+        Answer::Error(reason) => bail!("weftd at {}: {reason}", socket.display()),
+    }
+}
+
+fn exchange(socket: &Path, request: &Request, within: Duration) -> io::Result<Answer> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(within))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut line = serde_json::to_string(request)?;
+    line.push('\n');
+    stream.write_all(line.as_bytes())?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// Asks all daemons with this run directory; those that are gone are passed over.
+///
+/// # Errors
+/// None runs, or one does not answer.
+pub fn ask_all<T: DeserializeOwned>(run_dir: &Path, request: &Request) -> anyhow::Result<Vec<T>> {
+    let mut answers = Vec::new();
+    for socket in sockets(run_dir)? {
+        match ask(&socket, request, PATIENCE) {
+            Err(error) if is_gone(&error) => {}
+            answer => answers.push(answer?),
+        }
+    }
+    if answers.is_empty() {
+        bail!(
+            "no weftd runs with --run-dir {}; start it, or name its --run-dir",
+            run_dir.display()
+        );
+    }
+    Ok(answers)
+}
+
+/// The sockets there, in the order of their names.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn sockets(run_dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let context = || format!("no weftd runs with --run-dir {}", run_dir.display());
+    let entries = fs::read_dir(run_dir).with_context(context)?;
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut sockets: Vec<PathBuf> =
+        paths.filter(|path| path.extension().is_some_and(|ext| ext == "sock")).collect();
+    sockets.sort();
+    Ok(sockets)
+}
+
+/// Whether nobody listens: the daemon was killed, or it moved its socket this instant.
+pub fn is_gone(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    matches!(kind, Some(io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound))
+}
+
+/// The daemon's end. The file goes when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    path: PathBuf,
+}
+
+impl Socket {
+    /// Answers from now on, until the runtime ends, by what is on the board; under a name of its own
+    /// until [`Socket::move_to`] gives it the node's.
+    ///
+    /// # Errors
+    /// The directory cannot be written to.
+    pub(crate) fn open(run_dir: &Path, board: Board) -> anyhow::Result<Self> {
+        fs::create_dir_all(run_dir)
+            .with_context(|| format!("cannot make {}; see --run-dir", run_dir.display()))?;
+        remove_abandoned(run_dir);
+        let name: String = (0..12).map(|_| fastrand::digit(16)).collect();
+        // Only what is called .sock is asked, so nobody finds it before it answers.
+        let new = run_dir.join(format!("weftd-starting-{name}.new"));
+        let listener = UnixListener::bind(&new)
+            .with_context(|| format!("cannot listen at {}; see --run-dir", new.display()))?;
+        let mut socket = Self { path: new };
+        restrict(&socket.path)
+            .with_context(|| format!("cannot restrict {}", socket.path.display()))?;
+        socket.move_to(&socket.path.with_extension("sock"))?;
+        tokio::spawn(serve(listener, board));
+        Ok(socket)
+    }
+
+    /// Gives it another name. What a killed daemon left there goes: the caller holds the lock that
+    /// belongs to the name.
+    ///
+    /// # Errors
+    /// The directory cannot be written to.
+    pub(crate) fn move_to(&mut self, path: &Path) -> anyhow::Result<()> {
+        fs::rename(&self.path, path)
+            .with_context(|| format!("cannot write {}; see --run-dir", path.display()))?;
+        path.clone_into(&mut self.path);
+        Ok(())
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Left behind, it is removed by the next start.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// For root, and the group where there is one.
+fn restrict(path: &Path) -> io::Result<()> {
+    let group = Group::from_name(GROUP).ok().flatten();
+    let mode = if group.is_some() { 0o660 } else { 0o600 };
+    if let Some(group) = group {
+        chown(path, None, Some(group.gid.as_raw()))?;
+    }
+    fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+/// Removes what daemons left that were killed before they had a name.
+fn remove_abandoned(run_dir: &Path) {
+    let is_starting = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("weftd-starting-")
+    };
+    for path in sockets(run_dir).unwrap_or_default().into_iter().filter(is_starting) {
+        let outcome = UnixStream::connect(&path);
+        if outcome.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            // Whoever looks next tries again.
+            let _ = fs::remove_file(&path);
+        }
+    }
+}
+
+async fn serve(listener: UnixListener, board: Board) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let board = board.clone();
+                tokio::spawn(async move {
+                    // Whoever hangs up or stalls misses the answer; nobody else is concerned.
+                    let _ = answer(stream, &board).await;
+                });
+            }
+            Err(error) => {
+                // Out of files, say: that passes.
+                tracing::debug!("cannot take a request: {error}");
+                tokio::time::sleep(PATIENCE).await;
+            }
+        }
+    }
+}
+
+async fn answer(mut stream: tokio::net::UnixStream, board: &Board) -> anyhow::Result<()> {
+    let (reader, mut writer) = stream.split();
+    let mut line = String::new();
+    let mut reader = BufReader::new(reader.take(REQUEST_LEN_MAX));
+    tokio::time::timeout(PATIENCE, reader.read_line(&mut line)).await??;
+    let answer = match serde_json::from_str(&line) {
+        Ok(request) => carry_out(request, board).map_or_else(Answer::Error, Answer::Ok),
+        Err(error) => Answer::Error(format!("it does not understand the request: {error}")),
+    };
+    let mut text = serde_json::to_vec(&answer)?;
+    text.push(b'\n');
+    tokio::time::timeout(PATIENCE, writer.write_all(&text)).await??;
+    Ok(())
+}
+
+fn carry_out(request: Request, board: &Board) -> Result<Value, String> {
+    match request {
+        Request::Status => serde_json::to_value(board.read()).map_err(|error| error.to_string()),
+        Request::LogLevel { levels } => {
+            let log = board.log();
+            if let Some(levels) = levels {
+                log.set_levels(&levels)?;
+            }
+            Ok(log.levels().into())
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! What can be read of a running engine, without a word to its threads.
+
+use std::sync::Arc;
+
+use crate::IoKind;
+use crate::features::{Feature, FeatureState, Features};
+use crate::stats::{Counter, ThreadStats};
+
+/// Reads an engine's counters and features. A clone reads the same engine, also after its end.
+#[derive(Debug, Clone)]
+pub struct EngineMeter {
+    io: IoKind,
+    features: Arc<Features>,
+    /// One a thread.
+    stats: Arc<[Arc<ThreadStats>]>,
+}
+
+impl EngineMeter {
+    pub(crate) fn new(io: IoKind, features: Arc<Features>, stats: Arc<[Arc<ThreadStats>]>) -> Self {
+        Self { io, features, stats }
+    }
+
+    /// How input and output are done.
+    pub fn io(&self) -> IoKind {
+        self.io
+    }
+
+    /// What the kernel does for many packets at once.
+    pub fn features(&self) -> impl Iterator<Item = (Feature, FeatureState)> {
+        Feature::ALL.into_iter().map(|feature| (feature, self.features.state(feature)))
+    }
+
+    /// A counter, summed over all threads.
+    pub fn counter(&self, counter: Counter) -> u64 {
+        self.stats.iter().map(|stats| stats.get(counter)).sum()
+    }
+
+    /// All counters.
+    pub fn counters(&self) -> impl Iterator<Item = (Counter, u64)> {
+        Counter::ALL.iter().map(|counter| (*counter, self.counter(*counter)))
+    }
+}
