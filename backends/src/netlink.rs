@@ -201,6 +201,12 @@ impl Netlink {
         Ok(true)
     }
 
+    /// Removes the link.
+    pub fn remove_link(&self, link: &Link) -> Result<(), NetlinkError> {
+        let request = self.handle.link().del(link.index).execute();
+        self.call(&format!("link del {}", link.name), request)
+    }
+
     /// Adds, or replaces, the route to `destination` out of `link`.
     pub fn set_route(&self, destination: IpNetwork, link: &Link) -> Result<(), NetlinkError> {
         self.call(&format!("route replace {destination} dev {}", link.name), async {
@@ -257,9 +263,14 @@ impl Netlink {
         self.runtime.block_on(answers.filter_map(future::ready).collect())
     }
 
+    /// The networks that weft has had discarded where no better route takes them.
+    pub fn blackholes(&self) -> Result<Vec<IpNetwork>, NetlinkError> {
+        self.dump_routes("route show type blackhole", own_blackhole)
+    }
+
     /// Makes these networks, and no others of weft's, be discarded where no better route takes them.
     pub fn keep_blackholes(&self, networks: &[IpNetwork]) -> Result<(), NetlinkError> {
-        let found = self.dump_routes("route show type blackhole", own_blackhole)?;
+        let found = self.blackholes()?;
         for network in networks.iter().filter(|network| !found.contains(network)) {
             let message = blackhole(*network);
             self.call(&format!("route add blackhole {network} metric {LAST_METRIC}"), async {

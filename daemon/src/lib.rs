@@ -1,6 +1,7 @@
 //! weftd, the overlay network daemon, and weft, the operator's command.
 
 mod board;
+pub mod cleanup;
 pub mod cni;
 pub mod directories;
 pub mod docker_opts;
@@ -15,6 +16,7 @@ pub mod interface;
 pub mod lab;
 mod leasing;
 pub mod log;
+mod made;
 pub mod netns;
 mod node;
 mod notify;

@@ -29,12 +29,17 @@ pub(crate) struct Node {
 #[derive(Debug)]
 pub(crate) struct NodeFiles {
     id: PathBuf,
-    lock: PathBuf,
+    pub(crate) lock: PathBuf,
     /// Where it answers for its state.
     pub(crate) socket: PathBuf,
     /// Where it keeps what the registry last said.
     pub(crate) last_known: PathBuf,
+    /// Where it keeps what it has made elsewhere.
+    pub(crate) made: PathBuf,
 }
+
+/// What the names of files in the state directory begin with.
+pub(crate) const STATE_FILES: [&str; 4] = ["node-", "last-known-", "made-", "config-"];
 
 impl NodeFiles {
     /// In these directories.
@@ -45,6 +50,7 @@ impl NodeFiles {
             lock: run_dir.join(format!("weftd-{mark}.lock")),
             socket: run_dir.join(format!("weftd-{mark}.sock")),
             last_known: state_dir.join(format!("last-known-{mark}.json")),
+            made: state_dir.join(format!("made-{mark}.json")),
         }
     }
 
@@ -82,9 +88,9 @@ impl Node {
         let old = std::mem::replace(&mut self.files, files);
         // Held until its file is gone.
         let _former = std::mem::replace(&mut self.lock, lock);
-        let moved = fs::rename(&old.last_known, &self.files.last_known);
         for (outcome, path) in [
-            (moved, &old.last_known),
+            (fs::rename(&old.last_known, &self.files.last_known), &old.last_known),
+            (fs::rename(&old.made, &self.files.made), &old.made),
             (fs::remove_file(&old.id), &old.id),
             (fs::remove_file(&old.lock), &old.lock),
         ] {
@@ -117,14 +123,10 @@ fn take_lock(path: &Path) -> anyhow::Result<File> {
     let unusable = || format!("cannot write {}; see --run-dir", path.display());
     let open = || File::options().read(true).write(true).create(true).truncate(false).open(path);
     let mut lock = open().with_context(unusable)?;
-    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let mut pid = String::new();
-        // Only to name the other one; an unreadable number changes nothing.
-        let _ = lock.read_to_string(&mut pid);
+    if let Err(pid) = hold(&mut lock) {
         bail!(
-            "another weftd (pid {}) runs with this registry and public IP; stop it first, or give \
-             this one a --run-dir of its own",
-            pid.trim()
+            "another weftd (pid {pid}) runs with this registry and public IP; stop it first, or \
+             give this one a --run-dir of its own"
         );
     }
     // Whoever held it may have removed it between our two steps: then it keeps nobody out.
@@ -134,6 +136,33 @@ fn take_lock(path: &Path) -> anyhow::Result<File> {
     lock.set_len(0).with_context(unusable)?;
     writeln!(lock, "{}", std::process::id()).with_context(unusable)?;
     Ok(lock)
+}
+
+/// Keeps a daemon with this lock file from starting, as long as what is returned lives; `None` if
+/// there is no such file.
+///
+/// # Errors
+/// One runs, or the file cannot be read.
+pub(crate) fn keep_out(path: &Path) -> anyhow::Result<Option<File>> {
+    let mut lock = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.with_context(|| format!("cannot read {}", path.display()))?,
+    };
+    if let Err(pid) = hold(&mut lock) {
+        bail!("weftd runs (pid {pid}); stop it first");
+    }
+    Ok(Some(lock))
+}
+
+/// The error is the process id of the daemon that has it.
+fn hold(lock: &mut File) -> Result<(), String> {
+    if flock(&*lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        return Ok(());
+    }
+    let mut pid = String::new();
+    // Only to name the other one; an unreadable number changes nothing.
+    let _ = lock.read_to_string(&mut pid);
+    Err(pid.trim().to_owned())
 }
 
 /// Whether the path still leads to this file.

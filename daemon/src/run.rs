@@ -26,6 +26,7 @@ use crate::health::Health;
 use crate::http;
 use crate::leasing::Claim;
 use crate::log::Log;
+use crate::made::Made;
 use crate::notify;
 use crate::overlap;
 use crate::overlay::Overlay;
@@ -131,6 +132,7 @@ impl Daemon<'_> {
         self.board.firewall(firewall.watch());
         loop {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
+            Made::record(&self.config, settings, &station.place.node.files)?;
             let started = self.start(&mut station, &lease).await?;
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");

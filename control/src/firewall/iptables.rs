@@ -2,7 +2,9 @@
 //! of `iptables-restore --noflush`, so that nobody ever sees half of a chain. A line `:CHAIN - [0:0]`
 //! there makes the chain or empties it (iptables-restore(8)).
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
+
+use ipnetwork::IpNetwork;
 
 use super::rules::{Rule, Side, Verdict};
 use super::{FirewallError, Rules, run};
@@ -23,6 +25,20 @@ struct Chain {
     hook: &'static str,
     name: &'static str,
     comment: &'static str,
+}
+
+/// A chain that has rules of ours.
+#[derive(Debug, Clone, Copy)]
+pub struct OwnChain {
+    ipv6: bool,
+    chain: Chain,
+}
+
+impl fmt::Display for OwnChain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let program = if self.ipv6 { "ip6tables" } else { "iptables" };
+        write!(f, "chain {} of {program} -t {}", self.chain.name, self.chain.table)
+    }
 }
 
 /// iptables, as it is installed.
@@ -128,6 +144,36 @@ impl Iptables {
     /// iptables failed.
     pub async fn forward_drops(&self, ipv6: bool) -> Result<bool, FirewallError> {
         Ok(self.save(ipv6, FORWARD.table).await?.lines().any(|it| it.starts_with(":FORWARD DROP")))
+    }
+
+    /// The chains with rules for one of these networks. By their names they may be flannel's.
+    ///
+    /// # Errors
+    /// A program failed.
+    pub async fn chains(&self, networks: &[IpNetwork]) -> Result<Vec<OwnChain>, FirewallError> {
+        let mut chains = Vec::new();
+        for ipv6 in [false, true] {
+            if !networks.iter().any(|network| network.is_ipv6() == ipv6) {
+                continue;
+            }
+            for chain in [MASQUERADE, FORWARD] {
+                let found = Found::read(&self.save(ipv6, chain.table).await?, chain);
+                let rules = found.rules.unwrap_or_default();
+                let mut words = rules.iter().flat_map(|rule| rule.split(' '));
+                if words.any(|word| word.parse().is_ok_and(|word| networks.contains(&word))) {
+                    chains.push(OwnChain { ipv6, chain });
+                }
+            }
+        }
+        Ok(chains)
+    }
+
+    /// Removes a chain and the jumps to it.
+    ///
+    /// # Errors
+    /// A program failed.
+    pub async fn remove_chain(&self, chain: OwnChain) -> Result<(), FirewallError> {
+        self.apply_chain(chain.ipv6, chain.chain, Vec::new(), false).await.map(drop)
     }
 
     /// Removes all that weft or flannel made by iptables.

@@ -10,7 +10,7 @@ use super::rules::{FamilyRules, Rule, Side, Verdict};
 use super::{FirewallError, Rules, run};
 
 /// Ours.
-const TABLE: &str = "inet weft";
+pub const TABLE: &str = "inet weft";
 /// flannel's, since 0.25.
 const FLANNELS: [&str; 2] = ["ip flannel-ipv4", "ip6 flannel-ipv6"];
 
@@ -47,6 +47,17 @@ impl Nftables {
         }
         self.written = Some((rules.clone(), shown));
         Ok(true)
+    }
+
+    /// The rules that there are in our table; none where it, or nft, is missing.
+    ///
+    /// # Errors
+    /// nft failed.
+    pub async fn rules() -> Result<Option<String>, FirewallError> {
+        match list().await {
+            Err(FirewallError::Missing(_)) => Ok(None),
+            answer => answer,
+        }
     }
 
     /// Removes our table, and says whether there was one.

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use weft_daemon::cleanup::{self, CleanupArgs};
 use weft_daemon::cni::{self, CniArgs};
 use weft_daemon::directories::Directories;
 use weft_daemon::docker_opts::{self, DockerOptsArgs};
@@ -29,6 +30,7 @@ enum Command {
     Registry(RegistryArgs),
     DockerOpts(DockerOptsArgs),
     Cni(CniArgs),
+    Cleanup(CleanupArgs),
 }
 
 /// Bring up hosts in network namespaces, a weftd on each, and move traffic between all of them.
@@ -80,6 +82,9 @@ fn main() -> ExitCode {
         Command::DockerOpts(arguments) => docker_opts::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Cni(arguments) => {
             cni::run(&arguments, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Cleanup(arguments) => {
+            cleanup::run(&arguments, &directories, &mut io::stdout().lock())
         }
     };
     outcome.unwrap_or_else(|error| {

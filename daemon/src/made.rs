@@ -1,0 +1,81 @@
+//! What a daemon makes outside of its state directory, written down there for `weft cleanup`: the
+//! kernel's marks tell what is weft's, but not whose of several daemons.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
+use weft_control::NetworkConfig;
+
+use crate::flags::Settings;
+use crate::node::NodeFiles;
+use crate::state_file::StateFile;
+
+/// One daemon's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Made {
+    /// The overlay's: devices, routes and rules are for one of them.
+    pub(crate) networks: Vec<IpNetwork>,
+    pub(crate) subnet_file: PathBuf,
+    pub(crate) lock: PathBuf,
+    pub(crate) socket: PathBuf,
+}
+
+impl Made {
+    /// Writes down what a daemon is about to make.
+    ///
+    /// # Errors
+    /// The state directory cannot be written to.
+    pub(crate) fn record(
+        config: &NetworkConfig,
+        settings: &Settings,
+        files: &NodeFiles,
+    ) -> anyhow::Result<()> {
+        // Whoever reads it may be elsewhere.
+        let full = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        StateFile::new(files.made.clone()).save(&Self {
+            networks: config.families().map(|family| family.network).collect(),
+            subnet_file: full(&settings.subnet_file),
+            lock: full(&files.lock),
+            socket: full(&files.socket),
+        })
+    }
+
+    /// What all daemons have written down that keep their state in this directory.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(crate) fn read_all(state_dir: &Path) -> anyhow::Result<Vec<Self>> {
+        let mut all = Vec::new();
+        for path in files_of(state_dir, |name| name.starts_with("made-"))? {
+            all.extend(StateFile::new(path).load().map(|(made, _)| made));
+        }
+        Ok(all)
+    }
+}
+
+/// The files in a directory whose names are as wanted; none if there is no such directory.
+///
+/// # Errors
+/// It cannot be read.
+pub(crate) fn files_of(
+    directory: &Path,
+    wanted: impl Fn(&str) -> bool,
+) -> anyhow::Result<Vec<PathBuf>> {
+    let context = || format!("cannot read {}", directory.display());
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(context)?,
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let entry = entry.with_context(context)?;
+        if entry.file_name().to_str().is_some_and(&wanted) {
+            paths.push(entry.path());
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}

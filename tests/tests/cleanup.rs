@@ -1,0 +1,216 @@
+//! `weft cleanup`: after it, a host is as it was before weft, but for what others have made.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use rustix::process::Signal;
+use serde_json::Value;
+use weft_daemon::lab::{Host, Lab, LabOptions};
+use weft_daemon::netns::NetNs;
+use weft_tests::{DEADLINE, Weftd, program, until};
+
+/// Everything about a host that weft could change.
+#[derive(Debug, PartialEq)]
+struct Picture {
+    links: Vec<(String, Value)>,
+    addresses: Value,
+    routes: Value,
+    routes_v6: Value,
+    iptables: Vec<String>,
+    nftables: String,
+    files: Vec<PathBuf>,
+}
+
+impl Picture {
+    fn of(host: &Host) -> Result<Self> {
+        let netns = &host.netns;
+        let links = netns.ip_json(&["link", "show"])?;
+        let links = links.as_array().context("no list of links")?;
+        let links =
+            links.iter().map(|it| (it["ifname"].to_string(), it["ifalias"].clone())).collect();
+        let mut iptables = Vec::new();
+        for program in ["iptables-save", "ip6tables-save"] {
+            let saved = netns.tool(program, &[])?;
+            let lines = saved.lines().filter(|line| !line.starts_with('#'));
+            // Policies come with counters.
+            iptables.extend(lines.filter_map(|line| line.split(" [").next()).map(str::to_owned));
+        }
+        let mut files = Vec::new();
+        list(host.state_dir.parent().context("a directory for the host")?, &mut files)?;
+        files.retain(|path| !path.ends_with("weftd.log"));
+        Ok(Self {
+            links,
+            addresses: netns.ip_json(&["-4", "address", "show"])?,
+            routes: netns.ip_json(&["-4", "route", "show", "table", "all"])?,
+            routes_v6: netns.ip_json(&["-6", "route", "show", "proto", "119"])?,
+            iptables,
+            nftables: netns.tool("nft", &["-s", "list", "ruleset"])?,
+            files,
+        })
+    }
+}
+
+fn list(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            list(&path, files)?;
+        } else {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(())
+}
+
+/// Runs `weft cleanup` and returns its exit status and all that it wrote.
+fn cleanup(netns: &NetNs, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+    let mut command = Command::new(program("weft")?);
+    let output = netns.output(command.arg("cleanup").args(arguments))?;
+    let text = [output.stdout, output.stderr].concat();
+    Ok((output.status.code(), String::from_utf8(text)?))
+}
+
+/// A host with rules, a route and a table of its own, and a lease of some peer in the registry.
+fn host_of_its_own(backend: &str, peers_type: &str) -> Result<Lab> {
+    let lab = Lab::new(LabOptions { hosts: 1, backend: backend.into(), ..LabOptions::default() })?;
+    let netns = &lab.host(0).netns;
+    netns.ip(&["route", "add", "198.51.100.0/24", "via", "10.168.0.1"])?;
+    let own = ["-s", "192.0.2.0/24", "-j", "RETURN"];
+    for (program, chain, table) in
+        [("iptables", "POSTROUTING", "nat"), ("iptables", "FORWARD", "filter")]
+    {
+        netns.tool(program, &[&["-t", table, "-A", chain], &own[..]].concat())?;
+    }
+    netns.tool("nft", &["add table inet other"])?;
+    let subnets = lab.registry()?.join("subnets");
+    fs::create_dir_all(&subnets)?;
+    let lease = format!(r#"{{"PublicIP":"10.168.0.250"{peers_type}}}"#);
+    fs::write(subnets.join("10.42.250.0-24"), lease)?;
+    Ok(lab)
+}
+
+/// Runs weftd, and takes away what it has made; `made` is what a cleanup must tell of, once the
+/// daemon has stopped.
+fn leaves_nothing(backend: &str, peers_type: &str, flags: &[&str], made: &[&str]) -> Result<()> {
+    let mut lab = host_of_its_own(backend, peers_type)?;
+    let before = Picture::of(lab.host(0))?;
+    let flags = [&["--ip-masq", "--ip-blackhole-route"], flags].concat();
+    lab.start_daemon(0, &flags)?;
+    lab.wait_ready(0, DEADLINE)?;
+    until("it knows its peer", || Ok(lab.status(0)?.peers.len() == 1))?;
+    let state_dir = lab.host(0).state_dir.display().to_string();
+    let scope = ["--state-dir", &state_dir];
+
+    let pid = lab.status(0)?.pid;
+    let running = Picture::of(lab.host(0))?;
+    let (code, text) = cleanup(&lab.host(0).netns, &scope)?;
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains(&format!("weftd runs (pid {pid}); stop it first")), "{text}");
+    let (_, text) = cleanup(&lab.host(0).netns, &[&scope[..], &["--dry-run"]].concat())?;
+    assert!(text.contains("note: weftd runs") && text.contains("would remove"), "{text}");
+    assert_eq!(Picture::of(lab.host(0))?, running);
+
+    // Killed, it leaves its socket too.
+    lab.kill_daemon(0)?;
+    until("the device of udp-tun is gone", || {
+        let links = Picture::of(lab.host(0))?.links;
+        Ok(backend != "udp-tun" || links == before.links)
+    })?;
+    let stopped = Picture::of(lab.host(0))?;
+    let (code, told) = cleanup(&lab.host(0).netns, &[&scope[..], &["--dry-run"]].concat())?;
+    assert_eq!(code, Some(0), "{told}");
+    for line in made {
+        assert!(told.contains(&format!("would remove {line}")), "no {line} in\n{told}");
+    }
+    assert!(told.contains("left: the lease 10.42."), "{told}");
+    assert_eq!(Picture::of(lab.host(0))?, stopped, "a dry run changes nothing");
+
+    let (code, text) = cleanup(&lab.host(0).netns, &scope)?;
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(text, told.replace("would remove", "removed"));
+    assert_eq!(Picture::of(lab.host(0))?, before);
+    let (code, text) = cleanup(&lab.host(0).netns, &scope)?;
+    assert_eq!((code, text.as_str()), (Some(0), "there is nothing of weft\n"));
+    assert_eq!(Picture::of(lab.host(0))?, before);
+    lab.remove()
+}
+
+#[test]
+fn after_host_gw_and_iptables_nothing_is_left() -> Result<()> {
+    let made = [
+        "route to 10.42.250.0/24 via 10.168.0.250",
+        "route that discards 10.42.",
+        "chain FLANNEL-POSTRTG of iptables -t nat",
+        "chain FLANNEL-FWD of iptables -t filter",
+    ];
+    leaves_nothing("host-gw", r#","BackendType":"host-gw""#, &["--firewall=iptables"], &made)
+}
+
+#[test]
+fn after_udp_tun_and_nftables_nothing_is_left() -> Result<()> {
+    let made = ["route that discards 10.42.", "table inet weft of nft"];
+    leaves_nothing("udp-tun", "", &["--firewall=nftables"], &made)
+}
+
+/// Each state directory is one daemon's; without any, all that bears weft's mark goes.
+#[test]
+fn another_daemons_things_stay() -> Result<()> {
+    let mut lab = host_of_its_own("host-gw", r#","BackendType":"host-gw""#)?;
+    lab.start_daemon(0, &["--firewall=iptables"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let host = lab.host(0);
+    let directory = host.state_dir.parent().context("a directory for the host")?;
+    let path = |name: &str| directory.join("other").join(name).display().to_string();
+    let other = path("state");
+    let registry = format!("dir:{}", path("registry"));
+    let (run_dir, subnet_file) = (path("run"), path("run/subnet.env"));
+    let flags = [
+        "--network=10.43.0.0/16",
+        "--iptables-forward-rules=false",
+        "--registry",
+        &registry,
+        "--state-dir",
+        &other,
+        "--run-dir",
+        &run_dir,
+        "--subnet-file",
+        &subnet_file,
+    ];
+    let daemon = Weftd::start(&host.netns, &directory.join("other.log"), &flags)?;
+    daemon.logs("wrote subnet.env")?;
+    daemon.end(Signal::TERM)?;
+    host.netns.ip(&["route", "add", "10.43.7.0/24", "via", "10.168.0.7", "proto", "119"])?;
+
+    let state_dir = lab.host(0).state_dir.display().to_string();
+    lab.stop_daemon(0)?;
+    let host = lab.host(0);
+    let (code, text) = cleanup(&host.netns, &["--state-dir", &state_dir])?;
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("removed route to 10.42.250.0/24"), "{text}");
+    assert!(!text.contains("10.43.") && !text.contains("other"), "{text}");
+    let left = Picture::of(host)?;
+    assert!(left.routes.to_string().contains("10.43.7.0/24"), "{left:?}");
+    assert!(left.files.iter().any(|path| path.starts_with(&other)), "{left:?}");
+    assert!(left.files.contains(&subnet_file.clone().into()), "{left:?}");
+
+    // The mark is enough where the state directory is gone.
+    let mut command = Command::new("unshare");
+    let script = format!(
+        "mount -t tmpfs none /var/lib && mount -t tmpfs none /run && exec {} cleanup",
+        program("weft")?.display()
+    );
+    command.args(["--mount", "sh", "-c", &script]);
+    let output = host.netns.output(&mut command)?;
+    let text = String::from_utf8([output.stdout, output.stderr].concat())?;
+    assert!(text.contains("removed route to 10.43.7.0/24 via 10.168.0.7"), "{text}");
+
+    let (code, text) = cleanup(&host.netns, &["--state-dir", &other])?;
+    assert_eq!(code, Some(0), "{text}");
+    let now = Picture::of(host)?;
+    assert!(!now.files.iter().any(|path| path.starts_with(&other)), "{now:?}");
+    assert!(!now.routes.to_string().contains("\"119\""), "{now:?}");
+    lab.remove()
+}
