@@ -3,36 +3,46 @@
 //!
 //! Routes stay when the daemon stops: traffic goes on, and the next start finds them right.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc;
-use weft_control::{Lease, LeaseAttrs};
+use weft_control::{Lease, LeaseAttrs, NetworkConfig};
 
-use crate::netlink::Netlink;
-use crate::reconcile::{GatewayRoute, RouteChanges};
+use crate::netlink::{GatewayRoute, Netlink};
+use crate::peer_routes::PeerRoutes;
+use crate::reconcile::Territory;
 use crate::{
-    Backend, BackendError, BackendKind, BackendStatus, Desired, DesiredPeer, ExternalInterface,
-    Opened, PeerWay, Report, Started, Way,
+    Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
+    ExternalInterface, Opened, PeerWay, Report, Started, Way,
 };
 
 /// The host-gw backend.
 #[derive(Debug)]
 struct HostGw {
     interface: ExternalInterface,
+    /// The overlay's.
+    networks: Vec<IpNetwork>,
     netlink: Netlink,
+    routes: PeerRoutes,
     peers: Vec<PeerWay>,
 }
 
-pub(crate) fn open(interface: ExternalInterface) -> Result<Opened, BackendError> {
+pub(crate) fn open(
+    config: &NetworkConfig,
+    interface: ExternalInterface,
+) -> Result<Opened, BackendError> {
     // Nothing here can break by itself: what happens to routes, the daemon hears from the kernel.
     let (_, receiver) = mpsc::unbounded_channel();
     let netlink = Netlink::open().map_err(BackendError::NetlinkSocket)?;
-    Ok((Box::new(HostGw { interface, netlink, peers: Vec::new() }), receiver))
+    let networks = config.families().map(|family| family.network).collect();
+    let routes = PeerRoutes::default();
+    Ok((Box::new(HostGw { interface, networks, netlink, routes, peers: Vec::new() }), receiver))
 }
 
 impl Backend for HostGw {
-    fn prepare(&mut self) -> Result<LeaseAttrs, BackendError> {
+    fn prepare(&mut self, _: &str) -> Result<LeaseAttrs, BackendError> {
         let ExternalInterface { ipv4, ipv6, public_ipv4, public_ipv6, .. } = self.interface;
         if ipv4 != public_ipv4 || ipv6 != public_ipv6 {
             return Err(BackendError::Nat { interface: self.interface.name.clone() });
@@ -50,13 +60,12 @@ impl Backend for HostGw {
         Ok(Started { device: self.interface.name.clone(), mtu: self.interface.mtu })
     }
 
-    fn reconcile(&mut self, desired: &Desired) -> Report {
+    fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {
         let mut report = Report::default();
-        let link = self.interface.index;
         self.peers.clear();
         let mut routes = Vec::new();
         for peer in &desired.peers {
-            match self.routes(peer) {
+            match self.routes_to(peer) {
                 Ok(found) => {
                     let subnets = found.iter().map(|route| route.destination).collect();
                     let way = |public_ip| PeerWay { public_ip, subnets, way: Way::Direct };
@@ -66,38 +75,28 @@ impl Backend for HostGw {
                 Err(problem) => report.problems.push(problem),
             }
         }
-        let found = match self.netlink.routes() {
-            Ok(found) => found,
+        let territory = Territory { networks: self.networks.clone(), links: Vec::new() };
+        let outcome = match self.routes.reconcile(&self.netlink, &routes, &territory, basis) {
+            Ok(outcome) => outcome,
             Err(error) => {
                 report.problems.push(error.to_string());
                 return report;
             }
         };
-        let changes = RouteChanges::between(&routes, &found, link);
-        report.problems.extend(changes.taken.iter().map(|route| {
-            format!(
-                "the route to {} is somebody else's and leads elsewhere; remove it (`ip route del \
-                 {}`), and weft's takes its place",
-                route.destination, route.destination
-            )
-        }));
-        let name = &self.interface.name;
-        let refused = self.netlink.set_gateway_routes(&changes.set, name);
-        // What is refused is refused each time: it is no repair.
-        report.changed = refused.len() < changes.set.len() || !changes.remove.is_empty();
-        for (route, error) in refused {
-            for peer in &mut self.peers {
-                peer.subnets.retain(|subnet| *subnet != route.destination);
-            }
-            report.problems.push(format!(
-                "{error}; the node {} must be on the same link as {name} for host-gw",
-                route.gateway
-            ));
+        report.changed = outcome.changed;
+        report.problems.extend(outcome.problems);
+        let refused: HashSet<IpNetwork> =
+            outcome.refused.iter().map(|(route, _)| route.destination).collect();
+        for peer in &mut self.peers {
+            peer.subnets.retain(|subnet| !refused.contains(subnet));
         }
         self.peers.retain(|peer| !peer.subnets.is_empty());
-        for error in self.netlink.remove_routes(&changes.remove) {
-            report.problems.push(error.to_string());
-        }
+        report.problems.extend(outcome.refused.iter().map(|(route, error)| {
+            format!(
+                "{error}; the node {} must be on the same link as {} for host-gw",
+                route.gateway, self.interface.name
+            )
+        }));
         report
     }
 
@@ -110,7 +109,7 @@ impl Backend for HostGw {
 
 impl HostGw {
     /// One for each of the peer's subnets.
-    fn routes(&self, peer: &DesiredPeer) -> Result<Vec<GatewayRoute>, String> {
+    fn routes_to(&self, peer: &DesiredPeer) -> Result<Vec<GatewayRoute>, String> {
         let Lease { key, attrs, .. } = &peer.lease;
         if attrs.backend_type != BackendKind::HostGw.to_string() {
             let kind = if attrs.backend_type.is_empty() { "udp" } else { &attrs.backend_type };
@@ -122,7 +121,7 @@ impl HostGw {
             let gateway = *gateway.ok_or_else(|| {
                 format!("the node of {key} publishes no address of {destination}'s family")
             })?;
-            Ok(GatewayRoute { destination, gateway, link: self.interface.index })
+            Ok(GatewayRoute { destination, gateway, link: self.interface.index, onlink: false })
         };
         key.networks().map(route).collect()
     }

@@ -1,10 +1,14 @@
 //! Ways to carry overlay packets between hosts: one trait, one module for each way.
 
+mod direct;
 mod host_gw;
 mod kernel_events;
+mod mac;
 pub mod netlink;
+mod peer_routes;
 mod reconcile;
 mod udp_tun;
+mod vxlan;
 
 use std::fmt;
 use std::io;
@@ -16,19 +20,24 @@ use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
 use weft_engine::EngineError;
 
 pub use kernel_events::KernelEvents;
+pub use mac::{BadMac, Mac};
 pub use weft_engine::{
     Counter, DscpMode, EngineMeter, Feature, FeatureState, GuardMode, IoKind, SourcePort, Tuning,
 };
+
+/// The smallest MTU of an IPv4 link (RFC 791).
+const MTU_MIN: u32 = 68;
 
 /// One way to carry overlay packets between hosts.
 ///
 /// All calls may block for as long as the kernel takes, so they do not belong on an async thread.
 pub trait Backend: Send + fmt::Debug {
-    /// Checks the backend's options and says what of it goes into the lease.
+    /// Makes or adopts what the lease tells of, and says what goes into the lease. `node_id` is what
+    /// stays the same over restarts and reboots.
     ///
     /// # Errors
-    /// An option of the config is wrong, or the interface does not serve.
-    fn prepare(&mut self) -> Result<LeaseAttrs, BackendError>;
+    /// The interface does not serve, or the kernel refuses something.
+    fn prepare(&mut self, node_id: &str) -> Result<LeaseAttrs, BackendError>;
 
     /// Brings the overlay up under this lease; it must be down. After an error nothing is left
     /// behind.
@@ -37,9 +46,9 @@ pub trait Backend: Send + fmt::Debug {
     /// What stands in the way; see [`BackendError::is_final`].
     fn start(&mut self, lease: &Lease) -> Result<Started, BackendError>;
 
-    /// Makes forwarding what `desired` says. Idempotent: lease events and the slow timer all end
-    /// here.
-    fn reconcile(&mut self, desired: &Desired) -> Report;
+    /// Makes forwarding what `desired` says. Idempotent: lease events, the kernel's events and the
+    /// slow timer all end here.
+    fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report;
 
     /// Ends what moves packets in this process; [`Self::start`] may follow. What the kernel moves
     /// them by stays: the next start adopts it.
@@ -96,7 +105,7 @@ pub type Opened = (Box<dyn Backend>, UnboundedReceiver<BackendEvent>);
 /// Makes the backend of this kind. Nothing in the kernel changes yet.
 ///
 /// # Errors
-/// The kind is not built yet, or netlink is not to be had.
+/// An option of the config is wrong, or netlink is not to be had.
 pub fn open(
     kind: BackendKind,
     config: &NetworkConfig,
@@ -105,8 +114,8 @@ pub fn open(
 ) -> Result<Opened, BackendError> {
     match kind {
         BackendKind::UdpTun => udp_tun::open(config.clone(), interface.clone(), options),
-        BackendKind::HostGw => host_gw::open(interface.clone()),
-        BackendKind::Vxlan => Err(BackendError::NotBuilt(kind)),
+        BackendKind::Vxlan => vxlan::open(config.clone(), interface.clone()),
+        BackendKind::HostGw => host_gw::open(config, interface.clone()),
     }
 }
 
@@ -166,11 +175,25 @@ pub struct DesiredPeer {
     pub is_weft: bool,
 }
 
+/// What a reconciliation goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Basis {
+    /// What the kernel has: somebody may have changed it.
+    Kernel,
+    /// What it had when it was last asked, and what was done since; asking a kernel with thousands
+    /// of routes takes its time. Without such a memory it is asked.
+    Memory,
+}
+
 /// What a reconciliation came to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
     /// Whether something in the kernel was not as it should be, and was changed.
     pub changed: bool,
+    /// What the lease must say, where the kernel has a part in that.
+    pub attrs: Option<LeaseAttrs>,
+    /// The links whose neighbours are ours; see [`KernelEvents::hear_neighbours_of`].
+    pub neighbours_of: Vec<u32>,
     /// What could not be done, one line each, with the object and the cure.
     pub problems: Vec<String>,
 }
@@ -222,10 +245,6 @@ impl Way {
 /// Why a backend cannot work.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
-    #[error(
-        "the backend {0} is not built yet; use udp-tun (`udp` in the network config) or host-gw"
-    )]
-    NotBuilt(BackendKind),
     #[error("the backend's options in the network config: {0}")]
     Options(#[from] ConfigError),
     #[error(
@@ -250,6 +269,14 @@ pub enum BackendError {
     RouteTaken { network: IpNetwork, elsewhere: String },
     #[error("no device {0} after making it: somebody deleted it at once")]
     DeviceGone(String),
+    #[error(
+        "the name {device}, which the VXLAN device needs, is that of a {kind}; remove or rename that          one"
+    )]
+    DeviceTaken { device: String, kind: String },
+    #[error(
+        "the device {device} has the VNI {vni} on the same port; remove it (`ip link del {device}`),          or choose another VNI in the network config"
+    )]
+    VniTaken { vni: u32, device: String },
     #[error("cannot speak to the kernel's netlink: {0}")]
     NetlinkSocket(#[source] io::Error),
     #[error(transparent)]
@@ -272,10 +299,11 @@ impl BackendError {
                 source.kind() != io::ErrorKind::AddrNotAvailable
             }
             Self::Engine(_) => true,
-            Self::NotBuilt(_)
-            | Self::Options(_)
+            Self::Options(_)
             | Self::RouteTaken { .. }
             | Self::DeviceGone(_)
+            | Self::DeviceTaken { .. }
+            | Self::VniTaken { .. }
             | Self::Netlink(_) => false,
         }
     }

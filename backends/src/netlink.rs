@@ -1,7 +1,10 @@
-//! The one place that speaks rtnetlink: links, addresses and routes of the network namespace that
-//! the process lives in.
+//! The one place that speaks rtnetlink: links, addresses, routes and neighbours of the network
+//! namespace that the process lives in.
 //!
 //! Calls block; each drives a small runtime of this module's own, so backends stay plain code.
+
+mod neighbours;
+mod vxlan;
 
 use std::fmt;
 use std::io;
@@ -13,14 +16,18 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::link::{InfoData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use rustix::io::Errno;
 use tokio::runtime::{Builder, Runtime};
 
-pub use crate::reconcile::GatewayRoute;
+use crate::mac::Mac;
+
+pub use self::neighbours::{FdbEntry, Neighbour};
+pub use self::vxlan::VxlanShape;
 
 /// Marks the routes that weft made (`ip route` shows it as `proto 119`). No routing daemon in
 /// iproute2's `rt_protos` uses this number.
@@ -37,7 +44,7 @@ const LAST_METRIC: u32 = u32::MAX - 1;
 const IN_FLIGHT: usize = 64;
 
 /// A network interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Link {
     pub index: u32,
     pub name: String,
@@ -48,8 +55,39 @@ pub struct Link {
     /// Packets that may wait in it.
     pub queue_len: u32,
     pub alias: Option<String>,
+    pub mac: Option<Mac>,
+    /// What it is, where it is more than a network card: `vxlan`, `bridge`, …
+    pub kind: Option<String>,
+    /// What it was made with, if it is a VXLAN device.
+    pub vxlan: Option<VxlanShape>,
     /// In the kernel's order.
     pub addresses: Vec<LinkAddress>,
+}
+
+/// What a link of ours has besides weft's mark; what is absent stays as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkSettings {
+    pub mtu: Option<u32>,
+    /// Packets that may wait in it.
+    pub queue_len: Option<u32>,
+}
+
+impl LinkSettings {
+    fn are_those_of(self, link: &Link) -> bool {
+        self.mtu.is_none_or(|mtu| mtu == link.mtu)
+            && self.queue_len.is_none_or(|len| len == link.queue_len)
+    }
+}
+
+/// A route to a peer's subnet by way of a neighbour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GatewayRoute {
+    pub destination: IpNetwork,
+    pub gateway: IpAddr,
+    /// The index of the link that the neighbour is on.
+    pub link: u32,
+    /// The neighbour is on the link though no other route says so.
+    pub onlink: bool,
 }
 
 /// An address of a link, with what makes one address a better choice than another.
@@ -76,7 +114,7 @@ pub struct DefaultRoute {
 }
 
 /// A route of the main table, as far as weft compares it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KernelRoute {
     pub destination: IpNetwork,
     pub gateway: Option<IpAddr>,
@@ -182,22 +220,33 @@ impl Netlink {
         Ok(true)
     }
 
-    /// Brings the link up, sets how many packets it may queue, and marks it as weft's; says whether
-    /// it was not so yet.
-    pub fn claim_link(&self, link: &Link, queue_len: u32) -> Result<bool, NetlinkError> {
-        if link.queue_len == queue_len && link.alias.as_deref() == Some(LINK_ALIAS) && link.up {
+    /// Takes an address from the link.
+    pub fn remove_address(&self, link: &Link, address: IpNetwork) -> Result<(), NetlinkError> {
+        self.call(&format!("address del {address} dev {}", link.name), async {
+            let mut request = self.handle.address().add(link.index, address.ip(), address.prefix());
+            let message = request.message_mut().clone();
+            self.handle.address().del(message).execute().await
+        })
+    }
+
+    /// Brings the link up, sets what it is to have, and marks it as weft's; says whether it was not
+    /// so yet.
+    pub fn claim_link(&self, link: &Link, settings: LinkSettings) -> Result<bool, NetlinkError> {
+        let is_ours = link.alias.as_deref() == Some(LINK_ALIAS);
+        if is_ours && link.up && settings.are_those_of(link) {
             return Ok(false);
         }
-        let command =
-            format!("link set {} txqueuelen {queue_len} alias {LINK_ALIAS} up", link.name);
-        self.call(&command, async {
-            let message = LinkUnspec::new_with_index(link.index)
-                .txqueuelen(queue_len)
-                .up()
-                .append_extra_attribute(LinkAttribute::IfAlias(LINK_ALIAS.into()))
-                .build();
-            self.handle.link().set(message).execute().await
-        })?;
+        let mut command = format!("link set {} alias {LINK_ALIAS} up", link.name);
+        let mut message = LinkUnspec::new_with_index(link.index).alias(LINK_ALIAS).up();
+        if let Some(mtu) = settings.mtu {
+            command += &format!(" mtu {mtu}");
+            message = message.mtu(mtu);
+        }
+        if let Some(len) = settings.queue_len {
+            command += &format!(" txqueuelen {len}");
+            message = message.txqueuelen(len);
+        }
+        self.call(&command, self.handle.link().set(message.build()).execute())?;
         Ok(true)
     }
 
@@ -220,42 +269,48 @@ impl Netlink {
         })
     }
 
-    /// Adds, or replaces, routes by way of neighbours on the link of this name, many at once. Goes on
-    /// past those that the kernel refuses, and says which and why.
-    pub fn set_gateway_routes(
-        &self,
-        routes: &[GatewayRoute],
-        link: &str,
-    ) -> Vec<(GatewayRoute, NetlinkError)> {
-        let requests = routes.iter().map(|route| {
-            let GatewayRoute { destination, gateway, .. } = route;
-            let command = format!("route replace {destination} via {gateway} dev {link}");
+    /// Adds, or replaces, routes by way of neighbours, many at once. Goes on past those that the
+    /// kernel refuses, and says which and why.
+    pub fn set_gateway_routes(&self, routes: &[GatewayRoute]) -> Vec<(GatewayRoute, NetlinkError)> {
+        self.each(routes, |route| {
+            let GatewayRoute { destination, gateway, link, onlink } = *route;
             let handle = self.handle.route();
-            async move {
-                let set = async { handle.add(gateway_route(route)?).replace().execute().await };
-                let refused = set.await.err()?;
-                Some((*route, NetlinkError { command, reason: reason(refused) }))
-            }
-        });
-        self.many(requests)
+            let set = async move { handle.add(gateway_route(route)?).replace().execute().await };
+            let command = move || {
+                let onlink = if onlink { " onlink" } else { "" };
+                format!("route replace {destination} via {gateway} dev {}{onlink}", name_of(link))
+            };
+            (set, command)
+        })
     }
 
     /// Removes routes, many at once; one that is gone already is no error.
-    pub fn remove_routes(&self, routes: &[KernelRoute]) -> Vec<NetlinkError> {
-        let requests = routes.iter().filter_map(|route| {
-            let (gateway, link) = (route.gateway?, route.link?);
-            let destination = route.destination;
-            let command = format!("route del {destination} via {gateway}");
+    pub fn remove_routes(&self, routes: &[KernelRoute]) -> Vec<(KernelRoute, NetlinkError)> {
+        let refused = self.each(routes, |route| {
             let handle = self.handle.route();
-            Some(async move {
-                let route = GatewayRoute { destination, gateway, link };
-                let remove = async { handle.del(gateway_route(&route)?).execute().await };
-                let reason = reason(remove.await.err()?);
-                let gone = reason.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error());
-                (!gone).then_some(NetlinkError { command, reason })
-            })
+            let remove = async move { handle.del(kernel_route(route)?).execute().await };
+            (remove, move || format!("route del {} proto {}", route.destination, route.protocol))
         });
-        self.many(requests)
+        refused.into_iter().filter(|(_, error)| !is_gone(&error.reason)).collect()
+    }
+
+    /// Does one request for each, many at once; says what the kernel refused, and why.
+    fn each<'a, T: Copy, W, C>(
+        &self,
+        items: &'a [T],
+        request: impl Fn(&'a T) -> (W, C),
+    ) -> Vec<(T, NetlinkError)>
+    where
+        W: Future<Output = Result<(), rtnetlink::Error>>,
+        C: FnOnce() -> String,
+    {
+        self.many(items.iter().map(|item| {
+            let (work, command) = request(item);
+            async move {
+                let refused = work.await.err()?;
+                Some((*item, NetlinkError { command: command(), reason: reason(refused) }))
+            }
+        }))
     }
 
     fn many<T, F: Future<Output = Option<T>>>(&self, requests: impl Iterator<Item = F>) -> Vec<T> {
@@ -288,25 +343,17 @@ impl Netlink {
 
     /// The link that packets to `ip` leave by, and the address that they leave from.
     pub fn way_to(&self, ip: IpAddr) -> Result<(Option<u32>, Option<IpAddr>), NetlinkError> {
-        self.call(&format!("route get {ip}"), async {
-            let len = if ip.is_ipv6() { 128 } else { 32 };
-            let request = RouteMessageBuilder::<IpAddr>::new()
-                .destination_prefix(ip, len)
-                .map_err(|_| rtnetlink::Error::RequestFailed)?
-                .build();
-            let mut answers = self.handle.route().get(request).execute();
-            let (mut link, mut source) = (None, None);
-            if let Some(message) = answers.try_next().await? {
-                for attribute in &message.attributes {
-                    if let RouteAttribute::Oif(index) = attribute {
-                        link = Some(*index);
-                    } else if let RouteAttribute::PrefSource(address) = attribute {
-                        source = self::ip(address);
-                    }
-                }
-            }
-            Ok((link, source))
-        })
+        let way = self.call(&format!("route get {ip}"), way(&self.handle, ip))?;
+        Ok((way.link, way.source))
+    }
+
+    /// For each address the link that it is on, where packets to it pass no router; many at once.
+    pub fn links_of(&self, addresses: &[IpAddr]) -> Vec<(IpAddr, Option<u32>)> {
+        self.many(addresses.iter().map(|ip| async move {
+            // An address that no route leads to is on no link.
+            let way = way(&self.handle, *ip).await.ok();
+            Some((*ip, way.filter(|way| way.is_on_link).and_then(|way| way.link)))
+        }))
     }
 
     fn call<T>(
@@ -320,6 +367,52 @@ impl Netlink {
     }
 }
 
+/// What the kernel would do with a packet.
+#[derive(Debug, Default)]
+struct Way {
+    link: Option<u32>,
+    source: Option<IpAddr>,
+    /// No router, and not this host itself.
+    is_on_link: bool,
+}
+
+async fn way(handle: &Handle, ip: IpAddr) -> Result<Way, rtnetlink::Error> {
+    let len = if ip.is_ipv6() { 128 } else { 32 };
+    let request = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(ip, len)
+        .map_err(|_| rtnetlink::Error::RequestFailed)?
+        .build();
+    let mut answers = handle.route().get(request).execute();
+    let mut way = Way::default();
+    if let Some(message) = answers.try_next().await? {
+        way.is_on_link = message.header.kind == RouteType::Unicast;
+        for attribute in &message.attributes {
+            if let RouteAttribute::Oif(index) = attribute {
+                way.link = Some(*index);
+            } else if let RouteAttribute::PrefSource(address) = attribute {
+                way.source = self::ip(address);
+            } else if let RouteAttribute::Gateway(_) | RouteAttribute::Via(_) = attribute {
+                way.is_on_link = false;
+            }
+        }
+    }
+    Ok(way)
+}
+
+/// What is to be removed is not there any more, or its device is not.
+fn is_gone(reason: &io::Error) -> bool {
+    let gone = [Errno::SRCH, Errno::NOENT, Errno::NODEV];
+    gone.iter().any(|errno| reason.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+/// A link's name, for people.
+fn name_of(index: u32) -> String {
+    use rustix::net::{AddressFamily, SocketType, netdevice::index_to_name, socket};
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None);
+    let name = socket.and_then(|socket| index_to_name(socket, index));
+    name.unwrap_or_else(|_| format!("(gone, it was number {index})"))
+}
+
 fn reason(error: rtnetlink::Error) -> io::Error {
     if let rtnetlink::Error::NetlinkError(message) = error {
         return message.to_io();
@@ -330,12 +423,8 @@ fn reason(error: rtnetlink::Error) -> io::Error {
 fn link(message: LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
-        name: String::new(),
-        mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
-        queue_len: 0,
-        alias: None,
-        addresses: Vec::new(),
+        ..Link::default()
     };
     for attribute in message.attributes {
         if let LinkAttribute::IfName(name) = attribute {
@@ -346,9 +435,21 @@ fn link(message: LinkMessage) -> Link {
             link.queue_len = len;
         } else if let LinkAttribute::IfAlias(alias) = attribute {
             link.alias = Some(alias);
+        } else if let LinkAttribute::Address(bytes) = attribute {
+            link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac);
+        } else if let LinkAttribute::LinkInfo(infos) = attribute {
+            infos.iter().for_each(|info| take_kind(&mut link, info));
         }
     }
     link
+}
+
+fn take_kind(link: &mut Link, info: &LinkInfo) {
+    if let LinkInfo::Kind(kind) = info {
+        link.kind = Some(kind.to_string());
+    } else if let LinkInfo::Data(InfoData::Vxlan(infos)) = info {
+        link.vxlan = Some(VxlanShape::of(infos));
+    }
 }
 
 /// IFA_LOCAL is the address itself; IFA_ADDRESS is the peer's on point-to-point links
@@ -404,8 +505,25 @@ fn gateway_route(route: &GatewayRoute) -> Result<RouteMessage, rtnetlink::Error>
         .destination_prefix(route.destination.network(), route.destination.prefix())
         .and_then(|message| message.gateway(route.gateway))
         .map(|message| message.output_interface(route.link))
-        .map(|message| message.protocol(RouteProtocol::Other(ROUTE_PROTOCOL)).build())
+        .map(|message| message.protocol(RouteProtocol::Other(ROUTE_PROTOCOL)))
+        .map(|message| if route.onlink { message.onlink() } else { message }.build())
         .map_err(|_| rtnetlink::Error::RequestFailed)
+}
+
+fn kernel_route(route: &KernelRoute) -> Result<RouteMessage, rtnetlink::Error> {
+    let KernelRoute { destination, gateway, link, protocol } = *route;
+    let bad = |_| rtnetlink::Error::RequestFailed;
+    let mut message = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(destination.network(), destination.prefix())
+        .map_err(bad)?
+        .protocol(protocol.into());
+    if let Some(gateway) = gateway {
+        message = message.gateway(gateway).map_err(bad)?;
+    }
+    if let Some(link) = link {
+        message = message.output_interface(link);
+    }
+    Ok(message.build())
 }
 
 fn blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Error> {

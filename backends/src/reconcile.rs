@@ -1,19 +1,64 @@
 //! What is desired against what the kernel has, and the changes between them. Pure: it is given
 //! both.
 
-use std::net::IpAddr;
+use std::collections::HashSet;
+use std::hash::Hash;
 
 use ipnetwork::IpNetwork;
+use weft_control::lease::contains;
 
-use crate::netlink::{KernelRoute, ROUTE_PROTOCOL};
+use crate::netlink::{GatewayRoute, KernelRoute, ROUTE_PROTOCOL};
 
-/// A route to a peer's subnet by way of a neighbour.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GatewayRoute {
-    pub destination: IpNetwork,
-    pub gateway: IpAddr,
-    /// The index of the link that the neighbour is on.
-    pub link: u32,
+/// What makes the kernel have the desired entries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Changes<T> {
+    /// To be added, or to take the place of what has the same key.
+    pub(crate) set: Vec<T>,
+    /// Wanted no more.
+    pub(crate) remove: Vec<T>,
+}
+
+impl<T: Copy + Eq + Hash> Changes<T> {
+    /// Of entries with the same key there is one at most.
+    pub(crate) fn between<K: Eq + Hash>(desired: &[T], found: &[T], key: impl Fn(&T) -> K) -> Self {
+        let there: HashSet<&T> = found.iter().collect();
+        let wanted: HashSet<K> = desired.iter().map(&key).collect();
+        Self {
+            set: desired.iter().filter(|it| !there.contains(it)).copied().collect(),
+            remove: found.iter().filter(|it| !wanted.contains(&key(it))).copied().collect(),
+        }
+    }
+}
+
+/// Which routes are one daemon's: another may run beside it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Territory {
+    /// The overlay's.
+    pub(crate) networks: Vec<IpNetwork>,
+    /// The daemon's own devices, by index.
+    pub(crate) links: Vec<u32>,
+}
+
+impl Territory {
+    /// Whether a route leads into the overlay, or out of one of our devices.
+    pub(crate) fn has(&self, route: &KernelRoute) -> bool {
+        self.is_by_our_device(route)
+            || self.networks.iter().any(|network| contains(*network, route.destination))
+    }
+
+    fn is_by_our_device(&self, route: &KernelRoute) -> bool {
+        route.link.is_some_and(|link| self.links.contains(&link))
+    }
+
+    /// Whether to remove a route that nobody wants: ours, and on a device that is ours now what
+    /// flannel left, which leads to a subnet by way of its base.
+    fn owns(&self, route: &KernelRoute) -> bool {
+        let is_flannels =
+            self.is_by_our_device(route) && route.gateway == Some(route.destination.network());
+        self.has(route)
+            && route.gateway.is_some()
+            && (route.protocol == ROUTE_PROTOCOL || is_flannels)
+    }
 }
 
 /// What makes the kernel have the desired routes.
@@ -28,9 +73,13 @@ pub(crate) struct RouteChanges {
 }
 
 impl RouteChanges {
-    /// `link` is the one that all desired routes leave by. A route of somebody else that is just the
-    /// desired one, as flannel leaves them, becomes ours; one that leads elsewhere stays.
-    pub(crate) fn between(desired: &[GatewayRoute], found: &[KernelRoute], link: u32) -> Self {
+    /// A route of somebody else that is just the desired one, as flannel leaves them, becomes ours;
+    /// one that leads elsewhere stays.
+    pub(crate) fn between(
+        desired: &[GatewayRoute],
+        found: &[KernelRoute],
+        territory: &Territory,
+    ) -> Self {
         let mut changes = Self::default();
         let mut found: Vec<&KernelRoute> = found.iter().collect();
         found.sort_by_key(|route| route.destination);
@@ -47,26 +96,24 @@ impl RouteChanges {
             let foreign =
                 at(route.destination).find(|it| !same(it) && it.protocol != ROUTE_PROTOCOL);
             match foreign {
-                Some(foreign) => changes.taken.push((*foreign).clone()),
+                Some(foreign) => changes.taken.push(**foreign),
                 None if is_there => {}
                 None => changes.set.push(*route),
             }
         }
-        let mut wanted: Vec<IpNetwork> = desired.iter().map(|route| route.destination).collect();
-        wanted.sort_unstable();
-        let stale = found.into_iter().filter(|route| {
-            route.protocol == ROUTE_PROTOCOL
-                && route.link == Some(link)
-                && route.gateway.is_some()
-                && wanted.binary_search(&route.destination).is_err()
-        });
-        changes.remove = stale.cloned().collect();
+        let wanted: HashSet<IpNetwork> = desired.iter().map(|route| route.destination).collect();
+        let stale = found
+            .into_iter()
+            .filter(|route| territory.owns(route) && !wanted.contains(&route.destination));
+        changes.remove = stale.copied().collect();
         changes
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -79,6 +126,7 @@ mod tests {
             destination: destination.parse().unwrap(),
             gateway: gateway.parse().unwrap(),
             link: 2,
+            onlink: false,
         }
     }
 
@@ -91,9 +139,13 @@ mod tests {
         }
     }
 
+    fn territory() -> Territory {
+        Territory { networks: vec!["10.3.0.0/16".parse().unwrap()], links: vec![7] }
+    }
+
     fn changes(found: &[KernelRoute]) -> RouteChanges {
         let desired = [desired("10.3.1.0/24", "192.0.2.1"), desired("10.3.2.0/24", "192.0.2.2")];
-        RouteChanges::between(&desired, found, 2)
+        RouteChanges::between(&desired, found, &territory())
     }
 
     #[test]
@@ -102,7 +154,7 @@ mod tests {
             found("10.3.1.0/24", "192.0.2.1", 2, ROUTE_PROTOCOL),
             found("10.3.2.0/24", "192.0.2.2", 2, ROUTE_PROTOCOL),
             found("0.0.0.0/0", "192.0.2.254", 2, BOOT),
-            found("10.9.0.0/16", "", 7, ROUTE_PROTOCOL),
+            found("10.3.0.0/16", "", 7, ROUTE_PROTOCOL),
         ];
         assert_eq!(changes(&right), RouteChanges::default());
         let found = [
@@ -114,6 +166,25 @@ mod tests {
         assert_eq!(changes.set.len(), 2);
         assert_eq!(changes.remove, found[1..2]);
         assert!(changes.taken.is_empty());
+    }
+
+    #[test]
+    fn another_daemons_routes_stay_but_whatever_leads_into_our_device_goes() {
+        let found = [
+            found("10.9.1.0/24", "192.0.2.9", 2, ROUTE_PROTOCOL),
+            found("10.9.2.0/24", "10.9.2.0", 7, ROUTE_PROTOCOL),
+        ];
+        assert_eq!(changes(&found).remove, found[1..]);
+    }
+
+    #[test]
+    fn what_flannel_left_on_our_device_goes_and_a_strangers_stays() {
+        let found = [
+            found("10.3.9.0/24", "10.3.9.0", 7, BOOT),
+            found("10.3.9.0/24", "10.3.9.0", 2, BOOT),
+            found("203.0.113.0/24", "10.3.9.1", 7, BOOT),
+        ];
+        assert_eq!(changes(&found).remove, found[..1]);
     }
 
     #[test]
@@ -143,15 +214,36 @@ mod tests {
                 .iter()
                 .map(|(to, via)| found(&destination(*to), &gateway(*via), 2, ROUTE_PROTOCOL))
                 .collect();
-            let changes = RouteChanges::between(&wanted, &kernel, 2);
+            let changes = RouteChanges::between(&wanted, &kernel, &territory());
             for route in &changes.set {
                 kernel.retain(|it| it.destination != route.destination);
                 let (to, via) = (route.destination.to_string(), route.gateway.to_string());
                 kernel.push(found(&to, &via, 2, ROUTE_PROTOCOL));
             }
             kernel.retain(|it| !changes.remove.contains(it));
-            prop_assert_eq!(RouteChanges::between(&wanted, &kernel, 2), RouteChanges::default());
+            let territory = territory();
+            let left = RouteChanges::between(&wanted, &kernel, &territory);
+            prop_assert_eq!(left, RouteChanges::default());
             prop_assert_eq!(kernel.len(), wanted.len());
+        }
+
+        /// A kernel in which an entry takes the place of another with its key ends up with exactly
+        /// the desired entries, whatever it had.
+        #[test]
+        fn entries_of_one_key_take_each_others_place(
+            wanted in proptest::collection::btree_map(0u8..20, 1u8..5, 0..10),
+            there in proptest::collection::btree_map(0u8..20, 1u8..5, 0..10),
+        ) {
+            let entries = |map: &BTreeMap<u8, u8>| map.clone().into_iter().collect::<Vec<_>>();
+            let (desired, found) = (entries(&wanted), entries(&there));
+            let changes = Changes::between(&desired, &found, |(key, _)| *key);
+            let mut kernel = there.clone();
+            kernel.extend(changes.set.iter().copied());
+            for (key, _) in &changes.remove {
+                prop_assert!(kernel.remove(key).is_some());
+            }
+            prop_assert_eq!(kernel, wanted);
+            prop_assert!(changes.set.iter().all(|it| !found.contains(it)));
         }
     }
 }

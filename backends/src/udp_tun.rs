@@ -5,6 +5,7 @@
 //! The device carries the whole overlay: its address is the base of our subnet, and one route for
 //! each Network leads into it. Which peer a packet goes to is the engine's business.
 
+use std::collections::HashSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -16,21 +17,22 @@ use tokio::sync::mpsc::{self, UnboundedSender};
 use weft_control::{Lease, LeaseAttrs, NetworkConfig};
 use weft_engine::{EcnMode, Engine, EngineConfig, EngineHandle, Peer, RouteTable, overhead};
 
-use crate::netlink::{Link, Netlink, ROUTE_PROTOCOL};
+use crate::direct::{Direct, loosen_filter, strict_filter};
+use crate::netlink::{Link, LinkSettings, Netlink, ROUTE_PROTOCOL};
+use crate::peer_routes::PeerRoutes;
+use crate::reconcile::Territory;
 use crate::{
-    Backend, BackendError, BackendEvent, BackendStatus, Desired, DesiredPeer, ExternalInterface,
-    Opened, Options, PeerWay, Report, Started, Way,
+    Backend, BackendError, BackendEvent, BackendStatus, Basis, Desired, DesiredPeer,
+    ExternalInterface, MTU_MIN, Opened, Options, PeerWay, Report, Started, Way,
 };
 
 /// The name that flannel's device has; the kernel puts the next free number.
 const DEVICE: &str = "flannel%d";
 /// flannel's port, where the config names none.
 const DEFAULT_PORT: u16 = 8285;
-/// Packets that may wait in the device for the engine. flannel's 500 lose bursts of a single TCP
+/// As many packets may wait in the device for the engine: flannel's 500 lose bursts of a single TCP
 /// stream.
-const QUEUE_LEN: u32 = 10_000;
-/// The smallest MTU of an IPv4 link (RFC 791).
-const MTU_MIN: u32 = 68;
+const SETTINGS: LinkSettings = LinkSettings { mtu: None, queue_len: Some(10_000) };
 
 /// How long a device may take to go; it does no harm beside the next one.
 const GONE_WITHIN: Duration = Duration::from_millis(500);
@@ -39,10 +41,15 @@ const GONE_WITHIN: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 struct UdpTun {
     config: NetworkConfig,
+    /// The port of every node of the overlay: a lease does not tell it.
+    port: u16,
     interface: ExternalInterface,
     options: Options,
     netlink: Netlink,
     events: UnboundedSender<BackendEvent>,
+    /// Where peers on the same link are routed to directly.
+    direct: Option<Direct>,
+    routes: PeerRoutes,
     running: Option<Running>,
 }
 
@@ -60,15 +67,26 @@ pub(crate) fn open(
     interface: ExternalInterface,
     options: Options,
 ) -> Result<Opened, BackendError> {
+    let port = config.backend.u16_option("Port")?.filter(|port| *port > 0).unwrap_or(DEFAULT_PORT);
+    let direct = config.backend.bool_option("DirectRouting")?.unwrap_or(false);
     let (events, receiver) = mpsc::unbounded_channel();
     let netlink = Netlink::open().map_err(BackendError::NetlinkSocket)?;
-    let backend = UdpTun { config, interface, options, netlink, events, running: None };
+    let backend = UdpTun {
+        config,
+        port,
+        interface,
+        options,
+        netlink,
+        events,
+        direct: direct.then(Direct::default),
+        routes: PeerRoutes::default(),
+        running: None,
+    };
     Ok((Box::new(backend), receiver))
 }
 
 impl Backend for UdpTun {
-    fn prepare(&mut self) -> Result<LeaseAttrs, BackendError> {
-        self.port()?;
+    fn prepare(&mut self, _: &str) -> Result<LeaseAttrs, BackendError> {
         self.mtu(self.underlay()?)?;
         Ok(LeaseAttrs {
             public_ip: self.interface.public_ipv4,
@@ -88,7 +106,7 @@ impl Backend for UdpTun {
             device: DEVICE.into(),
             mtu,
             workers: self.options.workers,
-            listen: SocketAddr::new(underlay, self.port()?),
+            listen: SocketAddr::new(underlay, self.port),
             guard: self.options.guard,
             tunnel_addresses: tunnel_addresses(lease).collect(),
             tuning: self.options.tuning.clone(),
@@ -106,22 +124,23 @@ impl Backend for UdpTun {
         Ok(Started { device, mtu: mtu.into() })
     }
 
-    fn reconcile(&mut self, desired: &Desired) -> Report {
+    fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {
         let mut report = Report::default();
         let Ok(underlay) = self.underlay() else {
             return report;
         };
-        let Ok(port) = self.port() else { return report };
-        let Some(device) = self.running.as_ref().map(|running| running.device.clone()) else {
-            return report;
-        };
-        match self.configure(&device, &desired.lease) {
-            Ok(changed) => report.changed = changed,
-            Err(error) => report.problems.push(error.to_string()),
+        let Some(running) = &self.running else { return report };
+        let basis = if running.published.is_none() { Basis::Kernel } else { basis };
+        if basis == Basis::Kernel {
+            match self.configure(&running.device, &desired.lease) {
+                Ok(changed) => report.changed = changed,
+                Err(error) => report.problems.push(error.to_string()),
+            }
         }
+        let direct = self.route_directly(desired, basis, &mut report);
         let mut peers = Vec::new();
         for desired in &desired.peers {
-            match peer(desired, underlay, port) {
+            match peer(desired, underlay, self.port) {
                 Some(peer) => peers.push(peer),
                 None => report.problems.push(format!(
                     "the node of {} publishes no address of {underlay}'s family, so nothing can \
@@ -130,13 +149,13 @@ impl Backend for UdpTun {
                 )),
             }
         }
-        if let Some(running) = &mut self.running
-            && running.published.as_ref() != Some(desired)
-        {
-            running.published = Some(desired.clone());
-            running.peers = peers.iter().map(way_to).collect();
-            let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
-            running.engine.publish(RouteTable::new(&local, peers));
+        if let Some(running) = &mut self.running {
+            running.peers = peers.iter().map(|peer| way_to(peer, &direct)).collect();
+            if running.published.as_ref() != Some(desired) {
+                running.published = Some(desired.clone());
+                let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
+                running.engine.publish(RouteTable::new(&local, peers));
+            }
         }
         report
     }
@@ -165,12 +184,6 @@ impl UdpTun {
             .ok_or_else(|| BackendError::NoAddress { interface: self.interface.name.clone() })
     }
 
-    /// The port of every node of the overlay: a lease does not tell it.
-    fn port(&self) -> Result<u16, BackendError> {
-        let port = self.config.backend.u16_option("Port")?.unwrap_or(0);
-        Ok(if port == 0 { DEFAULT_PORT } else { port })
-    }
-
     fn mtu(&self, underlay: IpAddr) -> Result<u16, BackendError> {
         let external = self.interface.mtu;
         let mtu = external.saturating_sub(overhead(underlay));
@@ -180,6 +193,39 @@ impl UdpTun {
         }
         // A loopback-like interface may carry more than an IP packet can hold.
         Ok(u16::try_from(mtu).unwrap_or(u16::MAX - 28))
+    }
+
+    /// Plain routes to peers on the same link, and to which subnets there are some. The engine keeps
+    /// its own for all: it goes by them when it judges who may send.
+    fn route_directly(
+        &mut self,
+        desired: &Desired,
+        basis: Basis,
+        report: &mut Report,
+    ) -> HashSet<IpNetwork> {
+        let mut routes = Vec::new();
+        if let Some(direct) = &mut self.direct {
+            direct.look(&self.netlink, desired, basis);
+            report.problems.extend(strict_filter(&self.interface.name));
+            for Lease { key, attrs, .. } in desired.peers.iter().map(|peer| &peer.lease) {
+                routes.extend(key.networks().filter_map(|subnet| direct.route(subnet, attrs)));
+            }
+        }
+        let networks = self.config.families().map(|family| family.network).collect();
+        let territory = Territory { networks, links: Vec::new() };
+        let mut direct: HashSet<IpNetwork> = routes.iter().map(|route| route.destination).collect();
+        match self.routes.reconcile(&self.netlink, &routes, &territory, basis) {
+            Ok(outcome) => {
+                report.changed |= outcome.changed;
+                report.problems.extend(outcome.problems);
+                for (route, error) in outcome.refused {
+                    direct.remove(&route.destination);
+                    report.problems.push(error.to_string());
+                }
+            }
+            Err(error) => report.problems.push(error.to_string()),
+        }
+        direct
     }
 
     fn refuse_taken_routes(&self) -> Result<(), BackendError> {
@@ -205,8 +251,11 @@ impl UdpTun {
     /// Address, route, queue length and sysctls of our device. Says whether anything had to be done.
     fn configure(&self, device: &str, lease: &Lease) -> Result<bool, BackendError> {
         let link = self.link(device)?;
-        let mut changed = self.netlink.claim_link(&link, QUEUE_LEN)?;
+        let mut changed = self.netlink.claim_link(&link, SETTINGS)?;
         accept_own_address(device);
+        if self.direct.is_some() {
+            loosen_filter(device);
+        }
         for address in tunnel_addresses(lease) {
             changed |= self.netlink.set_address(&link, IpNetwork::from(address))?;
         }
@@ -258,8 +307,10 @@ fn accept_own_address(device: &str) {
     }
 }
 
-fn way_to(peer: &Peer) -> PeerWay {
-    PeerWay { public_ip: peer.endpoint.ip(), subnets: peer.subnets.clone(), way: Way::Tunnel }
+fn way_to(peer: &Peer, direct: &HashSet<IpNetwork>) -> PeerWay {
+    let is_direct = peer.subnets.iter().all(|subnet| direct.contains(subnet));
+    let way = if is_direct { Way::Direct } else { Way::Tunnel };
+    PeerWay { public_ip: peer.endpoint.ip(), subnets: peer.subnets.clone(), way }
 }
 
 /// `None` where the peer has no address of our underlay's family.

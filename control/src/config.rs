@@ -48,6 +48,8 @@ pub enum ConfigError {
     NotAnObject,
     #[error("{key} must be {wanted}, not {found}")]
     Type { key: &'static str, wanted: &'static str, found: String },
+    #[error("{key} must be at most {max}, not {number}")]
+    OptionTooLarge { key: &'static str, number: u64, max: u32 },
     #[error("error decoding Backend property of config: {0}")]
     Backend(String),
     #[error("none defined stack: EnableIPv4 is false and EnableIPv6 is not true")]
@@ -103,6 +105,26 @@ impl BackendConfig {
             wanted: "a whole number from 0 to 65535",
             found: value.to_string(),
         })
+    }
+
+    /// As [`Self::u16_option`], with a limit of its own.
+    ///
+    /// # Errors
+    /// It is there but not a whole number from 0 to `max`.
+    pub fn number_option(&self, key: &'static str, max: u32) -> Result<Option<u32>, ConfigError> {
+        let Some(number) = whole_number(&self.options, key)? else {
+            return Ok(None);
+        };
+        let within = u32::try_from(number).ok().filter(|number| *number <= max);
+        within.map(Some).ok_or(ConfigError::OptionTooLarge { key, number, max })
+    }
+
+    /// A switch among the backend's options.
+    ///
+    /// # Errors
+    /// It is there but neither true nor false.
+    pub fn bool_option(&self, key: &'static str) -> Result<Option<bool>, ConfigError> {
+        boolean(&self.options, key)
     }
 }
 

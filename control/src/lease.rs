@@ -329,7 +329,7 @@ fn is_unusable(address: IpAddr) -> bool {
 }
 
 /// Whether `inner` lies wholly inside `outer`.
-pub(crate) fn contains(outer: IpNetwork, inner: IpNetwork) -> bool {
+pub fn contains(outer: IpNetwork, inner: IpNetwork) -> bool {
     outer.prefix() <= inner.prefix() && outer.contains(inner.network())
 }
 

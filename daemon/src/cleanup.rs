@@ -276,7 +276,7 @@ impl Cleaner {
             Trace::Device(link) => self.netlink.remove_link(link)?,
             Trace::Route(route) => {
                 let refused = self.netlink.remove_routes(std::slice::from_ref(route));
-                refused.into_iter().next().map_or(Ok(()), Err)?;
+                refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))?;
             }
             Trace::Blackhole(network) => {
                 let mut others = self.netlink.blackholes()?;

@@ -85,6 +85,24 @@ pub(crate) async fn changed(
     around.conflict(settings, config, &chosen.interface).map_or(Ok(Some(chosen)), Err)
 }
 
+/// Makes the backend for an interface; nothing in the kernel changes yet.
+///
+/// # Errors
+/// An option of the config is wrong, or netlink is not to be had.
+pub(crate) fn open(
+    settings: &Settings,
+    config: &NetworkConfig,
+    kind: BackendKind,
+    interface: &ExternalInterface,
+) -> Result<Overlay, BackendError> {
+    let options = Options {
+        guard: settings.guard,
+        workers: settings.workers,
+        tuning: settings.tuning.clone(),
+    };
+    weft_backends::open(kind, config, interface, options).map(Overlay::new)
+}
+
 /// A backend that is ready to begin on an interface.
 #[derive(Debug)]
 pub(crate) struct Prepared {
@@ -97,27 +115,18 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    /// Opens the backend, and has it check its options and the interface.
+    /// Has the backend make or adopt what the lease of the node with this id tells of.
     ///
     /// # Errors
     /// The inner error is the backend's; the outer one that it panicked.
     pub(crate) async fn new(
-        settings: &Settings,
-        config: &NetworkConfig,
-        kind: BackendKind,
+        mut overlay: Overlay,
         chosen: Chosen,
+        node_id: &str,
     ) -> anyhow::Result<Result<Self, BackendError>> {
         let Chosen { interface, why } = chosen;
-        let options = Options {
-            guard: settings.guard,
-            workers: settings.workers,
-            tuning: settings.tuning.clone(),
-        };
-        let mut overlay = match weft_backends::open(kind, config, &interface, options) {
-            Ok(opened) => Overlay::new(opened),
-            Err(error) => return Ok(Err(error)),
-        };
-        let attrs = overlay.call(|backend| backend.prepare()).await?;
+        let node_id = node_id.to_owned();
+        let attrs = overlay.call(move |backend| backend.prepare(&node_id)).await?;
         Ok(attrs.map(|attrs| Self { interface, why, overlay, attrs }))
     }
 }

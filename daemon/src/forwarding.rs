@@ -11,9 +11,10 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval};
 use weft_backends::{
-    BackendEvent, BackendKind, Desired, DesiredPeer, ExternalInterface, KernelEvents, Started,
+    BackendEvent, BackendKind, Basis, Desired, DesiredPeer, ExternalInterface, KernelEvents,
+    Started,
 };
-use weft_control::keeper::{self, Own};
+use weft_control::keeper::{self, Identity, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
 use weft_control::{Lease, LeaseAttrs, NetworkConfig, Registry, View};
@@ -44,7 +45,7 @@ pub(crate) struct Forwarding<'a> {
     pub(crate) registry: &'a dyn Registry,
     pub(crate) health: &'a Health,
     pub(crate) firewall: &'a Firewall,
-    /// What the kernel tells of links, addresses and routes.
+    /// What the kernel tells of links, addresses, routes and neighbours.
     pub(crate) kernel: &'a KernelEvents,
     pub(crate) kind: BackendKind,
     pub(crate) place: &'a Place,
@@ -72,11 +73,15 @@ struct Turn {
     interface: ExternalInterface,
     /// Why the external interface cannot be followed to what it is now.
     stuck: Option<String>,
+    /// What our lease is to say of us.
+    identity: Identity,
     lease: Lease,
     /// What the lease says until it says our attributes.
     former: Option<LeaseAttrs>,
     /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
     renewal: Option<Instant>,
+    /// The registry may have refused it a moment ago.
+    renew_not_before: Instant,
     /// Whether the registry could be read when it was last heard of.
     readable: bool,
     /// What could not be done, at the last reconciliation.
@@ -93,9 +98,11 @@ impl Turn {
             config,
             interface: place.interface.clone(),
             stuck: None,
+            identity: place.identity.clone(),
             former: (lease.attrs != *attrs).then(|| lease.attrs.clone()),
             lease,
             renewal,
+            renew_not_before: Instant::now(),
             readable: false,
             problems: BTreeSet::new(),
             subnet_file_written: false,
@@ -105,11 +112,21 @@ impl Turn {
 
     /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
     /// known, and not again: the clock may be set meanwhile.
-    fn hold(&mut self, lease: Lease, attrs: &LeaseAttrs, margin: Duration) {
+    fn hold(&mut self, lease: Lease, margin: Duration) {
         if (lease.expires, &lease.attrs) != (self.lease.expires, &self.lease.attrs) {
-            self.renewal = renewal(&lease, attrs, margin);
+            self.renewal = renewal(&lease, &self.identity.attrs, margin);
         }
         self.lease = lease;
+    }
+
+    /// The lease is to say this of us. Peers must know of a change at once.
+    fn describe(&mut self, attrs: LeaseAttrs) {
+        if attrs != self.identity.attrs {
+            tracing::warn!(subnet = %self.lease.key, "what our lease tells of us has changed");
+            self.identity.attrs = attrs;
+            self.renew_not_before = Instant::now();
+            self.renewal = Some(self.renew_not_before);
+        }
     }
 }
 
@@ -131,11 +148,10 @@ impl Forwarding<'_> {
         let mut turn = Turn::new(config.clone(), lease, self.place, margin);
         let mut slow = tokio::time::interval(RECONCILE_INTERVAL);
         let mut publish = tokio::time::interval(NODE_INTERVAL);
-        let mut renew_not_before = Instant::now();
         watch.mark_changed();
         let mut firewall = self.firewall.watch();
         loop {
-            let renewal = sleep_until(turn.renewal.map(|due| due.max(renew_not_before)));
+            let renewal = sleep_until(turn.renewal.map(|due| due.max(turn.renew_not_before)));
             tokio::select! {
                 changed = watch.changed() => {
                     changed.context("nothing watches the registry any more")?;
@@ -144,7 +160,7 @@ impl Forwarding<'_> {
                     turn.readable = readable;
                     self.tell_registry(readable);
                     if !readable {
-                        self.reconcile(&snapshot, overlay, &mut turn).await?;
+                        self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
                         continue;
                     }
                     if let Some(ended) = self.follow(&snapshot, overlay, &mut turn).await? {
@@ -162,12 +178,14 @@ impl Forwarding<'_> {
                         return Ok(ended);
                     }
                     let snapshot = watch.borrow().snapshot.clone();
-                    if self.reconcile(&snapshot, overlay, &mut turn).await? {
+                    // What the registry says anew is no repair.
+                    self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
+                    if self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await? {
                         tracing::warn!("somebody changed links or routes of weft's; put them right");
                         self.board.update(|status| status.repairs += 1);
                         if turn.repairs.count() {
                             // Says that it is given up.
-                            self.reconcile(&snapshot, overlay, &mut turn).await?;
+                            self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
                         }
                     }
                 }
@@ -176,18 +194,19 @@ impl Forwarding<'_> {
                         return Ok(ended);
                     }
                     let View { snapshot, readable } = watch.borrow().clone();
-                    self.reconcile(&snapshot, overlay, &mut turn).await?;
+                    self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
                     if readable {
                         remember(last_known, &turn, &snapshot);
                     }
                 }
-                _ = publish.tick(), if turn.readable => self.publish_node(&turn.interface).await,
+                _ = publish.tick(), if turn.readable => self.publish_node(&turn).await,
                 () = renewal, if turn.readable => {
                     if self.renew(&mut turn).await {
                         remember(last_known, &turn, &watch.borrow().snapshot);
                     }
-                    let is_told = turn.lease.attrs == self.place.identity.attrs;
-                    renew_not_before = Instant::now() + if is_told { retry } else { MOVED_RETRY };
+                    let is_told = turn.lease.attrs == turn.identity.attrs;
+                    let pause = if is_told { retry } else { MOVED_RETRY };
+                    turn.renew_not_before = Instant::now() + pause;
                 }
                 Ok(()) = firewall.changed() => self.tell_health(&turn),
                 BackendEvent::Lost(reason) = overlay.event() => return Ok(Ended::Lost(reason)),
@@ -220,8 +239,12 @@ impl Forwarding<'_> {
             publish.reset_immediately();
             return Ok(None);
         }
-        let prepared = Prepared::new(self.settings, &turn.config, self.kind, next);
-        match prepared.await? {
+        let opened = external::open(self.settings, &turn.config, self.kind, &next.interface);
+        let prepared = match opened {
+            Ok(overlay) => Prepared::new(overlay, next, &self.place.node.id).await?,
+            Err(error) => Err(error),
+        };
+        match prepared {
             Ok(prepared) => {
                 let (prepared, lease) = (Box::new(prepared), Box::new(turn.lease.clone()));
                 Ok(Some(Ended::OtherInterface { prepared, lease }))
@@ -240,13 +263,12 @@ impl Forwarding<'_> {
         overlay: &mut Overlay,
         turn: &mut Turn,
     ) -> anyhow::Result<Option<Ended>> {
-        let attrs = &self.place.identity.attrs;
         match keeper::check_own(&turn.lease, turn.former.as_ref(), &snapshot.leases) {
             Own::Held(lease) => {
-                if lease.attrs.same_node(attrs) {
+                if lease.attrs.same_node(&turn.identity.attrs) {
                     turn.former = None;
                 }
-                turn.hold(lease, attrs, self.settings.renewal().0);
+                turn.hold(lease, self.settings.renewal().0);
             }
             Own::Missing => {
                 tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
@@ -256,7 +278,7 @@ impl Forwarding<'_> {
                 if lease.key != turn.lease.key {
                     return Ok(Some(Ended::OtherLease(lease.into())));
                 }
-                turn.hold(lease, attrs, self.settings.renewal().0);
+                turn.hold(lease, self.settings.renewal().0);
             }
             Own::TakenBy(other) => {
                 tracing::error!(
@@ -270,7 +292,7 @@ impl Forwarding<'_> {
                 return Ok(Some(Ended::OtherLease(lease.into())));
             }
         }
-        self.reconcile(snapshot, overlay, turn).await?;
+        self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
         Ok(None)
     }
 
@@ -280,6 +302,7 @@ impl Forwarding<'_> {
         snapshot: &Snapshot,
         overlay: &mut Overlay,
         turn: &mut Turn,
+        basis: Basis,
     ) -> anyhow::Result<bool> {
         let (desired, mut problems) = self.desired(snapshot, turn);
         problems.extend(follow_config(snapshot, turn));
@@ -289,8 +312,10 @@ impl Forwarding<'_> {
                 turn.interface
             )
         }));
-        let report = overlay.call(move |backend| backend.reconcile(&desired)).await?;
+        let report = overlay.call(move |backend| backend.reconcile(&desired, basis)).await?;
         problems.extend(report.problems);
+        self.kernel.hear_neighbours_of(report.neighbours_of);
+        report.attrs.into_iter().for_each(|attrs| turn.describe(attrs));
         if turn.repairs.is_fight() {
             problems.insert(
                 "another program keeps changing links or routes of weft's; they are put right every \
@@ -356,7 +381,7 @@ impl Forwarding<'_> {
         let skipped =
             snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
         let mut problems: BTreeSet<String> = refused.chain(skipped).collect();
-        problems.extend(keeper::claimant(&self.place.identity, &snapshot.nodes).map(|other| {
+        problems.extend(keeper::claimant(&turn.identity, &snapshot.nodes).map(|other| {
             format!(
                 "the node {} (id {}) lives with our public address; give either a --public-ip of \
                  its own",
@@ -368,7 +393,7 @@ impl Forwarding<'_> {
 
     fn claim<'t>(&'t self, turn: &'t Turn) -> Claim<'t> {
         let (ttl, health) = (self.settings.lease_ttl, self.health);
-        Claim { config: &turn.config, identity: &self.place.identity, ttl, health }
+        Claim { config: &turn.config, identity: &turn.identity, ttl, health }
     }
 
     fn write_subnet_file(&self, turn: &Turn) -> bool {
@@ -388,9 +413,10 @@ impl Forwarding<'_> {
         }
     }
 
-    async fn publish_node(&self, interface: &ExternalInterface) {
+    async fn publish_node(&self, turn: &Turn) {
+        let interface = &turn.interface;
         let bound = [interface.ipv4.map(IpAddr::V4), interface.ipv6.map(IpAddr::V6)];
-        let attrs = &self.place.identity.attrs;
+        let attrs = &turn.identity.attrs;
         let publics: Vec<IpAddr> = attrs.public_addresses().collect();
         let addresses = bound.into_iter().flatten().chain(interface.other_addresses.clone());
         let record = NodeRecord {
@@ -411,11 +437,10 @@ impl Forwarding<'_> {
     /// Writes the lease anew, with what we are now, and says whether it did.
     async fn renew(&self, turn: &mut Turn) -> bool {
         let ttl = keeper::ttl(&turn.lease, self.settings.lease_ttl);
-        let attrs = &self.place.identity.attrs;
-        match self.registry.renew(&turn.lease, attrs, ttl).await {
+        match self.registry.renew(&turn.lease, &turn.identity.attrs, ttl).await {
             Ok(Some(lease)) => {
                 tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
-                turn.hold(lease, attrs, self.settings.renewal().0);
+                turn.hold(lease, self.settings.renewal().0);
                 self.board.update(|status| status.lease_expires = end(&turn.lease));
                 return true;
             }

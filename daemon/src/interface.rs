@@ -399,7 +399,7 @@ mod tests {
         });
         let addresses = addresses.collect();
         let name = name.into();
-        Link { index, name, mtu: 1500, up: true, queue_len: 1000, alias: None, addresses }
+        Link { index, name, mtu: 1500, up: true, addresses, ..Link::default() }
     }
 
     fn host() -> Vec<Link> {

@@ -140,8 +140,6 @@ mod tests {
             name: name.into(),
             mtu: 1500,
             up: true,
-            queue_len: 1000,
-            alias: None,
             addresses: vec![LinkAddress {
                 network: address.parse().unwrap(),
                 link_local: false,
@@ -149,6 +147,7 @@ mod tests {
                 temporary: false,
                 deprecated: false,
             }],
+            ..Link::default()
         };
         let links = [
             link("docker0", "10.3.7.1/24"),

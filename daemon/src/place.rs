@@ -24,19 +24,29 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Takes it, for the daemon that uses the registry of this identity; the socket gets its name.
+    /// Claims the node on this interface, for the daemon that uses the registry of this identity.
     ///
     /// # Errors
     /// Another daemon has it, or a directory cannot be written to.
-    pub(crate) fn take(
+    pub(crate) fn claim(
         settings: &Settings,
         registry: &str,
+        interface: &ExternalInterface,
+    ) -> anyhow::Result<Node> {
+        Node::claim(files(settings, registry, public_ip(interface)?))
+    }
+
+    /// Takes the place of a node that is claimed; the socket gets its name.
+    ///
+    /// # Errors
+    /// A directory cannot be written to.
+    pub(crate) fn take(
+        node: Node,
         mut socket: Socket,
         interface: ExternalInterface,
         attrs: LeaseAttrs,
     ) -> anyhow::Result<Self> {
-        let public_ip = public_ip(&attrs)?;
-        let node = Node::claim(files(settings, registry, public_ip))?;
+        let public_ip = public_ip(&interface)?;
         socket.move_to(&node.files.socket)?;
         let identity = Identity { node_id: node.id.clone(), attrs };
         Ok(Self { interface, identity, public_ip, node, socket })
@@ -45,7 +55,7 @@ impl Place {
     /// Moves to another interface, address or MTU, as the same node.
     ///
     /// # Errors
-    /// As for [`Place::take`].
+    /// As for [`Place::claim`].
     pub(crate) fn move_to(
         &mut self,
         settings: &Settings,
@@ -53,7 +63,7 @@ impl Place {
         interface: ExternalInterface,
         attrs: LeaseAttrs,
     ) -> anyhow::Result<()> {
-        let public_ip = public_ip(&attrs)?;
+        let public_ip = public_ip(&interface)?;
         if public_ip != self.public_ip {
             self.node.move_to(files(settings, registry, public_ip))?;
             self.socket.move_to(&self.node.files.socket)?;
@@ -65,8 +75,9 @@ impl Place {
     }
 }
 
-fn public_ip(attrs: &LeaseAttrs) -> anyhow::Result<IpAddr> {
-    let first = attrs.public_addresses().next();
+fn public_ip(interface: &ExternalInterface) -> anyhow::Result<IpAddr> {
+    let ExternalInterface { public_ipv4, public_ipv6, .. } = interface;
+    let first = public_ipv4.map(IpAddr::V4).or(public_ipv6.map(IpAddr::V6));
     first.context("the interface has no address that other nodes could send to")
 }
 

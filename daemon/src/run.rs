@@ -27,6 +27,7 @@ use crate::http;
 use crate::leasing::Claim;
 use crate::log::Log;
 use crate::made::Made;
+use crate::node::Node;
 use crate::notify;
 use crate::overlap;
 use crate::overlay::Overlay;
@@ -82,11 +83,20 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
         }
         tracing::info!(interface = chosen.interface.name, why = chosen.why, "external interface");
         board.update(|status| status.backend = Some(kind.to_string()));
-        match Prepared::new(settings, &config, kind, chosen).await? {
+        let overlay = match external::open(settings, &config, kind, &chosen.interface) {
+            Ok(overlay) => overlay,
+            Err(error) => {
+                end_or_warn(error, &mut said)?;
+                backoff.wait().await;
+                continue;
+            }
+        };
+        let node = Place::claim(settings, &registry.identity(), &chosen.interface)?;
+        match Prepared::new(overlay, chosen, &node.id).await? {
             Ok(prepared) => {
                 let registry = registry.as_ref();
                 let daemon = Daemon { settings, registry, health, board, text, config, kind };
-                return daemon.serve(prepared, socket).await;
+                return daemon.serve(node, prepared, socket).await;
             }
             Err(error) => end_or_warn(error, &mut said)?,
         }
@@ -114,9 +124,9 @@ struct Station {
 }
 
 impl Daemon<'_> {
-    async fn serve(&self, prepared: Prepared, socket: Socket) -> anyhow::Result<()> {
+    async fn serve(&self, node: Node, prepared: Prepared, socket: Socket) -> anyhow::Result<()> {
         let (settings, registry, health) = (self.settings, self.registry, self.health);
-        let mut station = self.take_station(prepared, socket)?;
+        let mut station = self.take_station(node, prepared, socket)?;
         let claim = Claim {
             config: &self.config,
             identity: &station.place.identity,
@@ -179,10 +189,14 @@ impl Daemon<'_> {
         }
     }
 
-    fn take_station(&self, prepared: Prepared, socket: Socket) -> anyhow::Result<Station> {
+    fn take_station(
+        &self,
+        node: Node,
+        prepared: Prepared,
+        socket: Socket,
+    ) -> anyhow::Result<Station> {
         let Prepared { interface, why, overlay, attrs } = prepared;
-        let registry = self.registry.identity();
-        let place = Place::take(self.settings, &registry, socket, interface, attrs)?;
+        let place = Place::take(node, socket, interface, attrs)?;
         self.tell_place(&place, why);
         let last_known = StateFile::new(place.node.files.last_known.clone());
         tracing::info!(node = place.node.id, public_ip = %place.public_ip,
@@ -239,7 +253,12 @@ impl Daemon<'_> {
             let Ok(Some(next)) = external::changed(self.settings, &self.config, known).await else {
                 continue;
             };
-            match Prepared::new(self.settings, &self.config, self.kind, next).await? {
+            let prepared =
+                match external::open(self.settings, &self.config, self.kind, &next.interface) {
+                    Ok(overlay) => Prepared::new(overlay, next, &station.place.node.id).await?,
+                    Err(error) => Err(error),
+                };
+            match prepared {
                 Ok(prepared) => self.move_station(station, prepared).await?,
                 Err(error) => said.warn(&format!("waiting: {error}")),
             }
@@ -311,8 +330,7 @@ fn require_net_admin() -> anyhow::Result<()> {
 /// The config, once there is one that this daemon can work by, and the backend it asks for.
 ///
 /// # Errors
-/// `--backend` and the config name different backends, or the one that only `--backend` names is
-/// not built yet; or no overlay can be made of `--network`.
+/// `--backend` and the config name different backends, or no overlay can be made of `--network`.
 async fn wait_for_config(
     registry: &dyn Registry,
     settings: &Settings,
@@ -372,12 +390,7 @@ fn choose_backend(
     settings: &Settings,
 ) -> anyhow::Result<Result<BackendKind, String>> {
     let Some(name) = config.backend.kind.as_deref() else {
-        let kind = settings.backend.unwrap_or(BackendKind::UdpTun);
-        return if kind == BackendKind::Vxlan {
-            Err(BackendError::NotBuilt(kind).into())
-        } else {
-            Ok(Ok(kind))
-        };
+        return Ok(Ok(settings.backend.unwrap_or(BackendKind::UdpTun)));
     };
     let Some(kind) = BackendKind::from_config(name) else {
         return Ok(Err(format!("waiting: unknown backend type in the network config: {name:?}")));
@@ -387,9 +400,6 @@ fn choose_backend(
             "--backend {wanted} contradicts the network config, which names the backend {kind}; \
              drop the flag or change the config"
         ),
-        _ if kind == BackendKind::Vxlan => {
-            Ok(Err(format!("waiting: the network config: {}", BackendError::NotBuilt(kind))))
-        }
         _ => Ok(Ok(kind)),
     }
 }

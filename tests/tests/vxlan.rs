@@ -1,0 +1,613 @@
+//! vxlan: devices, neighbours, forwarding entries and routes, exact, kept, unbroken while the daemon
+//! is away, and shared with flannel.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use ipnetwork::IpNetwork;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use weft_daemon::lab::{Bytes, Cancel, Lab, LabOptions, Patience, PingOptions, ping, transfer};
+use weft_daemon::netns::NetNs;
+use weft_daemon::status;
+use weft_tests::{
+    DEADLINE, Weftd, all_acquainted, bring_up, dual_stack, has_device, until, write_config,
+};
+
+/// Two hops, both in kernels.
+const TTL_ACROSS: u8 = 62;
+/// Where a hand-made flannel node is: no weftd runs on it.
+const FLANNEL: usize = 1;
+const FLANNEL_MAC: &str = "c6:d2:32:6f:8f:44";
+const FLANNEL_SUBNET: &str = "10.42.77.0";
+
+fn lab(hosts: usize) -> Result<Lab> {
+    Lab::new(LabOptions { hosts, backend: "vxlan".into(), ..LabOptions::default() })
+}
+
+fn bridge_json(netns: &NetNs, arguments: &[&str]) -> Result<Value> {
+    let text = netns.tool("bridge", &[&["-json"], arguments].concat())?;
+    Ok(serde_json::from_str(if text.is_empty() { "[]" } else { &text })?)
+}
+
+fn list(value: &Value) -> Result<&Vec<Value>> {
+    value.as_array().context("no list")
+}
+
+fn link(netns: &NetNs, device: &str) -> Result<Value> {
+    let links = netns.ip_json(&["-details", "link", "show", device])?;
+    links.get(0).cloned().with_context(|| format!("no {device}"))
+}
+
+/// All that leads out of a device, a line each.
+fn objects(netns: &NetNs, device: &str) -> Result<BTreeSet<String>> {
+    let mut lines = BTreeSet::new();
+    for family in ["-4", "-6"] {
+        let found = netns.ip_json(&[family, "route", "show", "dev", device])?;
+        for route in list(&found)?.iter().filter(|route| !route["gateway"].is_null()) {
+            let (to, via, by) = (&route["dst"], &route["gateway"], &route["protocol"]);
+            lines.insert(format!("route {to} via {via} proto {by} {}", route["flags"]));
+        }
+    }
+    let found = netns.ip_json(&["neigh", "show", "dev", device, "nud", "permanent"])?;
+    for neighbour in list(&found)? {
+        lines.insert(format!("neighbour {} {}", neighbour["dst"], neighbour["lladdr"]));
+    }
+    for entry in list(&bridge_json(netns, &["fdb", "show", "dev", device])?)? {
+        let (flags, state) = (&entry["flags"], &entry["state"]);
+        lines.insert(format!("fdb {} {} {flags} {state}", entry["mac"], entry["dst"]));
+    }
+    Ok(lines)
+}
+
+/// What there must be for a peer's subnet.
+fn wanted(subnet: IpNetwork, mac: &str, public_ip: &str) -> [String; 3] {
+    let base = subnet.network();
+    [
+        format!(r#"route "{subnet}" via "{base}" proto "119" ["onlink"]"#),
+        format!(r#"neighbour "{base}" "{mac}""#),
+        format!(r#"fdb "{mac}" "{public_ip}" ["self"] "permanent""#),
+    ]
+}
+
+/// What the leases of all others say there must be on a host.
+fn all_wanted(lab: &Lab, host: usize) -> Result<BTreeSet<String>> {
+    let mut all = BTreeSet::new();
+    for other in (0..lab.hosts()).filter(|other| *other != host) {
+        let subnet = lab.status(other)?.subnets[0];
+        let lease = lease(lab, subnet)?;
+        let mac = lease["BackendData"]["VtepMAC"].as_str().context("no MAC")?;
+        all.extend(wanted(subnet, mac, lease["PublicIP"].as_str().context("no address")?));
+    }
+    Ok(all)
+}
+
+fn lease_file(lab: &Lab, subnet: IpNetwork) -> Result<PathBuf> {
+    Ok(lab.registry()?.join(format!("subnets/{}-{}", subnet.network(), subnet.prefix())))
+}
+
+/// Without what the directory registry adds: when it ends.
+fn lease(lab: &Lab, subnet: IpNetwork) -> Result<Value> {
+    let mut lease: Value = serde_json::from_slice(&fs::read(lease_file(lab, subnet)?)?)?;
+    lease.as_object_mut().context("no object")?.remove("Expires");
+    Ok(lease)
+}
+
+fn write_lease(lab: &Lab, key: &str, public_ip: &str, mac: &str) -> Result<()> {
+    let data = json!({"VNI": 1, "VtepMAC": mac});
+    let lease = json!({"PublicIP": public_ip, "PublicIPv6": null, "BackendType": "vxlan",
+        "BackendData": data});
+    let subnets = lab.registry()?.join("subnets");
+    fs::create_dir_all(&subnets)?;
+    // Whole at once, as a registry's writers do.
+    let new = lab.registry()?.join(format!("new-{key}"));
+    fs::write(&new, lease.to_string())?;
+    Ok(fs::rename(new, subnets.join(key))?)
+}
+
+fn are(netns: &NetNs, wanted: &BTreeSet<String>) -> Result<()> {
+    until("everything is as it should be", || Ok(objects(netns, "flannel.1")? == *wanted))
+        .with_context(|| format!("{:#?}, not {wanted:#?}", objects(netns, "flannel.1")))
+}
+
+fn are_as_wanted(lab: &Lab, host: usize) -> Result<()> {
+    let netns = &lab.host(host).netns;
+    until("everything is as the leases say", || {
+        Ok(objects(netns, "flannel.1")? == all_wanted(lab, host)?)
+    })
+    .with_context(|| {
+        format!("{:#?}, not {:#?}", objects(netns, "flannel.1"), all_wanted(lab, host))
+    })
+}
+
+fn ping_both_ways(lab: &Lab, one: usize, other: usize) -> Result<()> {
+    for (from, to) in [(one, other), (other, one)] {
+        until(&format!("{from} reaches {to}"), || {
+            let report = lab.ping(from, to, &PingOptions::default())?;
+            Ok(report.complete() && report.replies.iter().all(|reply| reply.ttl == TTL_ACROSS))
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn each_peer_has_its_entries_and_the_lease_is_flannels() -> Result<()> {
+    let mut lab = lab(3)?;
+    bring_up(&mut lab, &[])?;
+    for host in 0..3 {
+        are_as_wanted(&lab, host)?;
+        let site = lab.host(host);
+        assert!(fs::read_to_string(&site.subnet_file)?.contains("FLANNEL_MTU=1450\n"));
+        let device = link(&site.netns, "flannel.1")?;
+        let data = &device["linkinfo"]["info_data"];
+        let subnet = lab.status(host)?.subnets[0];
+        assert_eq!(
+            json!([device["mtu"], device["ifalias"], device["linkinfo"]["info_kind"]]),
+            json!([1450, "weft", "vxlan"])
+        );
+        assert_eq!(
+            json!([data["id"], data["link"], data["local"], data["port"], data["learning"]]),
+            json!([1, "eth0", site.address.to_string(), 8472, false]),
+            "{data}"
+        );
+        let addresses = site.netns.ip_json(&["-4", "address", "show", "dev", "flannel.1"])?;
+        let addresses = list(&addresses[0]["addr_info"])?;
+        assert_eq!(addresses.len(), 1);
+        assert_eq!(addresses[0]["local"], subnet.network().to_string());
+        assert_eq!(addresses[0]["prefixlen"], 32);
+        let mac = &device["address"];
+        let text = format!(
+            r#"{{"PublicIP":"{}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":{mac}}}}}"#,
+            site.address
+        );
+        assert_eq!(lease(&lab, subnet)?.to_string(), text);
+    }
+    ping_both_ways(&lab, 0, 2)?;
+    assert!(lab.transfer(0, 2, Bytes(8 << 20))?.intact());
+    // A node that leaves takes its entries along.
+    let gone = lab.status(2)?.subnets[0];
+    lab.kill_daemon(2)?;
+    fs::remove_file(lease_file(&lab, gone)?)?;
+    let left: BTreeSet<String> = {
+        let subnet = lab.status(1)?.subnets[0];
+        let mac = lease(&lab, subnet)?["BackendData"]["VtepMAC"].as_str().unwrap().to_owned();
+        wanted(subnet, &mac, &lab.host(1).address.to_string()).into()
+    };
+    are(&lab.host(0).netns, &left)?;
+    lab.remove()
+}
+
+#[test]
+fn both_families_have_their_devices() -> Result<()> {
+    let mut lab = lab(2)?;
+    dual_stack(&lab)?;
+    bring_up(&mut lab, &[])?;
+    let site = lab.host(0);
+    assert!(fs::read_to_string(&site.subnet_file)?.contains("FLANNEL_MTU=1430\n"));
+    let device = link(&site.netns, "flannel-v6.1")?;
+    assert_eq!((&device["mtu"], &device["ifalias"]), (&1430.into(), &"weft".into()));
+    let data = &device["linkinfo"]["info_data"];
+    assert_eq!((&data["id"], &data["local6"]), (&1.into(), &"fd00:168::94".into()), "{data}");
+    let [ipv4, ipv6] = lab.status(1)?.subnets[..] else { bail!("two subnets") };
+    let name = format!("subnets/{}-24&{}-64", ipv4.network(), ipv6.network());
+    let lease: Value = serde_json::from_slice(&fs::read(lab.registry()?.join(name))?)?;
+    let mac = lease["BackendV6Data"]["VtepMAC"].as_str().context("no MAC")?;
+    assert_ne!(lease["BackendData"]["VtepMAC"], mac);
+    let wanted = BTreeSet::from(wanted(ipv6, mac, "fd00:168::95"));
+    until("the device for IPv6 has its entries", || {
+        Ok(objects(&site.netns, "flannel-v6.1")? == wanted)
+    })
+    .with_context(|| format!("{:?}, not {wanted:?}", objects(&site.netns, "flannel-v6.1")))?;
+    let [from, to] = [lab.container(0)?, lab.container(1)?];
+    for address in &to.addresses {
+        until(&format!("{address} answers"), || {
+            Ok(ping(&from.netns, address.ip(), &PingOptions::default())?.complete())
+        })?;
+    }
+    lab.remove()
+}
+
+/// One at a time, and all at once. What others have beside it stays.
+#[test]
+fn entries_that_somebody_removes_come_back() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    are_as_wanted(&lab, 0)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let subnet = lab.status(1)?.subnets[0];
+    let (subnet, base) = (subnet.to_string(), subnet.network().to_string());
+    let own = format!("{}/32", lab.status(0)?.subnets[0].network());
+    let far = lab.host(1).address.to_string();
+    let mac = link(&lab.host(1).netns, "flannel.1")?["address"].as_str().unwrap().to_owned();
+
+    let others = |host: &NetNs| -> Result<Vec<Value>> {
+        let neighbours = host.ip_json(&["neigh", "show", "dev", "vx9", "nud", "permanent"])?;
+        let routes = host.ip_json(&["route", "show", "dev", "vx9"])?;
+        Ok(vec![neighbours, routes, bridge_json(host, &["fdb", "show", "dev", "vx9"])?])
+    };
+    host.ip(&["link", "add", "vx9", "type", "vxlan", "id", "9", "dstport", "4789", "dev", "eth0"])?;
+    host.ip(&["link", "set", "vx9", "up"])?;
+    host.ip(&["neigh", "add", "192.0.2.9", "lladdr", "02:00:00:00:00:09", "dev", "vx9"])?;
+    host.ip(&["route", "add", "192.0.2.0/24", "dev", "vx9"])?;
+    let dst = ["dev", "vx9", "dst", "10.168.0.9"];
+    host.tool("bridge", &[&["fdb", "append", "02:00:00:00:00:09"], &dst[..]].concat())?;
+    let before = others(&host)?;
+
+    let has_own = || {
+        let addresses = host.ip_json(&["-4", "address", "show", "dev", "flannel.1"])?;
+        Ok(addresses[0]["addr_info"][0]["local"] == own.trim_end_matches("/32"))
+    };
+    let fdb = ["fdb", "del", &mac, "dev", "flannel.1", "dst", &far];
+    host.ip(&["route", "del", &subnet])?;
+    are_as_wanted(&lab, 0)?;
+    host.ip(&["neigh", "del", &base, "dev", "flannel.1"])?;
+    are_as_wanted(&lab, 0)?;
+    host.tool("bridge", &fdb)?;
+    are_as_wanted(&lab, 0)?;
+    host.tool("bridge", &["fdb", "replace", &mac, "dev", "flannel.1", "dst", "10.168.0.200"])?;
+    are_as_wanted(&lab, 0)?;
+    host.ip(&["address", "del", &own, "dev", "flannel.1"])?;
+    until("the address is back", has_own)?;
+    host.ip(&["route", "del", &subnet])?;
+    host.ip(&["neigh", "flush", "dev", "flannel.1", "nud", "permanent"])?;
+    host.tool("bridge", &fdb)?;
+    host.ip(&["address", "flush", "dev", "flannel.1"])?;
+    are_as_wanted(&lab, 0)?;
+    until("the address is back", has_own)?;
+    ping_both_ways(&lab, 0, 1)?;
+    assert_eq!(others(&host)?, before, "what is not ours stays");
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    assert!(log.contains("somebody changed links or routes of weft's"), "{log}");
+    lab.remove()
+}
+
+#[test]
+fn a_device_that_somebody_changes_is_put_right_or_followed() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    are_as_wanted(&lab, 0)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let mac = || -> Result<String> {
+        Ok(link(&host, "flannel.1")?["address"].as_str().context("no MAC")?.to_owned())
+    };
+    let first = mac()?;
+    for meddling in [
+        &["link", "set", "flannel.1", "down"][..],
+        &["link", "set", "flannel.1", "mtu", "1300"],
+        &["link", "del", "flannel.1"],
+    ] {
+        host.ip(meddling)?;
+        until(&format!("it is right after {meddling:?}"), || {
+            let device = link(&host, "flannel.1")?;
+            let is_up = list(&device["flags"])?.contains(&"UP".into());
+            Ok(is_up && device["mtu"] == 1450 && device["ifalias"] == "weft")
+        })?;
+        are_as_wanted(&lab, 0)?;
+        ping_both_ways(&lab, 0, 1)?;
+    }
+    assert_eq!(mac()?, first, "a new device has the MAC of the old one");
+    // As systemd's MACAddressPolicy does.
+    let other = "02:00:00:00:00:77";
+    host.ip(&["link", "set", "flannel.1", "address", other])?;
+    let subnet = lab.status(0)?.subnets[0];
+    until("the lease follows", || Ok(lease(&lab, subnet)?["BackendData"]["VtepMAC"] == other))?;
+    are_as_wanted(&lab, 1)?;
+    ping_both_ways(&lab, 0, 1)?;
+    assert_eq!(mac()?, other);
+    lab.remove()
+}
+
+/// A running ping, 100 times a second, and a transfer, over a stop, a start, a kill and a start.
+#[test]
+fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    are_as_wanted(&lab, 0)?;
+    let (subnet, before) = (lab.status(0)?.subnets[0], all_wanted(&lab, 0)?);
+    let host = NetNs::open(lab.host(0).netns.name());
+    let state = |lab: &Lab| -> Result<Value> {
+        let device = link(&host, "flannel.1")?;
+        Ok(json!([device["ifindex"], device["address"], lease(lab, subnet)?]))
+    };
+    let state_before = state(&lab)?;
+    let [from, to] = [lab.container(0)?.clone(), lab.container(1)?.clone()];
+    let interval = Duration::from_millis(10);
+    let how = PingOptions { count: 600, interval, ..PingOptions::default() };
+    thread::scope(|scope| -> Result<()> {
+        let pinging = scope.spawn(|| ping(&from.netns, to.address()?, &how));
+        let moving = scope.spawn(|| -> Result<bool> {
+            let patience = Patience { stall: Duration::from_secs(5), cancel: Cancel::default() };
+            let mut intact = true;
+            for _ in 0..6 {
+                let address = to.address()?;
+                let moved = transfer(&from.netns, &to.netns, address, Bytes(64 << 20), &patience)?;
+                intact &= moved.intact();
+            }
+            Ok(intact)
+        });
+        lab.stop_daemon(0)?;
+        assert_eq!(objects(&host, "flannel.1")?, before);
+        // Of a node that has left meanwhile.
+        let device = ["dev", "flannel.1"];
+        let mac = "02:00:00:00:00:fa";
+        host.ip(&[&["neigh", "add", "10.42.250.0", "lladdr", mac], &device[..]].concat())?;
+        let fdb = ["fdb", "append", mac, "dst", "10.168.0.250"];
+        host.tool("bridge", &[&fdb[..], &device].concat())?;
+        let via = ["route", "add", "10.42.250.0/24", "via", "10.42.250.0", "onlink"];
+        host.ip(&[&via[..], &device, &["proto", "119"]].concat())?;
+        lab.start_daemon(0, &[])?;
+        lab.wait_ready(0, DEADLINE)?;
+        are(&host, &before)?;
+        lab.kill_daemon(0)?;
+        assert_eq!(objects(&host, "flannel.1")?, before);
+        lab.start_daemon(0, &[])?;
+        lab.wait_ready(0, DEADLINE)?;
+        all_acquainted(&lab)?;
+        let report = pinging.join().expect("the ping panicked")?;
+        assert!(report.complete(), "{} of {}: {:?}", report.received, report.sent, report.errors);
+        assert!(moving.join().expect("the transfer panicked")?, "what arrives is what was sent");
+        Ok(())
+    })?;
+    assert_eq!(state(&lab)?, state_before, "device, MAC and lease are the same");
+    lab.remove()
+}
+
+/// A node as flannel leaves it, made by `ip` and `bridge` alone.
+fn make_flannel(lab: &mut Lab) -> Result<()> {
+    let host = NetNs::open(lab.host(FLANNEL).netns.name());
+    let address = lab.host(FLANNEL).address.to_string();
+    make_flannel_device(&host, FLANNEL_MAC, &address, "8472")?;
+    host.ip(&["address", "add", &format!("{FLANNEL_SUBNET}/32"), "dev", "flannel.1"])?;
+    write_lease(lab, &format!("{FLANNEL_SUBNET}-24"), &address, FLANNEL_MAC)?;
+    let env = "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.77.1/24\nFLANNEL_MTU=1450\n\
+               FLANNEL_IPMASQ=false\n";
+    fs::write(&lab.host(FLANNEL).subnet_file, env)?;
+    lab.attach_container(FLANNEL)?;
+    Ok(())
+}
+
+fn make_flannel_device(host: &NetNs, mac: &str, local: &str, port: &str) -> Result<()> {
+    let what = ["link", "add", "flannel.1", "address", mac, "mtu", "1450", "type", "vxlan"];
+    let how = ["id", "1", "dev", "eth0", "local", local, "dstport", port, "nolearning"];
+    host.ip(&[&what[..], &how].concat())?;
+    host.ip(&["link", "set", "flannel.1", "up"])
+}
+
+/// What flannel adds for a peer.
+fn add_peer(host: &NetNs, subnet: &str, base: &str, mac: &str, public_ip: &str) -> Result<()> {
+    let device = ["dev", "flannel.1"];
+    host.ip(
+        &[&["neigh", "replace", base, "lladdr", mac, "nud", "permanent"], &device[..]].concat()
+    )?;
+    let fdb = ["fdb", "replace", mac, "dst", public_ip];
+    host.tool("bridge", &[&fdb[..], &device, &["self", "permanent"]].concat())?;
+    host.ip(&[&["route", "replace", subnet, "via", base, "onlink"], &device[..]].concat())
+}
+
+#[test]
+fn a_flannel_node_is_a_peer_like_any_other_and_may_move() -> Result<()> {
+    let mut lab = lab(2)?;
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}"#)?;
+    make_flannel(&mut lab)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    lab.attach_container(0)?;
+    let (host, far) =
+        (NetNs::open(lab.host(0).netns.name()), NetNs::open(lab.host(FLANNEL).netns.name()));
+    let subnet = lab.status(0)?.subnets[0];
+    let data = lease(&lab, subnet)?["BackendData"].clone();
+    add_peer(
+        &far,
+        &subnet.to_string(),
+        &subnet.network().to_string(),
+        data["VtepMAC"].as_str().context("no MAC")?,
+        &lab.host(0).address.to_string(),
+    )?;
+    let theirs: IpNetwork = "10.42.77.0/24".parse()?;
+    let address = lab.host(FLANNEL).address.to_string();
+    are(&host, &wanted(theirs, FLANNEL_MAC, &address).into())?;
+    ping_both_ways(&lab, 0, FLANNEL)?;
+    assert!(lab.transfer(0, FLANNEL, Bytes(4 << 20))?.intact());
+    assert!(lab.transfer(FLANNEL, 0, Bytes(4 << 20))?.intact());
+
+    // It moves to another address, and once more while nobody watches.
+    let key = format!("{FLANNEL_SUBNET}-24");
+    for (number, moved) in ["10.168.0.195", "10.168.0.196"].into_iter().enumerate() {
+        if number == 1 {
+            lab.stop_daemon(0)?;
+        }
+        far.ip(&["address", "flush", "dev", "eth0"])?;
+        far.ip(&["address", "add", &format!("{moved}/24"), "dev", "eth0"])?;
+        far.ip(&["link", "set", "flannel.1", "type", "vxlan", "local", moved])?;
+        write_lease(&lab, &key, moved, FLANNEL_MAC)?;
+        if number == 1 {
+            lab.start_daemon(0, &[])?;
+            lab.wait_ready(0, DEADLINE)?;
+        }
+        are(&host, &wanted(theirs, FLANNEL_MAC, moved).into())?;
+        ping_both_ways(&lab, 0, FLANNEL)?;
+    }
+    lab.remove()
+}
+
+#[test]
+fn what_flannel_left_is_taken_over() -> Result<()> {
+    let mut lab = lab(2)?;
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}"#)?;
+    make_flannel(&mut lab)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let own_mac = "c6:00:00:00:00:01";
+    make_flannel_device(&host, own_mac, &lab.host(0).address.to_string(), "8472")?;
+    let far = lab.host(FLANNEL).address.to_string();
+    add_peer(&host, "10.42.77.0/24", FLANNEL_SUBNET, FLANNEL_MAC, &far)?;
+    add_peer(&host, "10.42.88.0/24", "10.42.88.0", "c6:00:00:00:00:88", "10.168.0.188")?;
+    let index = link(&host, "flannel.1")?["ifindex"].clone();
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    are(&host, &wanted("10.42.77.0/24".parse()?, FLANNEL_MAC, &far).into())?;
+    let device = link(&host, "flannel.1")?;
+    assert_eq!(
+        json!([device["ifindex"], device["address"], device["ifalias"]]),
+        json!([index, own_mac, "weft"])
+    );
+    let subnet = lab.status(0)?.subnets[0];
+    assert_eq!(lease(&lab, subnet)?["BackendData"]["VtepMAC"], own_mac);
+
+    // One that will not do is made anew.
+    lab.stop_daemon(0)?;
+    host.ip(&["link", "del", "flannel.1"])?;
+    make_flannel_device(&host, own_mac, &lab.host(0).address.to_string(), "4789")?;
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan","Port":8472}}"#)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    are(&host, &wanted("10.42.77.0/24".parse()?, FLANNEL_MAC, &far).into())?;
+    let told = "already exists with incompatible configuration: port 4789 instead of 8472; \
+                recreating device";
+    assert!(fs::read_to_string(&lab.host(0).log)?.contains(told));
+
+    // A stranger's that has the name is left alone, and told of.
+    lab.stop_daemon(0)?;
+    host.ip(&["link", "del", "flannel.1"])?;
+    host.ip(&["link", "add", "flannel.1", "type", "bridge"])?;
+    lab.start_daemon(0, &[])?;
+    until("it is told", || {
+        let log = fs::read_to_string(&lab.host(0).log)?;
+        Ok(log.contains("the name flannel.1, which the VXLAN device needs, is that of a bridge"))
+    })?;
+    assert!(has_device(&host, "flannel.1")?);
+    lab.remove()
+}
+
+#[test]
+fn two_hundred_leases_that_change_at_once_are_followed() -> Result<()> {
+    let mut lab = lab(1)?;
+    let range = r#""SubnetMin":"10.42.250.0","SubnetMax":"10.42.252.0""#;
+    write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16",{range}}}"#))?;
+    let write = |lab: &Lab, round: u8| -> Result<BTreeSet<String>> {
+        let mut all = BTreeSet::new();
+        for number in 1..=200 {
+            let mac = format!("02:00:00:00:{round:02x}:{number:02x}");
+            let public_ip = format!("10.16{round}.1.{number}");
+            write_lease(lab, &format!("10.42.{number}.0-24"), &public_ip, &mac)?;
+            all.extend(wanted(format!("10.42.{number}.0/24").parse()?, &mac, &public_ip));
+        }
+        Ok(all)
+    };
+    let host = NetNs::open(lab.host(0).netns.name());
+    let first = write(&lab, 1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    are(&host, &first)?;
+    are(&host, &write(&lab, 2)?)?;
+    for number in 1..=200 {
+        fs::remove_file(lab.registry()?.join(format!("subnets/10.42.{number}.0-24")))?;
+    }
+    are(&host, &BTreeSet::new())?;
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    assert!(!log.contains("somebody changed"), "what the registry says is no repair: {log}");
+    lab.remove()
+}
+
+/// Leases that would undo each other's entries, or ours, are told; the others go on.
+#[test]
+fn leases_that_cannot_be_served_are_told() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    let own = link(&lab.host(0).netns, "flannel.1")?["address"].as_str().unwrap().to_owned();
+    let theirs = link(&lab.host(1).netns, "flannel.1")?["address"].as_str().unwrap().to_owned();
+    let before = all_wanted(&lab, 0)?;
+    let range = |number: u8| format!("10.42.{number}.0-25");
+    // Beyond both leases, which are /24 of the same network.
+    let taken: Vec<IpNetwork> = vec![lab.status(0)?.subnets[0], lab.status(1)?.subnets[0]];
+    let is_free = |number: &u8| !taken.iter().any(|it| it.contains([10, 42, *number, 1].into()));
+    let free: Vec<u8> = (1..=250).filter(is_free).collect();
+    write_lease(&lab, &range(free[0]), "10.168.0.201", &own)?;
+    write_lease(&lab, &range(free[1]), "10.168.0.202", "01:00:5e:00:00:01")?;
+    write_lease(&lab, &range(free[2]), "10.168.0.203", "02:00:00:00:00:03")?;
+    write_lease(&lab, &range(free[3]), "10.168.0.204", "02:00:00:00:00:03")?;
+    let host_gw = r#"{"PublicIP":"10.168.0.205","BackendType":"host-gw"}"#;
+    fs::write(lab.registry()?.join(format!("subnets/{}", range(free[4]))), host_gw)?;
+    for told in [
+        format!("the node of {} has our own MAC {own}", range(free[0])),
+        format!("the node of {} cannot be sent to: 01:00:5e:00:00:01", range(free[1])),
+        format!("the node of {} has the MAC 02:00:00:00:00:03 of that of", range(free[3])),
+        format!("the node of {} is of the backend host-gw, not vxlan", range(free[4])),
+    ] {
+        let is_told = || Ok(lab.status(0)?.problems.iter().any(|it| it.contains(&told)));
+        until(&told, is_told).with_context(|| format!("{:?}", lab.status(0)))?;
+    }
+    let subnet: IpNetwork = format!("10.42.{}.0/25", free[2]).parse()?;
+    let mut wanted_now = BTreeSet::from(wanted(subnet, "02:00:00:00:00:03", "10.168.0.203"));
+    wanted_now.extend(before);
+    are(&lab.host(0).netns, &wanted_now)?;
+    assert!(wanted_now.iter().any(|line| line.contains(&theirs)));
+    lab.remove()
+}
+
+/// vxlan and host-gw, each with a Network of its own.
+#[test]
+fn two_daemons_on_a_host_leave_each_others_state_alone() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    let start = |lab: &Lab, host: usize| -> Result<Weftd> {
+        let site = lab.host(host);
+        let second = site.run_dir.with_file_name("second");
+        fs::create_dir_all(&second)?;
+        let registry = lab.registry()?.with_file_name("second-registry");
+        let arguments = [
+            format!("--registry=dir:{}", registry.display()),
+            "--network=10.43.0.0/16".into(),
+            "--backend=host-gw".into(),
+            format!("--state-dir={}", second.join("state").display()),
+            format!("--run-dir={}", second.join("run").display()),
+            format!("--subnet-file={}", second.join("subnet.env").display()),
+        ];
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Weftd::start(&site.netns, &second.join("log"), &arguments)
+    };
+    let second = |lab: &Lab, host: usize| {
+        status::read(&lab.host(host).run_dir.with_file_name("second").join("run"))
+    };
+    let daemons = [start(&lab, 0)?, start(&lab, 1)?];
+    let host = NetNs::open(lab.host(0).netns.name());
+    until("the second overlay is up", || Ok(second(&lab, 0)?.peers.len() == 1))?;
+    let theirs = second(&lab, 1)?.subnets[0];
+    let far = lab.host(1).address.to_string();
+    let has_both = |lab: &Lab| {
+        let routes = host.ip_json(&["route", "show", &theirs.to_string(), "proto", "119"])?;
+        let is_there = routes[0]["gateway"] == far.as_str() && routes[0]["dev"] == "eth0";
+        Ok(is_there && objects(&host, "flannel.1")? == all_wanted(lab, 0)?)
+    };
+    until("both have their routes", || has_both(&lab))?;
+    ping_both_ways(&lab, 0, 1)?;
+
+    // Each looks at the kernel anew when it starts.
+    let [first, _other] = daemons;
+    assert!(first.end(Signal::TERM)?.success());
+    let _first = start(&lab, 0)?;
+    until("the second overlay is up again", || Ok(second(&lab, 0)?.peers.len() == 1))?;
+    assert!(has_both(&lab)?);
+    lab.kill_daemon(0)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    until("both have their routes", || has_both(&lab))?;
+    lab.remove()
+}
+
+#[test]
+fn twenty_hosts_reach_each_other() -> Result<()> {
+    let mut lab = lab(20)?;
+    bring_up(&mut lab, &[])?;
+    let once = PingOptions { count: 1, ..PingOptions::default() };
+    for from in 0..lab.hosts() {
+        are_as_wanted(&lab, from)?;
+        for to in (0..lab.hosts()).filter(|to| *to != from) {
+            until(&format!("{from} reaches {to}"), || Ok(lab.ping(from, to, &once)?.complete()))?;
+        }
+    }
+    lab.remove()
+}
