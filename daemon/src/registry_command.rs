@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use ipnetwork::IpNetwork;
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use weft_control::keeper;
 use weft_control::lease::{Expiry, NodeRecord, Snapshot};
 use weft_control::registry::minimal_config;
 use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
@@ -45,8 +46,14 @@ enum RegistryCommand {
     },
     /// Show the config, and all leases with their owners
     Show,
-    /// Keep a subnet for the node with a public address, for ever
-    Reserve { subnet: IpNetwork, public_ip: Ipv4Addr },
+    /// Keep a subnet for the node with a public address, for ever; in an overlay of both families
+    /// the subnets of both, as 10.42.7.0-24&fd00:42:0:7::-64
+    #[command(verbatim_doc_comment)]
+    Reserve {
+        #[arg(value_parser = subnets)]
+        subnet: LeaseKey,
+        public_ip: IpAddr,
+    },
     /// Remove a lease or a reservation; a node that lives claims another one
     Release { subnet: IpNetwork },
     /// Show what changes, until Ctrl-C
@@ -148,24 +155,27 @@ impl Operator<'_> {
         }
     }
 
-    async fn reserve(&mut self, subnet: IpNetwork, public_ip: Ipv4Addr) -> anyhow::Result<()> {
+    async fn reserve(&mut self, key: LeaseKey, public_ip: IpAddr) -> anyhow::Result<()> {
         let snapshot = self.registry.snapshot().await?;
-        let key = key(subnet)?;
-        let attrs = LeaseAttrs { public_ip: Some(public_ip), ..LeaseAttrs::default() };
+        let attrs = match public_ip {
+            IpAddr::V4(ip) => LeaseAttrs { public_ip: Some(ip), ..LeaseAttrs::default() },
+            IpAddr::V6(ip) => LeaseAttrs { public_ipv6: Some(ip), ..LeaseAttrs::default() },
+        };
         let written = match snapshot.leases.iter().find(|lease| lease.key == key) {
             Some(found) if found.attrs.same_node(&attrs) => {
                 self.registry.renew(found, &found.attrs, None).await?
             }
-            Some(found) => bail!("{subnet} is leased to {}", owner(found)),
+            Some(found) => bail!("{key} is leased to {}", owner(found)),
             None => {
                 if let Some(other) = snapshot.leases.iter().find(|lease| lease.key.overlaps(&key)) {
-                    bail!("{subnet} overlaps {}, leased to {}", other.key, owner(other));
+                    bail!("{key} overlaps {}, leased to {}", other.key, owner(other));
                 }
+                require_compatible(&snapshot, &key)?;
                 self.registry.create(&key, &attrs, None).await?
             }
         };
         written.context("somebody else has written it this instant; look again")?;
-        Ok(writeln!(self.out, "{subnet} is reserved for {public_ip}")?)
+        Ok(writeln!(self.out, "{key} is reserved for {public_ip}")?)
     }
 
     async fn release(&mut self, subnet: IpNetwork) -> anyhow::Result<()> {
@@ -257,9 +267,30 @@ fn read(file: Option<&Path>) -> anyhow::Result<String> {
     fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-fn key(subnet: IpNetwork) -> anyhow::Result<LeaseKey> {
-    ensure!(subnet.ip() == subnet.network(), "{subnet} has bits behind its length");
-    Ok(subnet.into())
+/// A network, or the subnets of a lease as its key has them.
+fn subnets(text: &str) -> Result<LeaseKey, String> {
+    if let Ok(key) = text.parse() {
+        return Ok(key);
+    }
+    let network: IpNetwork = text.parse().map_err(|_| {
+        "give a subnet, as in 10.42.7.0/24, or a lease's key, as in 10.42.7.0-24&fd00:42:0:7::-64"
+    })?;
+    if network.ip() != network.network() {
+        return Err(format!("{network} has bits behind its length"));
+    }
+    Ok(network.into())
+}
+
+/// What the config would not give out, its node would give up.
+fn require_compatible(snapshot: &Snapshot, key: &LeaseKey) -> anyhow::Result<()> {
+    let Some(text) = &snapshot.config else { return Ok(()) };
+    let config: NetworkConfig = text.parse().context("the network config is a bad one")?;
+    ensure!(
+        keeper::is_compatible(&config, key),
+        "{key} is nothing that the network config gives out, so its node would give it up; see the \
+         lengths and bounds in {text}"
+    );
+    Ok(())
 }
 
 /// What has come, changed and gone.

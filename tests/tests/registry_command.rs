@@ -67,6 +67,16 @@ fn an_operator_changes_a_registry_of_any_kind() -> Result<()> {
         assert!(taken.contains("is leased to 192.0.2.7"), "{taken}");
         let half = target.refused(&["reserve", "10.42.7.128/25", "192.0.2.8"])?;
         assert!(half.contains("overlaps 10.42.7.0-24"), "{half}");
+        for (subnet, told) in [
+            ("10.43.7.0/24", "10.43.7.0-24 is nothing that the network config gives out"),
+            ("10.42.8.0-25", "10.42.8.0-25 is nothing that the network config gives out"),
+            ("10.42.8.0-24&fd00::-64", "is nothing that the network config gives out"),
+            ("10.42.8.1/24", "has bits behind its length"),
+            ("ten", "give a subnet"),
+        ] {
+            let refused = target.refused(&["reserve", subnet, "192.0.2.8"])?;
+            assert!(refused.contains(told), "{subnet}: {refused}");
+        }
         let table = target.run(&["show"])?;
         assert!(table.contains("10.42.7.0/24") && table.contains("never (reserved)"), "{table}");
         let shown = target.show()?;
@@ -91,7 +101,15 @@ fn leases_move_from_registry_to_registry() -> Result<()> {
             "BackendData":{"VNI":1,"VtepMAC":"00:00:00:00:00:01"}},"ttl":null}]}"#;
     fs::write(&document, text)?;
     let path = document.to_str().context("no text")?;
-    for target in Target::all(&lab, directory.path()) {
+    // Round the circle: the last two bring what was in a directory to etcd.
+    let again = directory.path().join("again");
+    fs::create_dir(&again)?;
+    let mut targets = Vec::from(Target::all(&lab, directory.path()));
+    for mut target in Target::all(&lab, &again) {
+        target.flags.push("--etcd-prefix=/again".into());
+        targets.push(target);
+    }
+    for target in targets {
         assert!(target.run(&["import", path])?.contains("2 leases written, 0 were there"));
         assert!(target.run(&["import", path])?.contains("0 leases written, 2 were there"));
         let shown = target.show()?;
