@@ -449,6 +449,38 @@ mod tests {
             let _ = serde_json::from_str::<LeaseAttrs>(&text);
         }
 
+        /// Whom we forward to is a function of the config and the leases: not of their order, of what
+        /// was there before, or of how it became so.
+        #[test]
+        fn peers_depend_on_nothing_but_the_leases(
+            entries in proptest::collection::vec((0u8..12, 0u8..8, 23u8..=25), 0..12),
+            order in any::<u64>(),
+        ) {
+            let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
+            let own = lease("10.3.4.0-24", "192.0.2.4");
+            let entry = |(subnet, owner, len): (u8, u8, u8)| {
+                let base = Ipv4Network::new(Ipv4Addr::new(10, 3, subnet, 0), len).unwrap();
+                lease(&format!("{}-{len}", base.network()), &format!("192.0.2.{owner}"))
+            };
+            let mut leases: Vec<Lease> = entries.into_iter().map(entry).collect();
+            let found = peers(&config, &own, &leases);
+            for peer in &found.accepted {
+                prop_assert!(!peer.key.overlaps(&own.key) && !peer.attrs.same_node(&own.attrs));
+            }
+            let ours = leases.iter().filter(|it| it.key == own.key && it.attrs == own.attrs).count();
+            prop_assert_eq!(found.accepted.len() + found.refused.len() + ours, leases.len());
+            fastrand::Rng::with_seed(order).shuffle(&mut leases);
+            let again = peers(&config, &own, &leases);
+            let names = |found: &Peers| {
+                let mut names: Vec<String> =
+                    found.accepted.iter().map(|it| format!("{} {:?}", it.key, it.attrs)).collect();
+                names.extend(found.refused.iter().map(|(key, why)| format!("{key}: {why}")));
+                names.sort();
+                names
+            };
+            prop_assert_eq!(names(&again), names(&found));
+        }
+
         #[test]
         fn keys_round_trip(low in any::<u32>(), len in 1u8..=31, v6 in any::<u128>(), len6 in 0u8..=127) {
             let net = Ipv4Network::new(Ipv4Addr::from_bits(low), len).unwrap();

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustix::process::Signal;
 use tempfile::TempDir;
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
-use weft_tests::etcd::{PREFIX, client, get, hosts, put as put_by_v3, wait_until_it_serves};
-use weft_tests::{bring_up, until};
+use weft_tests::etcd::{PREFIX, client, get, hosts, put as put_by_v3, wait_until_it_serves, weftd};
+use weft_tests::{Weftd, bring_up, until};
 
 /// Where the lab's first member of etcd lives.
 const ADDRESS: &str = "10.168.0.1";
@@ -101,6 +102,17 @@ fn a_client_certificate_is_shown_and_its_lack_is_told() -> Result<()> {
         let key = certificates.flag("etcd-keyfile", "client-key.pem");
         bring_up(&mut lab, &[api, &ca, &cert, &key])?;
         assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+        // Without an authority of its own the system's count; this variable names other ones.
+        lab.stop_daemon(1)?;
+        let host = lab.host(1);
+        let mut command = weftd(&lab, 1, &[api, &cert, &key])?;
+        let unknown = Weftd::start_command(&host.netns, &host.log, &mut command)?;
+        unknown.logs("invalid peer certificate")?;
+        unknown.end(Signal::TERM)?;
+        command.env("SSL_CERT_FILE", certificates.path("ca.pem"));
+        let known = Weftd::start_command(&host.netns, &host.log, &mut command)?;
+        known.logs("forwarding")?;
+        known.end(Signal::TERM)?;
         lab.remove()?;
     }
     Ok(())
@@ -163,5 +175,29 @@ fn users_are_known_by_password_and_again_when_tokens_are_gone() -> Result<()> {
     for host in 0..2 {
         assert!(!log(&lab.host(host).log).contains("hunter"));
     }
+    lab.remove()
+}
+
+/// The v2 API has users of its own, and asks for the password with every request.
+#[test]
+fn users_are_known_by_password_by_the_v2_api_too() -> Result<()> {
+    let mut lab = hosts(1, 1)?;
+    let url = format!("{}/v2/auth", lab.etcd_urls()[0]);
+    let ask = |path: &str, body: &str| -> Result<()> {
+        let request = ureq::put(format!("{url}/{path}"))
+            .header("Content-Type", "application/json")
+            .header("Authorization", "Basic cm9vdDpodW50ZXIy");
+        lab.host(0).netns.run(|| request.send(body))??;
+        Ok(())
+    };
+    ask("users/root", r#"{"user":"root","password":"hunter2"}"#)?;
+    ask("enable", "")?;
+    ask("roles/guest", r#"{"role":"guest","revoke":{"kv":{"read":["/*"],"write":["/*"]}}}"#)?;
+    let [_, api] = APIS;
+    let refused = "refuses: 110: The request requires user authentication";
+    is_told(&mut lab, &[api], refused)?;
+    is_told(&mut lab, &[api, "--etcd-username=root", "--etcd-password=hunter3"], refused)?;
+    bring_up(&mut lab, &[api, "--etcd-username=root", "--etcd-password=hunter2"])?;
+    assert!(!log(&lab.host(0).log).contains("hunter"));
     lab.remove()
 }

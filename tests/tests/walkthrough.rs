@@ -3,8 +3,9 @@
 
 use std::env;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use ipnetwork::IpNetwork;
@@ -14,7 +15,7 @@ use weft_daemon::lab::{Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status;
 use weft_tests::service::{Service, Unit, enter, make_root};
-use weft_tests::{has_device, hosts, program, until};
+use weft_tests::{has_device, hosts, until};
 
 const TEXT: &str = include_str!("../../docs/walkthrough.md");
 
@@ -30,14 +31,60 @@ fn file(path: &str) -> Result<&'static str> {
     shown().with_context(|| format!("the text does not show {path}"))
 }
 
-/// The commands of the text that contain all of these words, and none of those.
-fn commands(with: &[&str], without: &[&str]) -> Result<&'static str> {
-    let blocks = TEXT.split("\n```sh\n").skip(1).map(|rest| rest.split("\n```").next());
-    let mut blocks = blocks.flatten().filter(|block| {
-        with.iter().all(|word| block.contains(word))
-            && !without.iter().any(|word| block.contains(word))
+/// The commands of the text, block by block, as this test tries them: by words that only one has.
+const COMMANDS: [&[&str]; 8] =
+    [CERTIFICATES, HEALTH, SET_BY_V3, SET_BY_V2, LIST_BY_V3, LIST_BY_V2, SHOW, DOCKER_OPTIONS];
+const CERTIFICATES: &[&str] = &["openssl req"];
+const HEALTH: &[&str] = &["endpoint health"];
+const SET_BY_V3: &[&str] = &[" put ", "/config"];
+const SET_BY_V2: &[&str] = &["ETCDCTL_API=2", " set "];
+const LIST_BY_V3: &[&str] = &["get --prefix"];
+const LIST_BY_V2: &[&str] = &["ETCDCTL_API=2", " ls "];
+const SHOW: &[&str] = &["weft registry"];
+const DOCKER_OPTIONS: &[&str] = &["mk-docker-opts.sh"];
+
+/// Its single commands. Those of systemctl are the test's to play.
+const INSTALL: &str = "make install";
+const LINK: &str = "ln -sf weftd /usr/local/bin/flanneld";
+const RELOAD: &str = "systemctl daemon-reload";
+const SINGLE_COMMANDS: [&str; 6] = [
+    INSTALL,
+    LINK,
+    RELOAD,
+    "systemctl enable --now etcd",
+    RELOAD,
+    "systemctl enable --now flanneld",
+];
+
+fn blocks() -> impl Iterator<Item = &'static str> {
+    TEXT.split("\n```sh\n").skip(1).filter_map(|rest| rest.split("\n```").next())
+}
+
+/// The block of commands with all of these words.
+fn commands(words: &[&str]) -> Result<&'static str> {
+    let found = blocks().find(|block| words.iter().all(|word| block.contains(word)));
+    found.with_context(|| format!("no command with {words:?}"))
+}
+
+#[test]
+fn every_command_of_the_text_is_tried() -> Result<()> {
+    let mut tried = Vec::new();
+    for words in COMMANDS {
+        tried.push(commands(words)?);
+    }
+    tried.sort_unstable();
+    tried.dedup();
+    let mut shown: Vec<&str> = blocks().collect();
+    shown.sort_unstable();
+    assert_eq!(tried, shown);
+    let mut is_fenced = false;
+    let single = TEXT.lines().filter_map(|line| {
+        is_fenced ^= line.starts_with("```");
+        line.strip_prefix("    ").filter(|_| !is_fenced)
     });
-    blocks.next().with_context(|| format!("no command with {with:?}"))
+    let single: Vec<&str> = single.collect();
+    assert_eq!(single, SINGLE_COMMANDS);
+    Ok(())
 }
 
 /// One of the three hosts, with directories of its own.
@@ -47,23 +94,17 @@ struct Node {
 }
 
 impl Node {
-    fn new(lab: &Lab, host: usize, directory: &TempDir, etcd: &Path) -> Result<Self> {
+    /// `installed` is what all hosts have.
+    fn new(lab: &Lab, host: usize, directory: &TempDir, installed: &Path) -> Result<Self> {
         let root = directory.path().join(format!("{host}"));
         make_root(&root)?;
-        // As `make install` does, and the text's link.
-        let bin = root.join("usr/local/bin");
-        for name in ["weftd", "weft"] {
-            symlink(program(name)?, bin.join(name))?;
+        for program in fs::read_dir(installed.join("usr/local/bin"))? {
+            let program = program?;
+            symlink(program.path(), root.join("usr/local/bin").join(program.file_name()))?;
         }
-        symlink("weftd", bin.join("flanneld"))?;
-        let packaging = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging");
-        fs::copy(packaging.join("mk-docker-opts.sh"), bin.join("mk-docker-opts.sh"))?;
-        for (name, beside) in
-            [("etcd", etcd.to_owned()), ("etcdctl", etcd.with_file_name("etcdctl"))]
-        {
-            symlink(beside, bin.join(name))?;
-        }
-        Ok(Self { netns: NetNs::open(lab.host(host).netns.name()), root })
+        let it = Self { netns: NetNs::open(lab.host(host).netns.name()), root };
+        it.shell(LINK)?;
+        Ok(it)
     }
 
     fn path(&self, path: &str) -> PathBuf {
@@ -84,6 +125,17 @@ impl Node {
         let log = self.root.join(format!("{unit}.log"));
         Service::start(&self.netns, &Unit::parse(file(&path)?)?, &self.root, &[], &log)
     }
+}
+
+/// Puts programs and units in place as an operator does, but for building them, which is done.
+fn run_make(variables: &[&str]) -> Result<()> {
+    let (program, target) = INSTALL.split_once(' ').context("no target")?;
+    let mut command = Command::new(program);
+    command.arg(target).arg("CARGO=true").args(variables).env_remove("MAKEFLAGS");
+    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    let output = command.output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
 }
 
 fn address(host: usize) -> String {
@@ -120,10 +172,16 @@ fn walk(api: &Api) -> Result<()> {
     let mut lab = hosts(HOSTS)?;
     let directory = tempfile::tempdir()?;
     let etcd = etcd()?;
-    let nodes: Vec<Node> =
-        (0..HOSTS).map(|host| Node::new(&lab, host, &directory, &etcd)).collect::<Result<_>>()?;
+    let installed = directory.path().join("installed");
+    run_make(&[&format!("DESTDIR={}", installed.display())])?;
+    for (name, program) in [("etcd", etcd.clone()), ("etcdctl", etcd.with_file_name("etcdctl"))] {
+        symlink(program, installed.join("usr/local/bin").join(name))?;
+    }
+    let nodes: Vec<Node> = (0..HOSTS)
+        .map(|host| Node::new(&lab, host, &directory, &installed))
+        .collect::<Result<_>>()?;
 
-    nodes[0].shell(commands(&["openssl req"], &[])?)?;
+    nodes[0].shell(commands(CERTIFICATES)?)?;
     for (host, node) in nodes.iter().enumerate() {
         let ssl = node.path("/opt/etcd/ssl");
         fs::create_dir_all(&ssl)?;
@@ -140,7 +198,7 @@ fn walk(api: &Api) -> Result<()> {
     for member in &mut members {
         member.says("READY=1")?;
     }
-    nodes[0].shell(commands(&["endpoint health"], &[])?)?;
+    nodes[0].shell(commands(HEALTH)?)?;
 
     // Up first, and waiting: loaded, not active.
     let mut daemons: Vec<Service> =
@@ -171,14 +229,25 @@ fn walk(api: &Api) -> Result<()> {
     leases_are_as_shown(&nodes[0], api, &subnets)?;
 
     for (host, node) in nodes.iter().enumerate() {
-        let options = node.shell(commands(&["mk-docker-opts.sh"], &[])?)?;
+        let options = node.shell(commands(DOCKER_OPTIONS)?)?;
         let (_, wanted) = TEXT.split_once("\n```\nDOCKER_OPTS=").context("no DOCKER_OPTS")?;
         let wanted = wanted.split_once("```").context("no end")?.0;
         let gateway = fs::read_to_string(node.path("/run/flannel/subnet.env"))?;
         let gateway =
             gateway.lines().nth(1).and_then(|line| line.split_once('=')).context("no 2nd")?;
         assert_eq!(options, format!("DOCKER_OPTS={}", wanted.replace("172.22.82.1/24", gateway.1)));
-        fs::copy(node.path("/run/flannel/subnet.env"), &lab.host(host).subnet_file)?;
+        // Docker makes its bridge by these two.
+        let value = |flag: &str| {
+            let (_, rest) = options.split_once(flag)?;
+            rest.split([' ', '"']).next()
+        };
+        let [bip, mtu] = ["--bip=", "--mtu="].map(value);
+        let bridge = format!(
+            "FLANNEL_SUBNET={}\nFLANNEL_MTU={}\n",
+            bip.context("no --bip")?,
+            mtu.context("no --mtu")?
+        );
+        fs::write(&lab.host(host).subnet_file, bridge)?;
         lab.attach_container(host)?;
     }
     for node in &nodes {
@@ -242,7 +311,7 @@ fn rules_are_as_shown(netns: &NetNs, subnet: IpNetwork) -> Result<()> {
 
 fn leases_are_as_shown(node: &Node, api: &Api, subnets: &[IpNetwork]) -> Result<()> {
     let listed = node.shell(api.list)?;
-    let shown = node.shell(commands(&["weft registry"], &[])?)?;
+    let shown = node.shell(commands(SHOW)?)?;
     for (host, subnet) in subnets.iter().enumerate() {
         let key = format!("/subnets/{}-24", subnet.network());
         let value = format!("{{\"PublicIP\":\"{}\",\"PublicIPv6\":null}}", address(host));
@@ -255,12 +324,33 @@ fn leases_are_as_shown(node: &Node, api: &Api, subnets: &[IpNetwork]) -> Result<
 
 #[test]
 fn by_etcds_v3_api() -> Result<()> {
-    let set = commands(&["put ", "/config"], &[])?;
-    walk(&Api { set, list: commands(&["get --prefix"], &[])? })
+    walk(&Api { set: commands(SET_BY_V3)?, list: commands(LIST_BY_V3)? })
 }
 
 #[test]
 fn by_etcds_v2_api() -> Result<()> {
-    let set = commands(&["ETCDCTL_API=2", " set "], &[])?;
-    walk(&Api { set, list: commands(&["ETCDCTL_API=2", " ls "], &[])? })
+    walk(&Api { set: commands(SET_BY_V2)?, list: commands(LIST_BY_V2)? })
+}
+
+/// What `make install` puts where, and that nothing of it points elsewhere.
+#[test]
+fn an_installation_is_whole() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    run_make(&["PREFIX=/usr", &format!("DESTDIR={}", root.path().display())])?;
+    for (path, mode) in [
+        ("usr/bin/weftd", 0o755),
+        ("usr/bin/weft", 0o755),
+        ("usr/bin/mk-docker-opts.sh", 0o755),
+        ("usr/lib/systemd/system/weftd.service", 0o644),
+        ("usr/share/weft/docker-weft.conf", 0o644),
+    ] {
+        let path = root.path().join(path);
+        let found = fs::metadata(&path).with_context(|| path.display().to_string())?;
+        assert_eq!(found.permissions().mode() & 0o755, mode, "{}", path.display());
+        if mode == 0o644 {
+            let text = fs::read_to_string(&path)?;
+            assert!(text.contains("/usr/bin/weft") && !text.contains("/usr/local"), "{text}");
+        }
+    }
+    Ok(())
 }

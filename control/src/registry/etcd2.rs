@@ -30,6 +30,8 @@ const POLL: Duration = Duration::from_secs(60);
 const POLL_DEADLINE: Duration = Duration::from_secs(60 + 5);
 /// While one waits, whether the server is still there is asked this often.
 const CHECK_INTERVAL: Duration = Duration::from_secs(4);
+/// A server that hangs is noticed soon.
+const _: () = assert!(CHECK_INTERVAL.as_secs() + DEADLINE.as_secs() < 10);
 
 /// etcd's error codes (etcd v2 errorcode.md).
 const KEY_NOT_FOUND: u32 = 100;
@@ -219,6 +221,9 @@ fn understand(status: u16, text: &str, index: u64) -> Result<Answer, HttpError> 
         return Err(HttpError::new(reason, status < 500));
     };
     match answer.error_code {
+        0 if status >= 400 => {
+            Err(HttpError::new(format!("HTTP {status}: {}", answer.message), status < 500))
+        }
         0 | KEY_NOT_FOUND | TEST_FAILED | NODE_EXIST | EVENT_INDEX_CLEARED => {
             Ok(Answer { index, ..answer })
         }
@@ -485,6 +490,8 @@ mod tests {
         assert_eq!(error(500, election), ("301: During Leader Election (x)".into(), false));
         let refused = r#"{"errorCode":110,"message":"no","cause":"user"}"#;
         assert!(error(401, refused).1);
+        let (reason, is_final) = error(401, r#"{"message":"Insufficient credentials"}"#);
+        assert_eq!((reason.as_str(), is_final), ("HTTP 401: Insufficient credentials", true));
         let (reason, is_final) = error(404, "404 page not found\n");
         assert!(reason.contains("v2 API") && is_final, "{reason}");
         assert!(!error(503, "<html>").1);

@@ -129,40 +129,56 @@ fn variable_name(flag: &str) -> String {
 mod tests {
     use clap::error::ErrorKind;
 
+    use super::super::Settings;
     use super::*;
 
-    /// flannel's flags, each with a value other than its default.
-    const FLANNEL: [(&str, &str); 30] = [
-        ("etcd-endpoints", "https://192.0.2.1:2379,https://192.0.2.2:2379"),
-        ("etcd-prefix", "/overlay/network"),
-        ("etcd-keyfile", "/etc/key.pem"),
-        ("etcd-certfile", "/etc/cert.pem"),
-        ("etcd-cafile", "/etc/ca.pem"),
-        ("etcd-username", "weft"),
-        ("etcd-password", "-secret=="),
-        ("iface", "eth1"),
-        ("iface-regex", "^eth\\d+$"),
-        ("iface-can-reach", "192.0.2.1"),
-        ("public-ip", "192.0.2.7"),
-        ("public-ipv6", "2001:db8::7"),
-        ("subnet-file", "/tmp/subnet.env"),
-        ("subnet-lease-renew-margin", "1439"),
-        ("ip-masq", "true"),
-        ("ip-masq-fully-random-disable", "1"),
-        ("iptables-resync", "30"),
-        ("iptables-forward-rules", "F"),
-        ("ip-blackhole-route", "t"),
-        ("kube-subnet-mgr", "TRUE"),
-        ("kube-api-url", "https://192.0.2.1:6443"),
-        ("kubeconfig-file", "/etc/kubeconfig"),
-        ("kube-annotation-prefix", "example.org"),
-        ("net-config-path", "/etc/net-conf.json"),
-        ("set-node-network-unavailable", "false"),
-        ("healthz-ip", "0.0.0.0"),
-        ("healthz-port", "8081"),
-        ("v", "10"),
-        ("vmodule", "main=2"),
-        ("log_backtrace_at", "main.go:10"),
+    /// flannel's flags, of all versions: the variable, the default, and another value.
+    const FLANNEL: [[&str; 4]; 30] = [
+        [
+            "etcd-endpoints",
+            "FLANNELD_ETCD_ENDPOINTS",
+            "http://127.0.0.1:4001,http://127.0.0.1:2379",
+            "https://192.0.2.1:2379,https://192.0.2.2:2379",
+        ],
+        ["etcd-prefix", "FLANNELD_ETCD_PREFIX", "/coreos.com/network", "/overlay/network"],
+        ["etcd-keyfile", "FLANNELD_ETCD_KEYFILE", "", "/etc/key.pem"],
+        ["etcd-certfile", "FLANNELD_ETCD_CERTFILE", "", "/etc/cert.pem"],
+        ["etcd-cafile", "FLANNELD_ETCD_CAFILE", "", "/etc/ca.pem"],
+        ["etcd-username", "FLANNELD_ETCD_USERNAME", "", "weft"],
+        ["etcd-password", "FLANNELD_ETCD_PASSWORD", "", "-secret=="],
+        ["iface", "FLANNELD_IFACE", "", "eth1"],
+        ["iface-regex", "FLANNELD_IFACE_REGEX", "", "^eth\\d+$"],
+        ["iface-can-reach", "FLANNELD_IFACE_CAN_REACH", "", "192.0.2.1"],
+        ["public-ip", "FLANNELD_PUBLIC_IP", "", "192.0.2.7"],
+        ["public-ipv6", "FLANNELD_PUBLIC_IPV6", "", "2001:db8::7"],
+        ["subnet-file", "FLANNELD_SUBNET_FILE", "/run/flannel/subnet.env", "/tmp/subnet.env"],
+        ["subnet-lease-renew-margin", "FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "60", "1439"],
+        ["ip-masq", "FLANNELD_IP_MASQ", "false", "true"],
+        ["ip-masq-fully-random-disable", "FLANNELD_IP_MASQ_FULLY_RANDOM_DISABLE", "false", "1"],
+        ["iptables-resync", "FLANNELD_IPTABLES_RESYNC", "5", "30"],
+        ["iptables-forward-rules", "FLANNELD_IPTABLES_FORWARD_RULES", "true", "F"],
+        ["ip-blackhole-route", "FLANNELD_IP_BLACKHOLE_ROUTE", "false", "t"],
+        ["kube-subnet-mgr", "FLANNELD_KUBE_SUBNET_MGR", "false", "TRUE"],
+        ["kube-api-url", "FLANNELD_KUBE_API_URL", "", "https://192.0.2.1:6443"],
+        ["kubeconfig-file", "FLANNELD_KUBECONFIG_FILE", "", "/etc/kubeconfig"],
+        [
+            "kube-annotation-prefix",
+            "FLANNELD_KUBE_ANNOTATION_PREFIX",
+            "flannel.alpha.coreos.com",
+            "example.org",
+        ],
+        [
+            "net-config-path",
+            "FLANNELD_NET_CONFIG_PATH",
+            "/etc/kube-flannel/net-conf.json",
+            "/etc/net-conf.json",
+        ],
+        ["set-node-network-unavailable", "FLANNELD_SET_NODE_NETWORK_UNAVAILABLE", "true", "false"],
+        ["healthz-ip", "FLANNELD_HEALTHZ_IP", "0.0.0.0", "0.0.0.0"],
+        ["healthz-port", "FLANNELD_HEALTHZ_PORT", "0", "8081"],
+        ["v", "FLANNELD_V", "0", "10"],
+        ["vmodule", "FLANNELD_VMODULE", "", "main=2"],
+        ["log_backtrace_at", "FLANNELD_LOG_BACKTRACE_AT", "", "main.go:10"],
     ];
 
     const WEFT: [(&str, &str); 18] = [
@@ -186,6 +202,11 @@ mod tests {
         ("log-level", "warn,weft_engine=trace"),
     ];
 
+    /// The flags of both, with a value other than the default.
+    fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
+        FLANNEL.into_iter().map(|[name, .., value]| (name, value)).chain(WEFT)
+    }
+
     fn parsed(args: &[&str], variables: &[(&str, &str)]) -> Result<Flags, clap::Error> {
         let args = [PROGRAM].iter().chain(args).map(OsString::from);
         parse(args, |name| {
@@ -207,7 +228,7 @@ mod tests {
     #[test]
     fn every_flag_parses_in_every_form() {
         let defaults = flags(&[]);
-        for (name, value) in FLANNEL.into_iter().chain(WEFT) {
+        for (name, value) in all() {
             let variable = variable_name(name);
             let joined = [format!("-{name}={value}"), format!("--{name}={value}")];
             let apart = [format!("-{name}"), format!("--{name}")];
@@ -221,11 +242,24 @@ mod tests {
     }
 
     #[test]
+    fn variables_and_defaults_are_flannels() {
+        let settings = |args: &[&str]| {
+            let settings = flags(args).settings().unwrap();
+            Settings { notes: Vec::new(), ..settings }
+        };
+        for [name, variable, default, _] in FLANNEL {
+            assert_eq!(variable_name(name), variable);
+            // Where health is told is another address by default, which counts only with a port.
+            assert_eq!(settings(&[&format!("-{name}={default}")]), settings(&[]), "{name}");
+        }
+    }
+
+    #[test]
     fn the_tables_of_these_tests_are_whole() {
         let command = command();
         let known = command.get_arguments().filter_map(Arg::get_long);
         let mut known: Vec<&str> = known.filter(|name| *name != "version").collect();
-        let mut tested: Vec<&str> = FLANNEL.into_iter().chain(WEFT).map(|(name, _)| name).collect();
+        let mut tested: Vec<&str> = all().map(|(name, _)| name).collect();
         known.sort_unstable();
         tested.sort_unstable();
         assert_eq!(known, tested);
@@ -240,7 +274,7 @@ mod tests {
             assert_eq!((error.kind(), error.exit_code()), (ErrorKind::DisplayHelp, 0));
             assert!(!error.use_stderr());
             let help = error.to_string();
-            for (name, _) in FLANNEL.into_iter().chain(WEFT) {
+            for (name, _) in all() {
                 let named = help.split_whitespace().any(|word| {
                     word.split(['[', '=']).next() == Some(format!("--{name}").as_str())
                 });

@@ -375,6 +375,8 @@ mod tests {
         let renewal = |args: &[&str]| settings(args).unwrap().renewal();
         let seconds = Duration::from_secs;
         assert_eq!(renewal(&[REGISTRY]), (seconds(3600), seconds(60)));
+        let wide = [REGISTRY, "--subnet-lease-renew-margin=600"];
+        assert_eq!(renewal(&wide), (seconds(36_000), seconds(60)));
         let short = [REGISTRY, "--subnet-lease-ttl=20s"];
         assert_eq!(renewal(&short), (seconds(10), Duration::from_millis(2500)));
     }
