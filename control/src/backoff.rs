@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 /// Pauses that double, each cut by chance so that a fleet does not act in step.
 #[derive(Debug)]
 pub struct Backoff {
@@ -14,9 +16,15 @@ impl Backoff {
 
     /// Sleeps between half of this try's pause and all of it.
     pub async fn wait(&mut self) {
+        self.wait_since(Instant::now()).await;
+    }
+
+    /// As [`Backoff::wait`], but what has passed since a try began counts: the next one begins after
+    /// the pause, however long this one took to fail.
+    pub async fn wait_since(&mut self, begun: Instant) {
         let pause = self.next.mul_f64(0.5 + 0.5 * fastrand::f64());
         self.next = (self.next * 2).min(Self::LONGEST);
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep_until(begun + pause).await;
     }
 }
 

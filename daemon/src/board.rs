@@ -103,7 +103,7 @@ impl Board {
         drop(facts);
         (status.state, status.ready) = match &*self.phases.borrow() {
             Phase::Starting(what) => (what.clone(), false),
-            Phase::Forwarding(problems) => ("forwarding".into(), problems.is_empty()),
+            Phase::Forwarding { problems, .. } => ("forwarding".into(), problems.is_empty()),
         };
         status.changes = self.log.recent();
         status

@@ -17,7 +17,7 @@ use weft_backends::{
 use weft_control::keeper::{self, Identity, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
-use weft_control::{Lease, LeaseAttrs, NetworkConfig, Registry, View};
+use weft_control::{Lease, LeaseAttrs, NetworkConfig, Registry, RegistryError, View};
 
 use crate::board::Board;
 use crate::external::{self, Prepared};
@@ -86,8 +86,14 @@ struct Turn {
     readable: bool,
     /// What could not be done, at the last reconciliation.
     problems: BTreeSet<String>,
+    /// Of those, another node at our address, and a network config that is not gone by.
+    rival: Option<String>,
+    config_problem: Option<String>,
     subnet_file_written: bool,
     repairs: Repairs,
+    /// Renewals of the lease, and of the node's record.
+    renewals: Failing,
+    records: Failing,
 }
 
 impl Turn {
@@ -105,8 +111,12 @@ impl Turn {
             renew_not_before: Instant::now(),
             readable: false,
             problems: BTreeSet::new(),
+            rival: None,
+            config_problem: None,
             subnet_file_written: false,
             repairs: Repairs::new(),
+            renewals: Failing::default(),
+            records: Failing::default(),
         }
     }
 
@@ -127,6 +137,32 @@ impl Turn {
             self.renew_not_before = Instant::now();
             self.renewal = Some(self.renew_not_before);
         }
+    }
+}
+
+/// Writes that fail though the registry can be read. The first one may be how an outage begins, which
+/// whoever watches tells; from the second on they are a problem of their own.
+#[derive(Debug, Default)]
+struct Failing {
+    times: u32,
+    why: String,
+}
+
+impl Failing {
+    /// Takes in what became of a write.
+    fn note<T>(&mut self, what: &str, outcome: &Result<T, RegistryError>) {
+        match outcome {
+            Ok(_) => *self = Self::default(),
+            Err(error) => {
+                self.times += 1;
+                self.why = format!("cannot {what}, trying again: {error}");
+                tracing::debug!("{}", self.why);
+            }
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        (self.times > 1).then(|| self.why.clone())
     }
 }
 
@@ -160,6 +196,7 @@ impl Forwarding<'_> {
                     turn.readable = readable;
                     self.tell_registry(readable);
                     if !readable {
+                        (turn.renewals, turn.records) = Default::default();
                         self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
                         continue;
                     }
@@ -199,10 +236,20 @@ impl Forwarding<'_> {
                         remember(last_known, &turn, &snapshot);
                     }
                 }
-                _ = publish.tick(), if turn.readable => self.publish_node(&turn).await,
+                _ = publish.tick(), if turn.readable => {
+                    let told = turn.records.problem().is_some();
+                    self.publish_node(&mut turn).await;
+                    if turn.records.problem().is_some() != told {
+                        slow.reset_immediately();
+                    }
+                }
                 () = renewal, if turn.readable => {
+                    let told = turn.renewals.problem().is_some();
                     if self.renew(&mut turn).await {
                         remember(last_known, &turn, &watch.borrow().snapshot);
+                    }
+                    if turn.renewals.problem().is_some() != told {
+                        slow.reset_immediately();
                     }
                     let is_told = turn.lease.attrs == turn.identity.attrs;
                     let pause = if is_told { retry } else { MOVED_RETRY };
@@ -305,7 +352,10 @@ impl Forwarding<'_> {
         basis: Basis,
     ) -> anyhow::Result<bool> {
         let (desired, mut problems) = self.desired(snapshot, turn);
-        problems.extend(follow_config(snapshot, turn));
+        turn.config_problem = follow_config(snapshot, turn);
+        turn.rival = Self::rival(snapshot, turn);
+        problems.extend(turn.config_problem.iter().chain(&turn.rival).cloned());
+        problems.extend(turn.renewals.problem().into_iter().chain(turn.records.problem()));
         problems.extend(turn.stuck.iter().map(|reason| {
             format!(
                 "the external interface cannot be followed ({reason}); it stays {}",
@@ -345,11 +395,12 @@ impl Forwarding<'_> {
         Ok(report.changed)
     }
 
-    /// Without the firewall's rules packets move, but containers do not get far; without subnet.env
-    /// they do not get their addresses.
+    /// Without the firewall's rules packets move, but containers do not get far; with another node at
+    /// our address some get lost; without subnet.env containers do not get their addresses.
     fn tell_health(&self, turn: &Turn) {
         if turn.subnet_file_written {
-            self.health.forwards(self.firewall.state().problem.into_iter().collect());
+            let problems = self.firewall.state().problem.into_iter().chain(turn.rival.clone());
+            self.health.forwards(problems.collect(), turn.config_problem.iter().cloned().collect());
         } else {
             self.health.waits("subnet.env is not written yet");
         }
@@ -380,15 +431,16 @@ impl Forwarding<'_> {
         let refused = peers.refused.iter().map(|(key, why)| format!("lease {key} refused: {why}"));
         let skipped =
             snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
-        let mut problems: BTreeSet<String> = refused.chain(skipped).collect();
-        problems.extend(keeper::claimant(&turn.identity, &snapshot.nodes).map(|other| {
-            format!(
-                "the node {} (id {}) lives with our public address; give either a --public-ip of \
-                 its own",
-                other.name, other.id
-            )
-        }));
-        (desired, problems)
+        (desired, refused.chain(skipped).collect())
+    }
+
+    /// Another node that lives with our public address.
+    fn rival(snapshot: &Snapshot, turn: &Turn) -> Option<String> {
+        let other = keeper::claimant(&turn.identity, &snapshot.nodes)?;
+        Some(format!(
+            "the node {} (id {}) lives with our public address; give either a --public-ip of its own",
+            other.name, other.id
+        ))
     }
 
     fn claim<'t>(&'t self, turn: &'t Turn) -> Claim<'t> {
@@ -413,7 +465,7 @@ impl Forwarding<'_> {
         }
     }
 
-    async fn publish_node(&self, turn: &Turn) {
+    async fn publish_node(&self, turn: &mut Turn) {
         let interface = &turn.interface;
         let bound = [interface.ipv4.map(IpAddr::V4), interface.ipv6.map(IpAddr::V6)];
         let attrs = &turn.identity.attrs;
@@ -428,16 +480,19 @@ impl Forwarding<'_> {
             version: env!("CARGO_PKG_VERSION").into(),
             mtu: self.started.mtu,
         };
-        match self.registry.publish_node(&record, NODE_TTL).await {
-            Ok(()) => self.tell_registry(true),
-            Err(error) => tracing::warn!("cannot publish this node's record: {error}"),
+        let published = self.registry.publish_node(&record, NODE_TTL).await;
+        turn.records.note("publish this node's record", &published);
+        if published.is_ok() {
+            self.tell_registry(true);
         }
     }
 
     /// Writes the lease anew, with what we are now, and says whether it did.
     async fn renew(&self, turn: &mut Turn) -> bool {
         let ttl = keeper::ttl(&turn.lease, self.settings.lease_ttl);
-        match self.registry.renew(&turn.lease, &turn.identity.attrs, ttl).await {
+        let renewed = self.registry.renew(&turn.lease, &turn.identity.attrs, ttl).await;
+        turn.renewals.note("renew the lease", &renewed);
+        match renewed {
             Ok(Some(lease)) => {
                 tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
                 turn.hold(lease, self.settings.renewal().0);
@@ -447,7 +502,7 @@ impl Forwarding<'_> {
             Ok(None) => {
                 tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
             }
-            Err(error) => tracing::warn!("cannot renew the lease, trying again: {error}"),
+            Err(_) => {}
         }
         false
     }

@@ -8,8 +8,13 @@ use tokio::sync::watch;
 pub(crate) enum Phase {
     /// It waits for something, and does not forward yet.
     Starting(String),
-    /// It forwards; what is not as it should be nevertheless.
-    Forwarding(Vec<String>),
+    /// It forwards.
+    Forwarding {
+        /// What is missing of what belongs to it: the node is not ready for all.
+        problems: Vec<String>,
+        /// What else somebody should see to.
+        notes: Vec<String>,
+    },
 }
 
 /// The one place that knows.
@@ -28,7 +33,7 @@ impl Health {
                 what.clone_into(known);
                 true
             }
-            Phase::Starting(_) | Phase::Forwarding(_) => false,
+            Phase::Starting(_) | Phase::Forwarding { .. } => false,
         });
     }
 
@@ -38,8 +43,8 @@ impl Health {
     }
 
     /// Says that the daemon forwards.
-    pub(crate) fn forwards(&self, problems: Vec<String>) {
-        let next = Phase::Forwarding(problems);
+    pub(crate) fn forwards(&self, problems: Vec<String>, notes: Vec<String>) {
+        let next = Phase::Forwarding { problems, notes };
         self.0.send_if_modified(|phase| {
             let changed = *phase != next;
             *phase = next;

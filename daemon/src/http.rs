@@ -39,8 +39,10 @@ pub(crate) async fn serve(
 
 async fn ready(State(phases): State<watch::Receiver<Phase>>) -> (StatusCode, &'static str) {
     match &*phases.borrow() {
-        Phase::Forwarding(problems) if problems.is_empty() => (StatusCode::OK, "flanneld is ready"),
-        Phase::Forwarding(_) | Phase::Starting(_) => {
+        Phase::Forwarding { problems, .. } if problems.is_empty() => {
+            (StatusCode::OK, "flanneld is ready")
+        }
+        Phase::Forwarding { .. } | Phase::Starting(_) => {
             (StatusCode::SERVICE_UNAVAILABLE, "flanneld is not ready yet")
         }
     }

@@ -39,8 +39,9 @@ pub(crate) async fn tell(mut phases: watch::Receiver<Phase>) {
                 send(&[NotifyState::ExtendTimeoutUsec(micros), status(what)]);
             }
             Phase::Starting(what) => send(&[status(what)]),
-            Phase::Forwarding(problems) => {
-                send(&[status(problems.first().map_or("forwarding", String::as_str))]);
+            Phase::Forwarding { problems, notes } => {
+                let told = problems.first().or(notes.first());
+                send(&[status(told.map_or("forwarding", String::as_str))]);
                 if !std::mem::replace(&mut is_ready, true) {
                     send(&[NotifyState::Ready]);
                 }

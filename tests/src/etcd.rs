@@ -3,6 +3,7 @@
 
 use std::env;
 use std::future::Future;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -13,12 +14,14 @@ use weft_control::{Access, Etcd2Registry, Etcd3Registry, Registry};
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 
-use crate::until;
+use crate::{program, until};
 
 /// flannel's default.
 pub const PREFIX: &str = "/coreos.com/network";
 /// More events than etcd keeps by its v2 API.
 const V2_HISTORY: usize = 1_100;
+/// Watches are told every now and then that nothing has happened; by default every ten minutes.
+const PROGRESS: &str = "--experimental-watch-progress-notify-interval=500ms";
 
 /// A key's value, and what else is known of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,7 +39,8 @@ pub fn is_v2() -> bool {
 
 /// Hosts, and an etcd that serves.
 pub fn hosts(hosts: usize, members: usize) -> Result<Lab> {
-    let etcd = EtcdOptions { members, arguments: vec!["--enable-v2".into()], tls: false };
+    let arguments = ["--enable-v2", PROGRESS].map(str::to_owned).to_vec();
+    let etcd = EtcdOptions { members, arguments, tls: false };
     let lab = Lab::new(LabOptions { hosts, etcd, ..LabOptions::default() })?;
     wait_until_it_serves(&lab)?;
     Ok(lab)
@@ -45,6 +49,60 @@ pub fn hosts(hosts: usize, members: usize) -> Result<Lab> {
 /// Waits until etcd answers.
 pub fn wait_until_it_serves(lab: &Lab) -> Result<()> {
     until("etcd serves", || get(lab, "").map(|_| true))
+}
+
+/// A weftd for a host of this lab, as the lab would start it, to be changed further.
+pub fn weftd(lab: &Lab, host: usize, flags: &[&str]) -> Result<Command> {
+    let host = lab.host(host);
+    let mut command = Command::new(program("weftd")?);
+    command.arg("--network=10.42.0.0/16");
+    command.arg(format!("--etcd-endpoints={}", lab.etcd_urls().join(",")));
+    command.arg(if is_v2() { "--etcd-api=v2" } else { "--etcd-api=v3" });
+    for (flag, path) in [
+        ("--subnet-file", &host.subnet_file),
+        ("--state-dir", &host.state_dir),
+        ("--run-dir", &host.run_dir),
+    ] {
+        command.arg(flag).arg(path);
+    }
+    command.args(flags);
+    Ok(command)
+}
+
+/// Keeps packets of etcd's clients from crossing the border of a namespace, and counts those with
+/// which they ask for a connection.
+pub fn cut(netns: &NetNs) -> Result<()> {
+    let chain = |hook: &str| {
+        format!(
+            "chain {hook} {{ type filter hook {hook} priority 0; \
+             tcp dport 2379 tcp flags & (syn | ack) == syn counter drop; \
+             tcp dport 2379 drop; tcp sport 2379 drop; }};"
+        )
+    };
+    netns.tool(
+        "nft",
+        &[&format!("add table ip cut {{ {} {} }}", chain("input"), chain("output"))],
+    )?;
+    Ok(())
+}
+
+/// Undoes [`cut`].
+pub fn mend(netns: &NetNs) -> Result<()> {
+    netns.tool("nft", &["delete table ip cut"]).map(drop)
+}
+
+/// Counts from now on how often clients ask for a connection to the etcd in this namespace.
+pub fn count_connections(netns: &NetNs) -> Result<()> {
+    let chain = "chain input { type filter hook input priority 0; \
+                 tcp dport 2379 tcp flags & (syn | ack) == syn counter; }";
+    netns.tool("nft", &[&format!("add table ip count {{ {chain}; }}")]).map(drop)
+}
+
+/// What the rules of [`cut`] or [`count_connections`] have counted.
+pub fn connections(netns: &NetNs) -> Result<u64> {
+    let rules = netns.tool("nft", &["list", "ruleset"])?;
+    let counts = rules.split("counter packets ").skip(1);
+    counts.map(|rest| Ok(rest.split(' ').next().context("no count")?.parse::<u64>()?)).sum()
 }
 
 /// Does asynchronous work inside a namespace.

@@ -114,6 +114,14 @@ pub fn base(lab: &Lab, host: usize) -> Result<IpAddr> {
     Ok(subnets.first().context("no subnet")?.network())
 }
 
+/// What a health check at port 8081 gets: the code and the body.
+pub fn health(netns: &NetNs, path: &str) -> Result<(u16, String)> {
+    let config = ureq::Agent::config_builder().http_status_as_error(false);
+    let agent = ureq::Agent::from(config.timeout_global(Some(DEADLINE)).build());
+    let response = netns.run(|| agent.get(format!("http://127.0.0.1:8081{path}")).call())??;
+    Ok((response.status().as_u16(), response.into_body().read_to_string()?))
+}
+
 /// Whether a namespace has a device of this name.
 pub fn has_device(netns: &NetNs, name: &str) -> Result<bool> {
     let links = netns.ip_json(&["link", "show"])?;

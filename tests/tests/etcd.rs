@@ -5,12 +5,12 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::process::Command;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use etcd_client::{AlarmAction, AlarmType};
 use ipnetwork::IpNetwork;
 use rustix::process::{Pid, Signal, kill_process};
 use weft_control::keeper::{Identity, Plan, plan};
@@ -20,10 +20,10 @@ use weft_control::{LeaseAttrs, NetworkConfig};
 use weft_daemon::lab::{Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::etcd::{
-    delete, forget_history, get, get_one, hosts, inside, is_v2, keep_subnets_free, leader, put,
-    registry, wait_until_it_serves,
+    client, connections, count_connections, cut, delete, forget_history, get, get_one, hosts,
+    inside, is_v2, keep_subnets_free, leader, mend, put, registry, wait_until_it_serves, weftd,
 };
-use weft_tests::{DEADLINE, Weftd, all_acquainted, bring_up, program, until};
+use weft_tests::{DEADLINE, Weftd, all_acquainted, bring_up, health, until};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -167,6 +167,7 @@ fn garbage_is_skipped_and_named() -> Result<()> {
     bring_up(&mut lab, &[])?;
     let own = subnet(&lab, 0)?;
     let half = format!("subnets/{}-25", own.network());
+    let ours = format!(r#"{{"PublicIP":"{}"}}"#, lab.host(0).address);
     let long = format!(r#"{{"PublicIP":"192.0.2.9"}}{}"#, " ".repeat(1 << 20));
     for (path, value, said) in [
         ("subnets/10.42.9.0-24", "garbage", "skipped"),
@@ -175,6 +176,7 @@ fn garbage_is_skipped_and_named() -> Result<()> {
         ("subnets/192.0.2.0-24", r#"{"PublicIP":"192.0.2.9"}"#, "outside of the Network"),
         (half.as_str(), r#"{"PublicIP":"192.0.2.9"}"#, "overlaps our own"),
         ("subnets/10.42.9.0-24", r#"{"PublicIP":"10.42.9.9"}"#, "inside the overlay"),
+        ("subnets/10.42.9.0-24", ours.as_str(), "it has our own address"),
     ] {
         put(&lab, path, value)?;
         until(&format!("{path} is told of: {said}"), || {
@@ -241,17 +243,33 @@ fn a_node_whose_subnet_is_taken_moves_to_another() -> Result<()> {
 fn a_second_node_with_our_address_is_named_and_waits() -> Result<()> {
     let mut lab = hosts(2, 1)?;
     let address = lab.host(0).address.to_string();
-    lab.start_daemon(0, &[])?;
+    let ready = |lab: &Lab, host: usize| -> Result<bool> {
+        Ok(health(&lab.host(host).netns, "/readyz")?.0 == 200)
+    };
+    lab.start_daemon(0, &["--healthz-port=8081"])?;
     lab.wait_ready(0, DEADLINE)?;
     until("its record is there", || Ok(get(&lab, "weft/nodes/")?.len() == 1))?;
     let path = lease_path(&lab, 0)?;
     let before = get_one(&lab, &path)?.revision;
-    lab.start_daemon(1, &["--iface=eth0", &format!("--public-ip={address}")])?;
+    let twin = ["--iface=eth0", &format!("--public-ip={address}"), "--healthz-port=8081"];
+    lab.start_daemon(1, &twin)?;
     logs(&lab, 1, "lives with our public address")?;
     let id = lab.status(0)?.node_id;
     assert!(log(&lab, 1)?.contains(&format!("(id {id})")));
     assert_eq!(get_one(&lab, &path)?.revision, before, "the lease was not touched");
     assert!(!lab.host(1).subnet_file.exists());
+    assert!(ready(&lab, 0)? && !ready(&lab, 1)?);
+    // One that does not wait, and lives on.
+    let record = format!(
+        r#"{{"Id":"ab","Name":"twin","PublicIP":"{address}","PublicIPv6":null,"Addresses":[],"Version":"0","Mtu":1472}}"#
+    );
+    put(&lab, "weft/nodes/ab", record)?;
+    let told = "the node twin (id ab) lives with our public address";
+    logs(&lab, 0, told)?;
+    assert!(lab.status(0)?.problems.iter().any(|problem| problem.starts_with(told)));
+    until("it is not ready any more", || Ok(!ready(&lab, 0)?))?;
+    delete(&lab, "weft/nodes/ab")?;
+    until("it is ready again", || ready(&lab, 0))?;
     // As if the first were gone for a minute.
     lab.kill_daemon(0)?;
     delete(&lab, "weft/nodes/")?;
@@ -265,20 +283,29 @@ fn cpu_seconds(lab: &Lab, host: usize) -> Result<f64> {
     weft_benches::cpu::process_seconds(lab.status(host)?.pid)
 }
 
-/// Longer than the leases live: nothing is torn down, and afterwards all is as it was.
+/// The lines of a log that somebody should see.
+fn alarms(log: &str) -> Vec<&str> {
+    log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect()
+}
+
+/// Longer than the leases live: nothing is torn down, and afterwards all is as it was. A line when it
+/// begins and one when it ends; meanwhile nobody is asked but to find out whether somebody answers.
 #[test]
 fn an_outage_is_not_noticed() -> Result<()> {
     let mut lab = hosts(2, 1)?;
     bring_up(&mut lab, &["--subnet-lease-ttl=10s"])?;
     let before = [subnet(&lab, 0)?, subnet(&lab, 1)?];
+    let read = [log(&lab, 0)?.len(), log(&lab, 1)?.len()];
     lab.etcd(0).kill()?;
     for host in 0..2 {
         logs(&lab, host, "is away, going on with what was last read")?;
     }
+    count_connections(&lab.etcd(0).netns)?;
     let (since, used) = (Instant::now(), cpu_seconds(&lab, 0)?);
     until("the leases would have run out", || Ok(since.elapsed() > Duration::from_secs(14)))?;
     let share = (cpu_seconds(&lab, 0)? - used) / since.elapsed().as_secs_f64();
     assert!(share < 0.01, "{share} of a core");
+    let asked = connections(&lab.etcd(0).netns)?;
     pings(&lab)?;
     lab.start_etcd(0)?;
     for host in 0..2 {
@@ -288,10 +315,104 @@ fn an_outage_is_not_noticed() -> Result<()> {
     assert_eq!([subnet(&lab, 0)?, subnet(&lab, 1)?], before);
     until("the leases are there", || Ok(get(&lab, "subnets/")?.len() == 2))?;
     pings(&lab)?;
+    let mut tries = 0;
     for host in 0..2 {
-        assert_eq!(log(&lab, host)?.matches("is away").count(), 1);
-        assert_eq!(log(&lab, host)?.matches("is back").count(), 1);
+        let log = log(&lab, host)?;
+        let told = alarms(&log[read[host]..]);
+        let [away, back] = told[..] else { panic!("{told:#?}") };
+        assert!(away.contains("is away") && back.contains("is back after"), "{told:#?}");
+        let count = back.split(" and ").nth(1).and_then(|rest| rest.split(' ').next());
+        tries += count.context("no number of tries")?.parse::<u64>()?;
     }
+    assert!((2..=tries).contains(&asked), "{asked} connections, {tries} tries");
+    lab.remove()
+}
+
+/// A node that etcd could not be reached from for longer than its lease lives goes on by itself, while
+/// the others act on what they can read: somebody else takes the subnet, and the node takes another
+/// one when it is back.
+#[test]
+fn a_subnet_lost_while_cut_off_is_not_taken_back() -> Result<()> {
+    let mut lab = hosts(3, 1)?;
+    for host in 0..2 {
+        lab.start_daemon(host, &["--subnet-lease-ttl=10s"])?;
+    }
+    for host in 0..2 {
+        lab.wait_ready(host, DEADLINE)?;
+    }
+    for host in 0..2 {
+        until("each knows the other", || Ok(lab.status(host)?.peers.len() == 1))?;
+    }
+    let (lost, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
+    cut(&lab.host(0).netns)?;
+    logs(&lab, 0, "is away, going on with what was last read")?;
+    until("the others forget it", || Ok(lab.status(1)?.peers.is_empty()))?;
+    assert_eq!((subnet(&lab, 0)?, lab.status(0)?.peers.len()), (lost, 1));
+    // It had the subnet before, and nobody has it now.
+    let gateway = lost.iter().nth(1).context("a subnet of one address")?;
+    fs::write(&lab.host(2).subnet_file, format!("FLANNEL_SUBNET={gateway}/{}\n", lost.prefix()))?;
+    lab.start_daemon(2, &["--subnet-lease-ttl=10s"])?;
+    until("the third host has the subnet", || Ok(subnet(&lab, 2)? == lost))?;
+    mend(&lab.host(0).netns)?;
+    logs(&lab, 0, "our subnet has another owner")?;
+    until("the first has another one", || Ok(subnet(&lab, 0)? != lost))?;
+    all_acquainted(&lab)?;
+    let owner = lab.host(2).address.to_string();
+    assert!(get_one(&lab, &path)?.value.contains(&owner));
+    assert_eq!(subnet(&lab, 2)?, lost);
+    lab.remove()
+}
+
+/// An endpoint that is dead from the beginning costs one connection that comes to nothing, and is
+/// left alone from then on.
+#[test]
+fn a_dead_endpoint_costs_one_connection() -> Result<()> {
+    let mut lab = hosts(1, 3)?;
+    cut(&lab.etcd(0).netns)?;
+    // The choice by itself would ask by both at once.
+    let api = if is_v2() { "--etcd-api=v2" } else { "--etcd-api=v3" };
+    lab.start_daemon(0, &["--subnet-lease-ttl=10s", api])?;
+    lab.wait_ready(0, DEADLINE)?;
+    // Within the two seconds of one, the kernel asks twice.
+    let asked = connections(&lab.etcd(0).netns)?;
+    assert!((1..=2).contains(&asked), "{asked}");
+    for _ in 0..2 {
+        let before = lab.status(0)?.lease_expires;
+        until("the lease is renewed", || Ok(lab.status(0)?.lease_expires > before))?;
+    }
+    assert_eq!(connections(&lab.etcd(0).netns)?, asked);
+    let log = log(&lab, 0)?;
+    assert!(alarms(&log).is_empty(), "{log}");
+    lab.remove()
+}
+
+/// etcd can be read but not written to, as when its disk is full.
+#[test]
+fn what_cannot_be_written_is_told_until_it_can() -> Result<()> {
+    if is_v2() {
+        // The alarm is for the v3 API's store.
+        return Ok(());
+    }
+    let mut lab = hosts(1, 1)?;
+    lab.start_daemon(0, &["--subnet-lease-ttl=20s"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let alarm = |action: AlarmAction| {
+        client(&lab, |mut client| async move {
+            client.alarm(action, AlarmType::Nospace, None).await?;
+            Ok(())
+        })
+    };
+    alarm(AlarmAction::Activate)?;
+    until("it is told", || {
+        let problems = lab.status(0)?.problems;
+        Ok(problems.iter().any(|it| it.starts_with("cannot renew the lease, trying again: ")))
+    })?;
+    let log = log(&lab, 0)?;
+    let told = alarms(&log);
+    assert!(told[0].contains("space exceeded"), "{told:#?}");
+    assert!(!log.contains("is away"), "{log}");
+    alarm(AlarmAction::Deactivate)?;
+    until("all is well", || Ok(lab.status(0)?.problems.is_empty()))?;
     lab.remove()
 }
 
@@ -309,7 +430,6 @@ fn a_restart_during_an_outage_goes_on_with_what_was_known() -> Result<()> {
     assert_eq!((subnet(&lab, 0)?, lab.status(0)?.peers.len()), (before, 1));
     pings(&lab)?;
     lab.start_etcd(0)?;
-    logs(&lab, 0, " is back after ")?;
     until("the lease is renewed", || Ok(lab.status(0)?.lease_expires.is_some()))?;
     assert_eq!(subnet(&lab, 0)?, before);
     pings(&lab)?;
@@ -336,37 +456,54 @@ fn wiped_data_are_written_again() -> Result<()> {
     lab.remove()
 }
 
-/// The member that daemons talk to is killed, frozen, or cut off, and then the one that leads is
-/// killed; another one serves, and what happens meanwhile is seen.
+/// What may happen to a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Failure {
+    Killed,
+    Frozen,
+    CutOff,
+    /// Its host loses power: connections that it knows nothing of any more, and whose other ends do.
+    HalfOpen,
+    /// And it is the one that leads.
+    KilledAsLeader,
+}
+
+/// Each member in turn fails, so that it is the one that daemons talk to, and then the one that leads;
+/// another one serves, and what happens meanwhile is seen.
 #[test]
 fn one_member_of_three_may_fail() -> Result<()> {
+    use Failure::{CutOff, Frozen, HalfOpen, Killed, KilledAsLeader};
     let mut lab = hosts(2, 3)?;
     keep_subnets_free(&lab)?;
     bring_up(&mut lab, &[])?;
     let drop_all = "add table ip cut { chain in { type filter hook input priority 0; policy drop; }; \
                     chain out { type filter hook output priority 0; policy drop; }; }";
-    for number in 0..4_u8 {
-        let path = format!("subnets/10.42.{}.0-24", 200 + number);
+    for (number, failure) in [Killed, Frozen, CutOff, HalfOpen, KilledAsLeader].iter().enumerate() {
         let leader = leader(&lab)?;
-        match number {
-            0 => lab.etcd(0).kill()?,
-            3 => lab.etcd(leader).kill()?,
-            1 => lab.etcd(0).freeze()?,
-            _ => lab.etcd(0).netns.tool("nft", &[drop_all]).map(drop)?,
+        let member = if *failure == KilledAsLeader { leader } else { number % 3 };
+        match failure {
+            Killed | KilledAsLeader => lab.etcd(member).kill()?,
+            Frozen => lab.etcd(member).freeze()?,
+            CutOff | HalfOpen => lab.etcd(member).netns.tool("nft", &[drop_all]).map(drop)?,
         }
         let lease = format!(r#"{{"PublicIP":"10.168.0.{}"}}"#, 200 + number);
+        let path = format!("subnets/10.42.{}.0-24", 200 + number);
         until("the others take the write", || put(&lab, &path, lease.clone()).map(|()| true))?;
         for host in 0..2 {
-            until(&format!("host {host} sees it (failure {number})"), || {
-                Ok(lab.status(host)?.peers.len() == 2 + usize::from(number))
+            until(&format!("host {host} sees it ({failure:?})"), || {
+                Ok(lab.status(host)?.peers.len() == 2 + number)
             })?;
         }
         pings(&lab)?;
-        match number {
-            0 => lab.start_etcd(0)?,
-            3 => lab.start_etcd(leader)?,
-            1 => lab.etcd(0).thaw()?,
-            _ => lab.etcd(0).netns.tool("nft", &["delete table ip cut"]).map(drop)?,
+        match failure {
+            Killed | KilledAsLeader => lab.start_etcd(member)?,
+            Frozen => lab.etcd(member).thaw()?,
+            CutOff => mend(&lab.etcd(member).netns)?,
+            HalfOpen => {
+                lab.etcd(member).kill()?;
+                mend(&lab.etcd(member).netns)?;
+                lab.start_etcd(member)?;
+            }
         }
         wait_until_it_serves(&lab)?;
     }
@@ -467,12 +604,15 @@ fn slow_copy(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
     }
 }
 
-/// A daemon that slept through a compaction of what it watched lists anew.
+/// A daemon that slept through a compaction of what it watched lists anew, and compares: somebody has
+/// come, somebody has gone, and somebody has moved.
 #[test]
 fn compaction_past_our_revision_loses_nothing() -> Result<()> {
     let mut lab = hosts(2, 1)?;
     keep_subnets_free(&lab)?;
     bring_up(&mut lab, &[])?;
+    put(&lab, "subnets/10.42.202.0-24", r#"{"PublicIP":"10.168.2.1"}"#)?;
+    until("it is known", || Ok(lab.status(0)?.peers.len() == 2))?;
     let pid = i32::try_from(lab.status(0)?.pid)?;
     let pid = Pid::from_raw(pid).context("no pid")?;
     kill_process(pid, Signal::STOP)?;
@@ -482,17 +622,22 @@ fn compaction_past_our_revision_loses_nothing() -> Result<()> {
     forget_history(&lab)?;
     delete(&lab, "subnets/10.42.200.0-24")?;
     put(&lab, "subnets/10.42.201.0-24", r#"{"PublicIP":"10.168.1.1"}"#)?;
+    put(&lab, "subnets/10.42.202.0-24", r#"{"PublicIP":"10.168.2.2"}"#)?;
     kill_process(pid, Signal::CONT)?;
     until("it has caught up", || {
         let peers = lab.status(0)?.peers;
-        let has = |text: &str| peers.iter().any(|peer| peer.subnets[0].to_string() == text);
-        Ok(has("10.42.201.0/24") && !has("10.42.200.0/24"))
+        let at = |text: &str| {
+            let peer = peers.iter().find(|peer| peer.subnets[0].to_string() == text);
+            peer.map(|peer| peer.public_ip.to_string())
+        };
+        let found = ["10.42.200.0/24", "10.42.201.0/24", "10.42.202.0/24"].map(at);
+        Ok(found == [None, Some("10.168.1.1".into()), Some("10.168.2.2".into())])
     })?;
     pings(&lab)?;
     lab.remove()
 }
 
-/// Peers that change their address while nobody watches are followed.
+/// Peers that change their address are followed.
 #[test]
 fn a_peer_that_moves_is_followed() -> Result<()> {
     let mut lab = hosts(2, 1)?;
@@ -544,17 +689,7 @@ fn a_clock_that_jumps_is_not_followed() -> Result<()> {
     let clock = lab.registry()?.with_file_name("clock");
     fs::write(&clock, "+0")?;
     let host = lab.host(0);
-    let mut command = Command::new(program("weftd")?);
-    let endpoints = format!("--etcd-endpoints={}", lab.etcd_urls().join(","));
-    let api = if is_v2() { "--etcd-api=v2" } else { "--etcd-api=v3" };
-    command.args(["--network=10.42.0.0/16", ttl, &endpoints, api]);
-    for (flag, path) in [
-        ("--subnet-file", &host.subnet_file),
-        ("--state-dir", &host.state_dir),
-        ("--run-dir", &host.run_dir),
-    ] {
-        command.arg(flag).arg(path);
-    }
+    let mut command = weftd(&lab, 0, &[ttl])?;
     // libfaketime's, which Debian's dynamic linker finds by this name.
     command.env("LD_PRELOAD", "/usr/$LIB/faketime/libfaketime.so.1");
     command.env("FAKETIME_TIMESTAMP_FILE", &clock);

@@ -9,18 +9,10 @@ use anyhow::{Context, Result};
 use weft_daemon::lab::{Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{Service, Unit, make_root};
-use weft_tests::{DEADLINE, hosts, program, run_weftd, until, write_config};
+use weft_tests::{DEADLINE, health, hosts, program, run_weftd, until, write_config};
 
 fn unit_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd/weftd.service")
-}
-
-/// What a health check gets: the code and the body.
-fn check(netns: &NetNs, path: &str) -> Result<(u16, String)> {
-    let config = ureq::Agent::config_builder().http_status_as_error(false);
-    let agent = ureq::Agent::from(config.timeout_global(Some(DEADLINE)).build());
-    let response = netns.run(|| agent.get(format!("http://127.0.0.1:8081{path}")).call())??;
-    Ok((response.status().as_u16(), response.into_body().read_to_string()?))
 }
 
 #[test]
@@ -39,20 +31,24 @@ fn systemd_and_health_checks_are_told_how_it_is() -> Result<()> {
     let mut service = Service::start(netns, &unit, root.path(), &more, &lab.host(0).log)?;
     service.says("STATUS=waiting for the network config: there is none in dir:")?;
     service.says("EXTEND_TIMEOUT_USEC=30000000")?;
-    until("it answers", || check(netns, "/healthz").map(|_| true))?;
-    assert_eq!(check(netns, "/healthz")?, (200, "flanneld is running".into()));
-    assert_eq!(check(netns, "/readyz")?, (503, "flanneld is not ready yet".into()));
-    assert_eq!(check(netns, "/other")?.0, 404);
+    until("it answers", || health(netns, "/healthz").map(|_| true))?;
+    assert_eq!(health(netns, "/healthz")?, (200, "flanneld is running".into()));
+    assert_eq!(health(netns, "/readyz")?, (503, "flanneld is not ready yet".into()));
+    assert_eq!(health(netns, "/other")?.0, 404);
     assert!(!service.is_ready()?);
 
     write_config(&lab, r#"{"Network":"10.42.0.0/16"}"#)?;
     service.says("READY=1")?;
     service.says("STATUS=forwarding")?;
-    until("it is ready", || Ok(check(netns, "/readyz")? == (200, "flanneld is ready".into())))?;
+    until("it is ready", || Ok(health(netns, "/readyz")? == (200, "flanneld is ready".into())))?;
     assert!(root.path().join("run/flannel/subnet.env").exists());
     let pulses = |service: &mut Service| -> Result<usize> {
         Ok(service.heard()?.iter().filter(|line| *line == "WATCHDOG=1").count())
     };
+    // Ready, but somebody should see to it.
+    write_config(&lab, r#"{"Network":"10.43.0.0/16"}"#)?;
+    service.says("STATUS=the network config has changed; restart weftd to go by it")?;
+    assert_eq!(health(netns, "/readyz")?.0, 200);
     let before = pulses(&mut service)?;
     until("the watchdog is fed", || Ok(pulses(&mut service)? > before + 2))?;
     assert!(service.stop()?.success());
@@ -69,11 +65,11 @@ fn what_is_missing_shows_in_readyz() -> Result<()> {
     lab.start_daemon(0, &["--ip-masq", "--healthz-port=8081", "--iptables-resync=1"])?;
     lab.wait_ready(0, DEADLINE)?;
     let netns = &lab.host(0).netns;
-    assert_eq!(check(netns, "/healthz")?.0, 200);
-    assert_eq!(check(netns, "/readyz")?.0, 503);
+    assert_eq!(health(netns, "/healthz")?.0, 200);
+    assert_eq!(health(netns, "/readyz")?.0, 503);
     // Somebody installs it.
     std::os::unix::fs::symlink("/usr/sbin/nft", nothing.path().join("nft"))?;
-    until("it is ready", || Ok(check(netns, "/readyz")?.0 == 200))?;
+    until("it is ready", || Ok(health(netns, "/readyz")?.0 == 200))?;
     lab.remove()
 }
 

@@ -95,6 +95,15 @@ impl<D: Dial> Endpoints<D> {
         self.current.load(Ordering::Relaxed)
     }
 
+    /// Goes on to the next endpoint, if this is still the one in use: it has let somebody down who had
+    /// nothing to ask.
+    pub(super) fn leave(&self, at: usize) {
+        self.all[at].forget();
+        let next = (at + 1) % self.all.len();
+        // Fails where another request went on before.
+        let _ = self.current.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
     /// Sends a request that may be sent more than once: to the endpoint that last worked, then to
     /// each of the others.
     ///

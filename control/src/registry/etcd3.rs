@@ -31,6 +31,8 @@ const LIST_LEN_MAX: usize = 128 << 20;
 /// A connection whose server says nothing for so long, and then does not answer a ping, is dead.
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
+/// A server that hangs is noticed soon.
+const _: () = assert!(PING_INTERVAL.as_secs() + PING_TIMEOUT.as_secs() < 10);
 
 /// Connects to endpoints by gRPC.
 struct Grpc(Access);
@@ -426,10 +428,17 @@ impl Source for Shared {
             Ok(stream) => stream,
             Err(error) => return error.to_string(),
         };
+        let at = self.endpoints.current();
         loop {
             let response = match next(&mut stream).await {
+                Ok(response) if response.compact_revision() > 0 => {
+                    return "the revision to watch from is compacted".into();
+                }
                 Ok(response) => response,
-                Err(why) => return why,
+                Err(why) => {
+                    self.endpoints.leave(at);
+                    return why;
+                }
             };
             if response.header().is_some_and(|header| header.cluster_id() != mark.cluster) {
                 return "it is another cluster now".into();
@@ -476,10 +485,7 @@ impl Shared {
 /// The next response, or why there is none.
 async fn next(stream: &mut WatchStream) -> Result<WatchResponse, String> {
     match stream.message().await {
-        Ok(Some(response)) if response.compact_revision() > 0 => {
-            Err("the revision to watch from is compacted".into())
-        }
-        Ok(Some(response)) if response.canceled() => {
+        Ok(Some(response)) if response.canceled() && response.compact_revision() == 0 => {
             Err(format!("the watch was cancelled: {}", response.cancel_reason()))
         }
         Ok(Some(response)) => Ok(response),

@@ -18,6 +18,8 @@ use crate::lease::Snapshot;
 const RELIST_INTERVAL: Duration = Duration::from_secs(300);
 /// Following that ended sooner was not worth much: the next time waits.
 const FOLLOWED_SHORTLY: Duration = Duration::from_secs(5);
+/// While a cluster chooses another leader, it refuses for a moment; that is no outage.
+const ELECTION: Duration = Duration::from_millis(1500);
 
 /// What a source calls when something has changed.
 pub(super) type Publish<'a> = dyn Fn(&Entries) + Send + Sync + 'a;
@@ -69,13 +71,7 @@ pub(super) fn watch<S: Source>(source: Arc<S>, last: Snapshot) -> watch::Receive
 async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
     let mut backoff = Backoff::default();
     loop {
-        let (entries, mark) = match source.list().await {
-            Ok(listed) => listed,
-            Err(error) => {
-                wait_for_answer(source, sender, &error).await;
-                continue;
-            }
-        };
+        let (entries, mark) = list(source, sender).await;
         let begun = Instant::now();
         publish(sender, &entries);
         let publish = |entries: &Entries| publish(sender, entries);
@@ -94,26 +90,44 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
     }
 }
 
-/// Says once that nobody answers, looks from time to time, and says when somebody does.
-async fn wait_for_answer(
-    source: &impl Source,
+/// Lists everything, however long it takes.
+async fn list<S: Source>(source: &S, sender: &watch::Sender<View>) -> (Entries, S::Mark) {
+    if let Ok(listed) = source.list().await {
+        return listed;
+    }
+    tokio::time::sleep(ELECTION).await;
+    match source.list().await {
+        Ok(listed) => listed,
+        Err(error) => wait_until_it_lists(source, sender, &error).await,
+    }
+}
+
+/// Says once that nobody answers, looks from time to time, and says when everything could be listed
+/// again.
+async fn wait_until_it_lists<S: Source>(
+    source: &S,
     sender: &watch::Sender<View>,
     error: &RegistryError,
-) {
+) -> (Entries, S::Mark) {
     tracing::error!("{} is away, going on with what was last read: {error}", source.describe());
     sender.send_if_modified(|view| std::mem::take(&mut view.readable));
     source.away().store(true, Ordering::Relaxed);
     let (since, mut looks, mut backoff) = (Instant::now(), 0_u32, Backoff::default());
-    loop {
-        backoff.wait().await;
+    let mut begun = since;
+    let listed = loop {
+        backoff.wait_since(begun).await;
+        begun = Instant::now();
         looks += 1;
-        if source.probe().await.is_ok() {
-            break;
+        if source.probe().await.is_ok()
+            && let Ok(listed) = source.list().await
+        {
+            break listed;
         }
-    }
+    };
     source.away().store(false, Ordering::Relaxed);
     let seconds = since.elapsed().as_secs();
     tracing::warn!("{} is back after {seconds} s and {looks} tries", source.describe());
+    listed
 }
 
 fn publish(sender: &watch::Sender<View>, entries: &Entries) {
@@ -129,16 +143,26 @@ fn publish(sender: &watch::Sender<View>, entries: &Entries) {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+    use std::sync::Mutex;
     use std::sync::atomic::AtomicUsize;
 
     use super::super::entries::Entry;
     use super::*;
     use crate::lease::Expiry;
 
+    /// How long a probe that fails takes, as one of a server that hangs.
+    const PROBE: Duration = Duration::from_secs(5);
+
     /// One more lease at each list, and never an event: no real server can be made to lose one.
     #[derive(Default)]
     struct Deaf {
         lists: AtomicUsize,
+        /// Which lists fail.
+        failing: Range<usize>,
+        /// How many probes fail, and when each began.
+        probes_failing: usize,
+        probes: Mutex<Vec<Instant>>,
         away: AtomicBool,
     }
 
@@ -156,7 +180,11 @@ mod tests {
 
         async fn list(&self) -> Result<(Entries, ()), RegistryError> {
             let mut entries = Entries::default();
-            for number in 0..=self.lists.fetch_add(1, Ordering::Relaxed) {
+            let last = self.lists.fetch_add(1, Ordering::Relaxed);
+            if self.failing.contains(&last) {
+                return Err(RegistryError::Away("no leader".into()));
+            }
+            for number in 0..=last {
                 let value = br#"{"PublicIP":"192.0.2.1"}"#;
                 let entry = Entry { value, expires: Expiry::Unknown, revision: 1 };
                 entries.put(&format!("subnets/10.3.{number}.0-24"), entry);
@@ -165,7 +193,16 @@ mod tests {
         }
 
         async fn probe(&self) -> Result<(), RegistryError> {
-            Ok(())
+            let number = {
+                let mut probes = self.probes.lock().unwrap();
+                probes.push(Instant::now());
+                probes.len()
+            };
+            if number > self.probes_failing {
+                return Ok(());
+            }
+            tokio::time::sleep(PROBE).await;
+            Err(RegistryError::Away("no answer".into()))
         }
 
         async fn follow(&self, _: Entries, (): (), _: &Publish<'_>) -> String {
@@ -183,6 +220,41 @@ mod tests {
             assert_eq!(view.snapshot.leases.len(), leases);
             let minutes = begun.elapsed().as_secs_f64() / 60.0;
             assert!(leases == 1 || (4.0..=6.0).contains(&minutes), "{minutes}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_election_is_no_outage() {
+        let source = Arc::new(Deaf { failing: 1..2, ..Deaf::default() });
+        let mut receiver = watch(Arc::clone(&source), Snapshot::default());
+        for leases in [1, 3, 4] {
+            receiver.changed().await.unwrap();
+            let view = receiver.borrow_and_update().clone();
+            assert_eq!((view.snapshot.leases.len(), view.readable), (leases, true));
+        }
+        assert!(source.probes.lock().unwrap().is_empty());
+    }
+
+    /// From the first pause of 100 ms on, no more than five seconds lie between two looks, so that no
+    /// more pass before somebody who is back is noticed.
+    #[tokio::test(start_paused = true)]
+    async fn whoever_is_away_is_looked_for_every_five_seconds_at_least() {
+        let source = Arc::new(Deaf { failing: 1..4, probes_failing: 12, ..Deaf::default() });
+        let mut receiver = watch(Arc::clone(&source), Snapshot::default());
+        receiver.wait_for(|view| view.readable).await.unwrap();
+        receiver.wait_for(|view| !view.readable).await.unwrap();
+        let begun = Instant::now();
+        assert!(source.refuse_while_away().is_err());
+        let view = receiver.wait_for(|view| view.readable).await.unwrap().clone();
+        // The first list after a probe that got through failed, which is not being back.
+        assert_eq!(view.snapshot.leases.len(), 5);
+        assert!(source.refuse_while_away().is_ok());
+        let probes = source.probes.lock().unwrap();
+        assert_eq!(probes.len(), 14);
+        assert!(probes[0] - begun <= Duration::from_millis(101));
+        for pair in probes.windows(2) {
+            let pause = pair[1] - pair[0];
+            assert!(pause <= PROBE + Duration::from_millis(1), "{pause:?}");
         }
     }
 }
