@@ -16,11 +16,11 @@ fn every_row_of_the_contract_has_its_test() -> Result<()> {
     let text = fs::read_to_string(root.join("docs/failures.md"))?;
     let rows: Vec<Vec<&str>> = text
         .lines()
-        .filter(|line| line.starts_with("| "))
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| what happens |"))
         .map(|line| line.trim_matches('|').split(" | ").collect())
         .collect();
     ensure!(rows.len() > 20, "the table is not read: {} rows", rows.len());
-    for row in &rows[1..] {
+    for row in &rows {
         let [what, _, shown] = row[..] else { panic!("not three columns: {row:?}") };
         let mut names = quoted(shown);
         let test = names.next().with_context(|| format!("no test shows: {what}"))?;

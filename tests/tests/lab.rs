@@ -93,6 +93,28 @@ fn shows_that_all_pairs_reach_each_other() -> Result<()> {
     nothing_is_left_of(&id)
 }
 
+/// As `make lab REGISTRY=etcd` does.
+#[test]
+fn leases_may_be_in_an_etcd_of_the_labs_own() -> Result<()> {
+    let running =
+        Running::start(&["--hosts", "2", "--bytes", "1MiB", "--registry", "etcd", "--keep"])?;
+    let id = running.id.clone();
+    let (etcd, host) = (running.namespace("e1"), running.namespace("h1"));
+    let (status, stdout, stderr) = running.end()?;
+    assert_eq!(status, Some(0), "{stdout}\n{stderr}");
+    let mut show = Command::new("ip");
+    show.args(["netns", "exec", &host]).arg(program("weft")?);
+    show.args(["registry", "--etcd-endpoints=http://10.168.0.1:2379", "show"]);
+    let shown = String::from_utf8(show.output()?.stdout)?;
+    for address in ["10.168.0.94", "10.168.0.95"] {
+        assert!(shown.contains(address), "{shown}");
+    }
+    assert!(Path::new("/run/netns").join(etcd).exists());
+    let down = Command::new(program("weft")?).args(["lab", "down", &id]).output()?;
+    assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
+    nothing_is_left_of(&id)
+}
+
 #[test]
 fn names_the_pairs_of_a_host_that_is_cut_off() -> Result<()> {
     let mut running = Running::start(&["--hosts", "3", "--bytes", "64MiB"])?;
