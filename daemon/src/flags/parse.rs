@@ -181,7 +181,7 @@ mod tests {
         ["log_backtrace_at", "FLANNELD_LOG_BACKTRACE_AT", "", "main.go:10"],
     ];
 
-    const WEFT: [(&str, &str); 18] = [
+    const WEFT: [(&str, &str); 19] = [
         ("registry", "dir:/srv/registry"),
         ("subnet-lease-ttl", "30m"),
         ("etcd-api", "v2"),
@@ -200,6 +200,7 @@ mod tests {
         ("dscp", "copy"),
         ("firewall", "nftables"),
         ("log-level", "warn,weft_engine=trace"),
+        ("log-format", "json"),
     ];
 
     /// The flags of both, with a value other than the default.
