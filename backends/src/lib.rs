@@ -22,7 +22,8 @@ use weft_engine::EngineError;
 pub use kernel_events::KernelEvents;
 pub use mac::{BadMac, Mac};
 pub use weft_engine::{
-    Counter, DscpMode, EngineMeter, Feature, FeatureState, GuardMode, IoKind, SourcePort, Tuning,
+    Counter, DscpMode, EngineMeter, Feature, FeatureState, GuardMode, IoKind, SOCKET_BUFFER_LEN,
+    SourcePort, Tuning,
 };
 
 /// The smallest MTU of an IPv4 link (RFC 791).
@@ -53,6 +54,12 @@ pub trait Backend: Send + fmt::Debug {
     /// Ends what moves packets in this process; [`Self::start`] may follow. What the kernel moves
     /// them by stays: the next start adopts it.
     fn stop(&mut self);
+
+    /// Does without what cuts large packets, since such packets get lost on the way to a peer; says
+    /// what that was, or nothing if there is nothing to do without.
+    fn give_up_offload(&mut self) -> Option<&'static str> {
+        None
+    }
 
     /// What the backend does now.
     fn status(&self) -> BackendStatus;

@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::{self, UnboundedSender};
 use weft_control::{Lease, LeaseAttrs, NetworkConfig};
-use weft_engine::{EcnMode, Engine, EngineConfig, EngineHandle, Peer, RouteTable, overhead};
+use weft_engine::{
+    EcnMode, Engine, EngineConfig, EngineHandle, Feature, Peer, RouteTable, overhead,
+};
 
 use crate::direct::{Direct, loosen_filter, strict_filter};
 use crate::netlink::{Link, LinkSettings, Netlink, ROUTE_PROTOCOL};
@@ -165,6 +167,11 @@ impl Backend for UdpTun {
             drop(engine);
             self.wait_until_gone(&device);
         }
+    }
+
+    fn give_up_offload(&mut self) -> Option<&'static str> {
+        let running = self.running.as_ref()?;
+        running.engine.give_up(Feature::UdpSegment).then_some(Feature::UdpSegment.name())
     }
 
     fn status(&self) -> BackendStatus {

@@ -222,6 +222,16 @@ impl Vxlan {
             }
             set_sysctls(device, self.options.direct_routing);
             let device = &mut self.devices[number];
+            if let Some(mac) = link.mac
+                && device.index == link.index
+                && device.mac != mac
+            {
+                tracing::warn!(
+                    device = device.name,
+                    "somebody changed the MAC of the device from {} to {mac}; the lease follows",
+                    device.mac
+                );
+            }
             (device.index, device.mac) = (link.index, link.mac.unwrap_or(device.mac));
         }
         Ok(changed)

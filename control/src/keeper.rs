@@ -220,6 +220,7 @@ mod tests {
             addresses: Vec::new(),
             version: "0".into(),
             mtu: 1472,
+            probe_port: None,
         };
         let nodes = [node("a", "192.0.2.9"), node("b", "192.0.2.8"), node("c", "192.0.2.9")];
         assert_eq!(claimant(&identity, &nodes).map(|node| node.id.as_str()), Some("c"));

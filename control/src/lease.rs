@@ -219,6 +219,9 @@ pub struct NodeRecord {
     pub version: String,
     /// The MTU it hands to containers, in bytes.
     pub mtu: u32,
+    /// The UDP port where it answers probes, at its address on the overlay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe_port: Option<u16>,
 }
 
 impl NodeRecord {

@@ -14,7 +14,8 @@ use weft_control::lease::NodeRecord;
 use crate::firewall::FirewallState;
 use crate::health::{Health, Phase};
 use crate::log::Log;
-use crate::status::{PeerStatus, SCHEMA, Status};
+use crate::probe::{self, Findings};
+use crate::status::{PeerStatus, ProbeStatus, SCHEMA, Status};
 
 /// The one place where it is kept. Clones are the same board.
 #[derive(Debug, Clone)]
@@ -29,6 +30,7 @@ struct Facts {
     status: Status,
     engine: Option<EngineMeter>,
     firewall: Option<watch::Receiver<FirewallState>>,
+    probes: Option<Findings>,
 }
 
 impl Board {
@@ -66,6 +68,7 @@ impl Board {
                 way: way.name().into(),
                 name: node.map(|node| node.name.clone()),
                 version: node.map(|node| node.version.clone()),
+                probe: ProbeStatus::default(),
             }
         });
         let peers = peers.collect();
@@ -77,6 +80,11 @@ impl Board {
     /// Says where the firewall's state is to be found.
     pub(crate) fn firewall(&self, state: watch::Receiver<FirewallState>) {
         self.facts().firewall = Some(state);
+    }
+
+    /// Says where the findings of probes are.
+    pub(crate) fn probes(&self, findings: Option<Findings>) {
+        self.facts().probes = findings;
     }
 
     /// All of it, as it is now.
@@ -91,6 +99,12 @@ impl Board {
                 .collect();
             status.counters =
                 engine.counters().map(|(it, count)| (it.name().into(), count)).collect();
+        }
+        if let Some(probes) = &facts.probes {
+            let found = probes.all();
+            for peer in &mut status.peers {
+                peer.probe = found.get(&peer.public_ip).map(probe::status).unwrap_or_default();
+            }
         }
         if let Some(firewall) = &facts.firewall {
             let firewall = firewall.borrow().clone();

@@ -28,6 +28,7 @@ use crate::leasing::{self, Claim};
 use crate::node;
 use crate::overlay::Overlay;
 use crate::place::Place;
+use crate::probe::{self, Found, Path, Prober, Target};
 use crate::repairs::Repairs;
 use crate::state_file::{LastKnown, StateFile};
 
@@ -94,6 +95,10 @@ struct Turn {
     /// Renewals of the lease, and of the node's record.
     renewals: Failing,
     records: Failing,
+    /// None where no socket was to be had.
+    prober: Option<Prober>,
+    /// What was given up for the sake of packets that got lost.
+    given_up: Vec<String>,
 }
 
 impl Turn {
@@ -117,6 +122,8 @@ impl Turn {
             repairs: Repairs::new(),
             renewals: Failing::default(),
             records: Failing::default(),
+            prober: None,
+            given_up: Vec::new(),
         }
     }
 
@@ -182,6 +189,9 @@ impl Forwarding<'_> {
     ) -> anyhow::Result<Ended> {
         let (margin, retry) = self.settings.renewal();
         let mut turn = Turn::new(config.clone(), lease, self.place, margin);
+        let local = probe::local(self.kind, self.place.public_ip, &turn.lease);
+        turn.prober = local.and_then(|local| Prober::start(local, self.started.mtu));
+        self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
         let mut slow = tokio::time::interval(RECONCILE_INTERVAL);
         let mut publish = tokio::time::interval(NODE_INTERVAL);
         watch.mark_changed();
@@ -242,6 +252,9 @@ impl Forwarding<'_> {
                     if turn.records.problem().is_some() != told {
                         slow.reset_immediately();
                     }
+                }
+                () = probes_found(turn.prober.as_mut()) => {
+                    self.give_up_offload(overlay, &mut turn).await?;
                 }
                 () = renewal, if turn.readable => {
                     let told = turn.renewals.problem().is_some();
@@ -352,6 +365,14 @@ impl Forwarding<'_> {
         basis: Basis,
     ) -> anyhow::Result<bool> {
         let (desired, mut problems) = self.desired(snapshot, turn);
+        if let Some(prober) = &turn.prober {
+            prober.aim(probe::targets(
+                self.kind,
+                self.place.public_ip,
+                &desired.peers,
+                &snapshot.nodes,
+            ));
+        }
         turn.config_problem = follow_config(snapshot, turn);
         turn.rival = Self::rival(snapshot, turn);
         problems.extend(turn.config_problem.iter().chain(&turn.rival).cloned());
@@ -376,6 +397,7 @@ impl Forwarding<'_> {
         for problem in problems.difference(&turn.problems) {
             tracing::warn!("{problem}");
         }
+        problems.extend(turn.given_up.iter().cloned());
         turn.problems = problems;
         if !turn.subnet_file_written {
             turn.subnet_file_written = self.write_subnet_file(turn);
@@ -465,6 +487,29 @@ impl Forwarding<'_> {
         }
     }
 
+    /// Where packets that are cut on the way get lost, does without that, and sees whether it helps.
+    async fn give_up_offload(&self, overlay: &mut Overlay, turn: &mut Turn) -> anyhow::Result<()> {
+        let Some(prober) = &turn.prober else { return Ok(()) };
+        let is_broken = |(_, (_, found)): &(IpAddr, (Target, Found))| found.path == Path::NoOffload;
+        let Some((peer, _)) = prober.findings().all().into_iter().find(is_broken) else {
+            return Ok(());
+        };
+        if let Some(what) = overlay.call(|backend| backend.give_up_offload()).await? {
+            let line = format!(
+                "{what} is given up: packets that it cuts get lost on the way to {peer}; see \
+                 `ethtool -k {}`, and start weftd again when that is mended",
+                turn.interface.name
+            );
+            tracing::warn!("{line}");
+            turn.problems.insert(line.clone());
+            let problems = turn.problems.iter().cloned().collect();
+            self.board.update(|status| status.problems = problems);
+            turn.given_up.push(line);
+            prober.probe_paths();
+        }
+        Ok(())
+    }
+
     async fn publish_node(&self, turn: &mut Turn) {
         let interface = &turn.interface;
         let bound = [interface.ipv4.map(IpAddr::V4), interface.ipv6.map(IpAddr::V6)];
@@ -479,6 +524,7 @@ impl Forwarding<'_> {
             addresses: addresses.filter(|ip| !publics.contains(ip)).collect(),
             version: env!("CARGO_PKG_VERSION").into(),
             mtu: self.started.mtu,
+            probe_port: turn.prober.as_ref().map(Prober::port),
         };
         let published = self.registry.publish_node(&record, NODE_TTL).await;
         turn.records.note("publish this node's record", &published);
@@ -567,6 +613,14 @@ pub(crate) fn expiry(lease: &Lease) -> String {
 
 fn renewal(lease: &Lease, attrs: &LeaseAttrs, margin: Duration) -> Option<Instant> {
     keeper::renew_in(lease, attrs, margin, Timestamp::now()).map(|left| Instant::now() + left)
+}
+
+/// The next news of a peer; none for ever where there is no prober.
+async fn probes_found(prober: Option<&mut Prober>) {
+    match prober {
+        Some(prober) => prober.changed().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn sleep_until(due: Option<Instant>) {

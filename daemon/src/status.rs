@@ -1,7 +1,7 @@
 //! What a running weftd says of itself, as a document with a version.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use anyhow::bail;
@@ -97,6 +97,37 @@ pub struct PeerStatus {
     pub name: Option<String>,
     /// weft's version there; absent for a flannel node.
     pub version: Option<String>,
+    /// What probes of it found.
+    #[serde(default)]
+    pub probe: ProbeStatus,
+}
+
+/// What probes of a peer found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeStatus {
+    /// Where they go to, through the overlay; none for a flannel node, which gets ICMP echoes.
+    pub address: Option<SocketAddr>,
+    /// Absent while it is not known, and for a flannel node that answers no echoes.
+    pub reachable: Option<bool>,
+    /// Why it is not reachable: `refused`, `blocked` or `silent`; what is wrong with the path to it
+    /// otherwise: `narrow`, `no-offload` or `damaged`.
+    pub fault: Option<String>,
+    /// The same, with what to look for.
+    pub problem: Option<String>,
+    /// The last round trip, in microseconds.
+    pub rtt_us: Option<u64>,
+    /// All round trips together.
+    pub rtt_total_us: u64,
+    /// How many round trips took up to the microseconds that are the key, and longer than those of
+    /// the key before; the last key stands for all above.
+    pub rtt_counts: BTreeMap<u64, u64>,
+    /// Small probes, and those of them that were answered.
+    pub sent: u64,
+    pub answered: u64,
+    /// Of the last 64 of them.
+    pub loss_percent: Option<u8>,
+    /// The largest packet that is known to get through, in bytes.
+    pub path_mtu: Option<u32>,
 }
 
 /// Asks the one daemon whose run directory this is.
@@ -147,8 +178,11 @@ mod tests {
             way: String::new(),
             name: None,
             version: None,
+            probe: ProbeStatus::default(),
         };
         let mut fields = names("", &serde_json::to_value(Status::default()).unwrap());
+        let probe = serde_json::to_value(&peer.probe).unwrap();
+        fields.extend(names("peers[].probe.", &probe));
         fields.extend(names("peers[].", &serde_json::to_value(peer).unwrap()));
         fields.extend(names("changes[].", &serde_json::to_value(line).unwrap()));
         let document = include_str!("../../docs/status.md");

@@ -10,7 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::directories::Directories;
 use crate::output::Output;
-use crate::status::{self, PeerStatus, Status};
+use crate::status::{self, PeerStatus, ProbeStatus, Status};
 
 /// What stands where there is nothing to say.
 const NONE: &str = "-";
@@ -148,14 +148,31 @@ fn firewall(daemon: &Status) -> Option<String> {
 fn peers(peers: &[PeerStatus]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    table.set_header(["peer", "address", "subnets", "way", "version"]);
+    table.set_header(["peer", "address", "subnets", "way", "version", "answers", "RTT", "loss"]);
     for peer in peers {
         let subnets: Vec<String> = peer.subnets.iter().map(ToString::to_string).collect();
         let name = peer.name.as_deref().unwrap_or(NONE);
         let version = peer.version.as_deref().unwrap_or(NONE);
-        table.add_row([name, &peer.public_ip.to_string(), &subnets.join(" "), &peer.way, version]);
+        let [answers, rtt, loss] = probe(&peer.probe);
+        let (address, subnets) = (peer.public_ip.to_string(), subnets.join(" "));
+        let row = [name, &address, &subnets, &peer.way, version, &answers, &rtt, &loss];
+        table.add_row(row);
     }
     table
+}
+
+/// Whether a peer answers, how fast, and how many probes were lost.
+fn probe(probe: &ProbeStatus) -> [String; 3] {
+    let answers = match (probe.reachable, &probe.fault) {
+        (Some(true), None) => "yes".into(),
+        (Some(true), Some(fault)) => format!("yes, {fault}"),
+        (Some(false), Some(fault)) => format!("NO: {fault}"),
+        (Some(false), None) => "NO".into(),
+        (None, _) => NONE.into(),
+    };
+    let rtt = probe.rtt_us.map(|us| format!("{}.{:03} ms", us / 1_000, us % 1_000));
+    let loss = probe.loss_percent.map(|percent| format!("{percent} %"));
+    [answers, rtt.unwrap_or_else(|| NONE.into()), loss.unwrap_or_else(|| NONE.into())]
 }
 
 /// How long `then` is over.

@@ -58,10 +58,12 @@ pub enum FeatureState {
     Missing,
     /// The kernel refused it while packets flowed.
     Refused,
+    /// Probes found that packets get lost by it.
+    Lossy,
 }
 
 impl FeatureState {
-    const ALL: [Self; 4] = [Self::On, Self::Off, Self::Missing, Self::Refused];
+    const ALL: [Self; 5] = [Self::On, Self::Off, Self::Missing, Self::Refused, Self::Lossy];
 
     /// The name in status.
     pub const fn name(self) -> &'static str {
@@ -70,6 +72,7 @@ impl FeatureState {
             Self::Off => "off",
             Self::Missing => "missing",
             Self::Refused => "refused",
+            Self::Lossy => "lossy",
         }
     }
 }

@@ -61,6 +61,7 @@ pub use guard::GuardMode;
 pub use meter::EngineMeter;
 pub use routes::{Peer, RouteTable};
 pub use stats::Counter;
+pub use udp::SOCKET_BUFFER_LEN;
 // For the benchmarks, which compare forwarders on one and the same device.
 #[doc(hidden)]
 pub use tun::{TunDevice, TunQueue};
@@ -314,6 +315,11 @@ impl EngineHandle {
     /// Replaces the routes; the next batch of every worker uses the new ones.
     pub fn publish(&self, routes: RouteTable) {
         self.routes.store(Arc::new(routes));
+    }
+
+    /// Does without a feature that loses packets from now on; says whether it was in use.
+    pub fn give_up(&self, feature: Feature) -> bool {
+        self.features.fall(feature, FeatureState::Lossy)
     }
 
     /// What can be read of it at any time, from any thread.

@@ -29,7 +29,7 @@ const SOURCE_PORTS: usize = 16;
 
 /// Bytes asked for each socket buffer. flannel's default of 208 KiB loses a tenth of the packets
 /// of one TCP stream.
-const SOCKET_BUFFER_LEN: libc::c_int = 8 << 20;
+pub const SOCKET_BUFFER_LEN: u32 = 8 << 20;
 
 /// How long to wait at a time for room in the send buffer: at 100 Mbit/s, room for 40 packets.
 const ROOM_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
@@ -189,6 +189,7 @@ fn wait_until_free(local: SocketAddr) -> io::Result<()> {
 /// Past the limit that `net.core.rmem_max` sets for everybody, where we may (CAP_NET_ADMIN in the
 /// machine's own user namespace); up to it, where not.
 fn force_buffer(socket: &Socket, force: libc::c_int, plain: libc::c_int) -> io::Result<()> {
-    let set = |option| sys::set_option(socket.as_fd(), libc::SOL_SOCKET, option, SOCKET_BUFFER_LEN);
+    const LEN: libc::c_int = SOCKET_BUFFER_LEN as libc::c_int;
+    let set = |option| sys::set_option(socket.as_fd(), libc::SOL_SOCKET, option, LEN);
     set(force).or_else(|_| set(plain))
 }

@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: hosts that are up, deadlines, daemons started by hand, and
 //! packets made by hand.
 
+pub mod doctor;
 pub mod etcd;
 pub mod fuzz;
 pub mod service;

@@ -434,6 +434,7 @@ mod tests {
             addresses: vec!["198.51.100.2".parse().unwrap()],
             version: "0".into(),
             mtu: 1472,
+            probe_port: None,
         };
         registry.publish_node(&node, DAY).await.unwrap();
         until(&mut watch, |it| it.nodes == [node.clone()]).await;
@@ -500,6 +501,7 @@ mod tests {
             addresses: Vec::new(),
             version: "0".into(),
             mtu: 1472,
+            probe_port: None,
         };
         assert!(registry.publish_node(&node, DAY).await.is_err());
         assert_eq!(registry.snapshot().await.unwrap().config, None);

@@ -115,13 +115,7 @@ impl Dial for Http {
 
     async fn dial(&self, url: &str) -> Result<Client, Failure> {
         let found = self.0.credentials().await.map_err(Failure::Final)?;
-        let tls = tls(&found).map_err(|error| Failure::new(url, error.to_string(), true))?;
-        let agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .tls_config(tls)
-            .build()
-            .into();
+        let agent = agent(&found).map_err(|error| Failure::new(url, error.to_string(), true))?;
         let basic = |(name, Secret(password)): &(String, Secret)| {
             format!("Basic {}", BASE64_STANDARD.encode(format!("{name}:{password}")))
         };
@@ -132,6 +126,15 @@ impl Dial for Http {
     fn failure(url: &str, error: &HttpError) -> Failure {
         Failure::new(url, error.reason.clone(), error.is_final)
     }
+}
+
+/// What speaks HTTP to an endpoint.
+pub(super) fn agent(found: &Credentials) -> Result<Agent, ureq::Error> {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_connect(Some(CONNECT_TIMEOUT))
+        .tls_config(tls(found)?);
+    Ok(config.build().into())
 }
 
 fn tls(found: &Credentials) -> Result<TlsConfig, ureq::Error> {

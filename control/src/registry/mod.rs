@@ -7,6 +7,7 @@ mod entries;
 pub mod etcd2;
 pub mod etcd3;
 mod notices;
+pub mod server;
 mod store;
 mod watching;
 

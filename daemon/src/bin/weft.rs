@@ -9,7 +9,9 @@ use weft_daemon::cleanup::{self, CleanupArgs};
 use weft_daemon::cni::{self, CniArgs};
 use weft_daemon::directories::Directories;
 use weft_daemon::docker_opts::{self, DockerOptsArgs};
+use weft_daemon::doctor::{self, DoctorArgs};
 use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, EtcdOptions, MAX_TRANSFER, RunOptions};
+use weft_daemon::ping_peer::{self, PingPeerArgs};
 use weft_daemon::registry_command::{self, RegistryArgs};
 use weft_daemon::status_command::{self, StatusArgs};
 
@@ -26,6 +28,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Status(StatusArgs),
+    Doctor(DoctorArgs),
+    PingPeer(PingPeerArgs),
     Lab(LabArgs),
     Registry(RegistryArgs),
     DockerOpts(DockerOptsArgs),
@@ -73,6 +77,12 @@ fn main() -> ExitCode {
     let outcome = match command {
         Command::Status(arguments) => {
             status_command::run(&arguments, &directories, &mut io::stdout().lock())
+        }
+        Command::Doctor(arguments) => {
+            doctor::run(&arguments, &directories, &mut io::stdout().lock())
+        }
+        Command::PingPeer(arguments) => {
+            ping_peer::run(&arguments, &directories, &mut io::stdout().lock())
         }
         Command::Lab(LabArgs { command: Some(LabCommand::Down { id }), .. }) => down(id),
         Command::Lab(arguments) => run_lab(&arguments),

@@ -1,0 +1,161 @@
+//! What firewalls do with the overlay's packets.
+
+use super::check::Check;
+use super::seen::{Filter, Seen};
+
+/// Whether bridged packets go through iptables too, where nothing would let them pass.
+pub(super) fn br_netfilter(seen: &Seen) -> Check {
+    const NAME: &str = "br_netfilter";
+    match seen.sysctl("net/bridge/bridge-nf-call-iptables") {
+        None => Check::ok(NAME, "not loaded"),
+        Some("0") => Check::ok(NAME, "bridged packets do not go through iptables"),
+        Some(_) => match blocking(seen).next() {
+            None => Check::ok(NAME, "bridged packets go through iptables, which lets them pass"),
+            Some(filter) => Check::fail(
+                NAME,
+                format!(
+                    "packets between containers of one bridge go through {}'s FORWARD, which drops \
+                     them",
+                    filter.program
+                ),
+                "sysctl -w net.bridge.bridge-nf-call-iptables=0",
+            ),
+        },
+    }
+}
+
+/// Whether some chain drops forwarded packets that no rule knows, and ours among them.
+pub(super) fn forward(seen: &Seen) -> Check {
+    const NAME: &str = "FORWARD";
+    if let Some(filter) = blocking(seen).next() {
+        let program = &filter.program;
+        return Check::fail(
+            NAME,
+            format!("{program}'s chain FORWARD drops by its policy, and no rule lets ours pass"),
+            format!("{program} -P FORWARD ACCEPT"),
+        );
+    }
+    let others = seen.chains.iter().filter(|chain| {
+        // iptables' own chains are judged above.
+        !["weft", "filter"].contains(&chain.table.as_str()) && chain.hook == "forward"
+    });
+    if let Some(chain) = others.into_iter().find(|chain| chain.policy == "drop") {
+        let name = format!("{} {} {}", chain.family, chain.table, chain.name);
+        let what = format!("nftables' chain {name} drops by its policy what its rules do not know");
+        let network = seen.networks().first().map(ToString::to_string).unwrap_or_default();
+        let cure = format!("nft insert rule {name} ip daddr {network} accept");
+        return Check::warn(NAME, what, cure);
+    }
+    if of_our_families(seen).any(|filter| filter.drops) {
+        return Check::ok(NAME, "drops by its policy; weft's rules let the overlay's packets pass");
+    }
+    Check::ok(NAME, "accepts by its policy")
+}
+
+/// Whether weft's own rules stand, and stay.
+pub(super) fn rules(seen: &Seen) -> Check {
+    const NAME: &str = "rules";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let Some(by) = status.firewall.as_deref() else {
+        return Check::ok(NAME, "none are asked for");
+    };
+    let wants_forward = seen.settings().is_none_or(|settings| settings.switches.forward);
+    let is_there = if by == "nftables" {
+        seen.chains.iter().any(|chain| chain.table == "weft")
+    } else {
+        !wants_forward || of_our_families(seen).any(|filter| filter.passes_ours)
+    };
+    if !is_there {
+        return Check::fail(
+            NAME,
+            format!("weft's rules, written by {by}, are gone"),
+            "systemctl restart weftd   # and stop what flushes them",
+        );
+    }
+    match status.firewall_repairs {
+        0 => Check::ok(NAME, format!("written by {by}")),
+        times => Check::warn(
+            NAME,
+            format!("somebody removed weft's rules; they were put back {times} times"),
+            "nft monitor   # shows who changes rules; let it leave weft's alone",
+        ),
+    }
+}
+
+/// Whether firewalld runs and would reject what is forwarded to and from containers.
+pub(super) fn firewalld(seen: &Seen) -> Check {
+    const NAME: &str = "firewalld";
+    let Some(table) = &seen.firewalld else {
+        return Check::ok(NAME, "not running");
+    };
+    let Some(network) = seen.networks().first() else {
+        return Check::unknown(NAME);
+    };
+    let source = network.to_string();
+    let trusts = |line: &str| line.contains("trusted") && line.contains(&source);
+    if table.lines().any(trusts) {
+        return Check::ok(NAME, format!("trusts {source}"));
+    }
+    Check::fail(
+        NAME,
+        format!("firewalld runs and does not trust {source}: it rejects what is forwarded"),
+        format!(
+            "firewall-cmd --permanent --zone=trusted --add-source={source} && firewall-cmd --reload"
+        ),
+    )
+}
+
+fn of_our_families(seen: &Seen) -> impl Iterator<Item = &Filter> {
+    let ipv6 = seen.networks().iter().any(|network| network.is_ipv6());
+    seen.filters.iter().filter(move |filter| ipv6 || !filter.ipv6)
+}
+
+/// Those that drop the overlay's packets.
+fn blocking(seen: &Seen) -> impl Iterator<Item = &Filter> {
+    of_our_families(seen).filter(|filter| filter.drops && !filter.passes_ours)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::check::Verdict;
+    use crate::doctor::seen::Chain;
+    use crate::handed::Handed;
+
+    fn seen() -> Seen {
+        let subnet_env = Some(Ok(Handed {
+            networks: vec!["10.42.0.0/16".parse().unwrap()],
+            gateways: vec!["10.42.7.1/24".parse().unwrap()],
+            mtu: 1472,
+            ip_masq: false,
+        }));
+        Seen { subnet_env, ..Seen::default() }
+    }
+
+    #[test]
+    fn firewalld_that_does_not_know_the_overlay_is_told() {
+        assert_eq!(firewalld(&seen()).verdict, Verdict::Ok);
+        let table = |text: &str| firewalld(&Seen { firewalld: Some(text.into()), ..seen() });
+        let rejecting = table("chain filter_FORWARD {\n reject with icmpx admin-prohibited\n}");
+        assert_eq!(rejecting.verdict, Verdict::Fail);
+        assert!(rejecting.cure.unwrap().contains("--add-source=10.42.0.0/16"));
+        let trusting = table("ip saddr 10.42.0.0/16 goto filter_FORWARD_trusted");
+        assert_eq!(trusting.verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn a_foreign_chain_that_drops_is_told_and_iptables_is_not_taken_for_one() {
+        let chain = |table: &str| Chain {
+            family: "inet".into(),
+            table: table.into(),
+            name: "forward".into(),
+            hook: "forward".into(),
+            policy: "drop".into(),
+        };
+        let with = |table| forward(&Seen { chains: vec![chain(table)], ..seen() });
+        assert_eq!(with("mine").verdict, Verdict::Warn);
+        assert_eq!(with("filter").verdict, Verdict::Ok);
+    }
+}

@@ -1,0 +1,221 @@
+//! The daemon itself, and what it needs of the kernel.
+
+use weft_backends::IoKind;
+
+use super::check::Check;
+use super::seen::Seen;
+
+/// The first kernels with what is worth having: io_uring as the engine uses it, UDP segmentation of
+/// the TUN device, and endless reads from it.
+const IO_URING_SINCE: (u32, u32) = (6, 1);
+const NEWER_FEATURES: [((u32, u32), &str); 2] = [
+    ((6, 2), "UDP segmentation offload from containers (6.2)"),
+    ((6, 7), "multishot reads of the TUN device (6.7)"),
+];
+
+/// Whether a daemon answers, forwards, and has nothing to complain of.
+pub(super) fn daemon(seen: &Seen) -> Check {
+    const NAME: &str = "daemon";
+    let log = "journalctl -u weftd -n 20";
+    let Some(daemon) = &seen.daemon else {
+        return Check::fail(NAME, &seen.no_daemon, "systemctl start weftd");
+    };
+    let status = &daemon.status;
+    if daemon.is_elsewhere {
+        let there = format!("nsenter -t {} -n weft doctor", status.pid);
+        return Check::fail(NAME, "it lives in another network namespace than this command", there);
+    }
+    if status.state != "forwarding" {
+        return Check::fail(NAME, &status.state, log);
+    }
+    if !status.problems.is_empty() {
+        return Check::warn(NAME, status.problems.join("; "), log);
+    }
+    let subnets: Vec<String> = status.subnets.iter().map(ToString::to_string).collect();
+    let backend = status.backend.as_deref().unwrap_or_default();
+    let what = format!("weftd {} (pid {}) carries", status.version, status.pid);
+    Check::ok(NAME, format!("{what} {} by {backend}", subnets.join(" and ")))
+}
+
+/// What this kernel can and cannot do.
+pub(super) fn kernel(seen: &Seen) -> Check {
+    const NAME: &str = "kernel";
+    let release = seen.sysctl("kernel/osrelease").unwrap_or("an unknown kernel");
+    let Some(version) = version(release) else {
+        return Check::ok(NAME, release);
+    };
+    if uses_tun(seen) && !seen.has_tun {
+        return Check::fail(NAME, format!("{release}: there is no /dev/net/tun"), "modprobe tun");
+    }
+    if version < IO_URING_SINCE {
+        let seen = format!("{release} is too old for io_uring as weft uses it; packets go by mmsg");
+        return Check::warn(NAME, seen, "apt-get install linux-image-amd64   # 6.1 or newer");
+    }
+    let missing = NEWER_FEATURES.iter().filter(|(since, _)| version < *since);
+    let missing: Vec<&str> = missing.map(|(_, feature)| *feature).collect();
+    if missing.is_empty() {
+        return Check::ok(NAME, release);
+    }
+    Check::ok(NAME, format!("{release}; newer ones have {}", missing.join(" and ")))
+}
+
+/// Whether the engine has io_uring, unless it was told to do without.
+pub(super) fn io_uring(seen: &Seen) -> Check {
+    const NAME: &str = "io_uring";
+    let disabled = seen.sysctl("kernel/io_uring_disabled").unwrap_or("0");
+    let enable = "sysctl -w kernel.io_uring_disabled=0 && systemctl restart weftd";
+    let by_sysctl = format!("kernel.io_uring_disabled is {disabled}");
+    let Some(status) = seen.status() else {
+        return if disabled == "0" {
+            Check::ok(NAME, by_sysctl)
+        } else {
+            Check::warn(NAME, by_sysctl, enable)
+        };
+    };
+    match status.io.as_deref() {
+        None => Check::ok(NAME, "the backend moves no packets itself"),
+        Some("uring") => Check::ok(NAME, "in use"),
+        Some(io) => {
+            let asked = seen.settings().is_some_and(|it| it.tuning.io == Some(IoKind::Mmsg));
+            if asked {
+                return Check::ok(NAME, format!("not asked for: --io {io}"));
+            }
+            if disabled != "0" {
+                return Check::warn(NAME, format!("{by_sysctl}; packets go by {io}"), enable);
+            }
+            let seen = format!("blocked, so packets go by {io}; weftd's log has the reason");
+            // The unit that weft comes with allows both.
+            let cure = "systemctl edit weftd   # [Service] LimitMEMLOCK=infinity, and \
+                        SystemCallFilter=io_uring_setup io_uring_enter io_uring_register";
+            Check::warn(NAME, seen, cure)
+        }
+    }
+}
+
+/// Whether the host routes at all: between containers' bridge and the overlay.
+pub(super) fn ip_forward(seen: &Seen) -> Check {
+    const NAME: &str = "ip_forward";
+    let mut on = Vec::new();
+    let ipv6 = seen.networks().iter().any(|network| network.is_ipv6());
+    let mut wanted = vec![("net/ipv4/ip_forward", "net.ipv4.ip_forward")];
+    if ipv6 {
+        wanted.push(("net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"));
+    }
+    for (path, name) in wanted {
+        match seen.sysctl(path) {
+            Some("0") => {
+                let what = format!("{name} is 0: this host drops what containers send to others");
+                return Check::fail(NAME, what, format!("sysctl -w {name}=1"));
+            }
+            Some(value) => on.push(format!("{name} is {value}")),
+            None => {}
+        }
+    }
+    let status = seen.status();
+    let devices = status.into_iter().flat_map(|it| [it.device.as_deref(), it.interface.as_deref()]);
+    for device in devices.flatten() {
+        if seen.sysctl(&format!("net/ipv4/conf/{device}/forwarding")) == Some("0") {
+            let what = format!("{device} does not forward, though the host does");
+            let cure = format!("sysctl -w net/ipv4/conf/{device}/forwarding=1");
+            return Check::fail(NAME, what, cure);
+        }
+    }
+    Check::ok(NAME, on.join(", "))
+}
+
+/// Whether the kernel discards what comes in another way than it would answer: strict reverse path
+/// filtering (ip-sysctl.rst). That is harmless where both ways are the same.
+pub(super) fn rp_filter(seen: &Seen) -> Check {
+    const NAME: &str = "rp_filter";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let outer = || status.peers.iter().map(|peer| peer.public_ip).collect::<Vec<_>>();
+    let inner = || status.peers.iter().flat_map(|it| it.subnets.iter().map(|net| net.network()));
+    let mut strict = Vec::new();
+    let ways = [(&status.interface, outer()), (&status.device, inner().collect())];
+    for (device, addresses) in ways {
+        let Some(device) = device.as_deref() else { continue };
+        let value = |device: &str| {
+            let path = format!("net/ipv4/conf/{device}/rp_filter");
+            seen.sysctl(&path).and_then(|value| value.parse::<u8>().ok()).unwrap_or(0)
+        };
+        // The kernel takes the larger one: 0 is off, 1 is strict, 2 is loose.
+        if value("all").max(value(device)) != 1 {
+            continue;
+        }
+        let index = seen.link(device).map(|link| link.index);
+        let other = addresses.iter().filter(|ip| ip.is_ipv4());
+        let mut other = other.filter(|ip| seen.ways.get(ip).is_some_and(|way| *way != index));
+        if let Some(ip) = other.next() {
+            let what = format!(
+                "strict on {device}, but answers to {ip} leave another way: what comes from there \
+                 is dropped"
+            );
+            return Check::fail(
+                NAME,
+                what,
+                format!("sysctl -w net/ipv4/conf/{device}/rp_filter=2"),
+            );
+        }
+        strict.push(device);
+    }
+    strict.dedup();
+    if strict.is_empty() {
+        return Check::ok(NAME, "not strict");
+    }
+    Check::ok(NAME, format!("strict on {}, which all answers leave by", strict.join(" and ")))
+}
+
+/// "6.18.3-generic" is 6.18.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(['.', '-']).map(|part| part.parse().ok());
+    Some((parts.next()??, parts.next()??))
+}
+
+fn uses_tun(seen: &Seen) -> bool {
+    seen.status().is_none_or(|status| status.backend.as_deref() == Some("udp-tun"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::check::Verdict;
+    use crate::doctor::seen::Daemon;
+    use crate::status::Status;
+
+    fn with_sysctl(path: &str, value: &str) -> Seen {
+        let sysctls = [(path.to_owned(), value.to_owned())].into();
+        Seen { sysctls, has_tun: true, ..Seen::default() }
+    }
+
+    fn with_status(status: Status) -> Seen {
+        Seen { daemon: Some(Daemon { status, ..Daemon::default() }), ..Seen::default() }
+    }
+
+    #[test]
+    fn old_kernels_and_those_without_tun_are_told() {
+        let verdict = |release: &str| kernel(&with_sysctl("kernel/osrelease", release)).verdict;
+        assert_eq!(verdict("5.15.0-91-generic"), Verdict::Warn);
+        assert_eq!(verdict("6.1.0-18-amd64"), Verdict::Ok);
+        assert!(kernel(&with_sysctl("kernel/osrelease", "6.1.0")).seen.contains("6.7"));
+        assert_eq!(kernel(&with_sysctl("kernel/osrelease", "6.18.3")).seen, "6.18.3");
+        let no_tun = Seen { has_tun: false, ..with_sysctl("kernel/osrelease", "6.18.3") };
+        let found = kernel(&no_tun);
+        assert_eq!((found.verdict, found.cure.as_deref()), (Verdict::Fail, Some("modprobe tun")));
+    }
+
+    #[test]
+    fn io_uring_is_missed_only_where_it_was_wanted() {
+        let by =
+            |io: Option<&str>| with_status(Status { io: io.map(Into::into), ..Status::default() });
+        assert_eq!(io_uring(&by(Some("uring"))).verdict, Verdict::Ok);
+        assert_eq!(io_uring(&by(None)).verdict, Verdict::Ok);
+        assert_eq!(io_uring(&by(Some("mmsg"))).verdict, Verdict::Warn);
+        let off = Seen {
+            sysctls: [("kernel/io_uring_disabled".to_owned(), "2".to_owned())].into(),
+            ..by(Some("mmsg"))
+        };
+        assert!(io_uring(&off).cure.unwrap().starts_with("sysctl -w kernel.io_uring_disabled=0"));
+    }
+}

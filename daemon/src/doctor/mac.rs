@@ -1,0 +1,101 @@
+//! Ethernet addresses of the overlay.
+
+use ipnetwork::IpNetwork;
+use weft_backends::Mac;
+
+use super::check::Check;
+use super::seen::Seen;
+
+/// Whether vxlan's device has the MAC that the other nodes send to.
+pub(super) fn mac(seen: &Seen) -> Check {
+    const NAME: &str = "MAC";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let backend = status.backend.as_deref().unwrap_or_default();
+    if backend != "vxlan" {
+        return Check::ok(NAME, format!("of no matter to {backend}"));
+    }
+    let device = status.device.as_deref().unwrap_or_default();
+    let Some(mac) = seen.link(device).and_then(|link| link.mac) else {
+        let what = format!("the device {device:?} is gone");
+        return Check::fail(NAME, what, "systemctl restart weftd");
+    };
+    match leased(seen, &status.subnets) {
+        Some(leased) if leased != mac => Check::fail(
+            NAME,
+            format!(
+                "{device} has the MAC {mac}, but this node's lease says {leased}: what others send \
+                 is dropped"
+            ),
+            format!("ip link set {device} address {leased}"),
+        ),
+        Some(_) => Check::ok(NAME, format!("{device} has the MAC of the lease, {mac}")),
+        None => Check::warn(NAME, "this node's lease names none", "systemctl restart weftd"),
+    }
+}
+
+/// The MAC in our lease.
+fn leased(seen: &Seen, subnets: &[IpNetwork]) -> Option<Mac> {
+    let (snapshot, _) = seen.registry.as_ref()?.content.as_ref().ok()?;
+    let is_ours = |key: weft_control::LeaseKey| key.networks().any(|net| subnets.contains(&net));
+    let lease = snapshot.leases.iter().find(|lease| is_ours(lease.key))?;
+    let data = lease.attrs.backend_data.as_ref().or(lease.attrs.backend_v6_data.as_ref())?;
+    data["VtepMAC"].as_str()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use weft_backends::netlink::Link;
+    use weft_control::lease::Snapshot;
+
+    use super::*;
+    use crate::doctor::check::Verdict;
+    use crate::doctor::seen::{Daemon, RegistrySeen};
+    use crate::status::Status;
+
+    #[test]
+    fn a_mac_that_the_lease_does_not_name_is_told() {
+        let lease = r#"{"key":"10.42.7.0-24","expires":"Never","revision":1,"attrs":{
+            "PublicIP":"192.0.2.1","BackendType":"vxlan",
+            "BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"}}}"#;
+        let leases = vec![serde_json::from_str(lease).unwrap()];
+        let snapshot = Snapshot { leases, ..Snapshot::default() };
+        let status = Status {
+            backend: Some("vxlan".into()),
+            device: Some("flannel.1".into()),
+            subnets: vec!["10.42.7.0/24".parse().unwrap()],
+            ..Status::default()
+        };
+        let link = |mac: &str| Link {
+            index: 3,
+            name: "flannel.1".into(),
+            mtu: 1450,
+            up: true,
+            queue_len: 0,
+            alias: None,
+            mac: mac.parse().ok(),
+            kind: Some("vxlan".into()),
+            vxlan: None,
+            addresses: Vec::new(),
+        };
+        let mut seen = Seen {
+            daemon: Some(Daemon { status, ..Daemon::default() }),
+            registry: Some(RegistrySeen {
+                name: "dir:/r".into(),
+                servers: Vec::new(),
+                content: Ok((snapshot, Duration::ZERO)),
+            }),
+            links: vec![link("02:00:00:00:00:01")],
+            ..Seen::default()
+        };
+        assert_eq!(mac(&seen).verdict, Verdict::Ok);
+        seen.links = vec![link("02:00:00:00:00:02")];
+        let found = mac(&seen);
+        assert_eq!(found.verdict, Verdict::Fail);
+        let cure = found.cure.unwrap();
+        assert_eq!(cure, "ip link set flannel.1 address 02:00:00:00:00:01");
+    }
+}

@@ -1,0 +1,146 @@
+//! `weft doctor`: what keeps this host's part of the overlay from working, and how to mend it.
+//!
+//! First everything is seen ([`seen`]), then each check judges what was seen and touches nothing.
+
+mod check;
+mod firewall;
+mod host;
+mod mac;
+mod peers;
+mod queues;
+mod registry;
+mod routing;
+mod seen;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use serde::Serialize;
+
+use self::check::{Check, Verdict};
+use self::seen::{Fallback, Seen};
+use crate::directories::Directories;
+use crate::flags::RegistryFlags;
+use crate::output::Output;
+use crate::status::{self, Status};
+
+/// In the order in which one thing stands on another.
+const CHECKS: [fn(&Seen) -> Check; 23] = [
+    host::daemon,
+    registry::registry,
+    registry::clock,
+    registry::public_ip,
+    host::kernel,
+    host::io_uring,
+    host::ip_forward,
+    host::rp_filter,
+    firewall::br_netfilter,
+    firewall::forward,
+    firewall::rules,
+    firewall::firewalld,
+    routing::interface,
+    routing::bridge,
+    routing::stale_routes,
+    routing::overlap,
+    mac::mac,
+    peers::peers,
+    peers::port,
+    peers::mtu,
+    peers::offloads,
+    queues::conntrack,
+    queues::socket_buffers,
+];
+
+/// Look for what keeps this host's part of the overlay from working, and say how to mend it.
+///
+/// Exit status: 0 if no check fails, warnings or not; 1 if any does. Needs root. The daemon's flags
+/// are read from its process; those below count while none runs.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// How it is written; json is an array with one object a daemon.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+    /// subnet.env, while no daemon tells where it is.
+    #[arg(short = 'f', value_name = "FILE", default_value = "/run/flannel/subnet.env")]
+    subnet_file: PathBuf,
+    #[command(flatten)]
+    registry: RegistryFlags,
+}
+
+/// All checks of one daemon.
+#[derive(Debug, Serialize)]
+struct Report {
+    pid: Option<u32>,
+    node_id: Option<String>,
+    checks: Vec<Numbered>,
+}
+
+#[derive(Debug, Serialize)]
+struct Numbered {
+    number: usize,
+    #[serde(flatten)]
+    check: Check,
+}
+
+/// Looks, judges and writes.
+///
+/// # Errors
+/// The flags make no sense, or netlink is not to be had.
+pub fn run(
+    arguments: &DoctorArgs,
+    directories: &Directories,
+    out: &mut dyn Write,
+) -> anyhow::Result<ExitCode> {
+    let fallback = Fallback {
+        registry: arguments.registry.settings()?,
+        subnet_file: arguments.subnet_file.clone(),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut reports = Vec::new();
+    for daemon in daemons(&directories.run_dir) {
+        reports.push(runtime.block_on(examine(daemon, &fallback))?);
+    }
+    // What waits for etcd has nothing more to say.
+    runtime.shutdown_background();
+    match arguments.output {
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&reports)?)?,
+        Output::Table => reports.iter().try_for_each(|report| report.write(reports.len(), out))?,
+    }
+    let checks = reports.iter().flat_map(|report| &report.checks);
+    let worst = checks.map(|it| it.check.verdict).max();
+    Ok(if worst == Some(Verdict::Fail) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Every daemon's answer, or the one reason why there is none.
+fn daemons(run_dir: &Path) -> Vec<Result<Status, String>> {
+    match status::read_all(run_dir) {
+        Ok(answers) => answers.into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(format!("{error:#}"))],
+    }
+}
+
+async fn examine(daemon: Result<Status, String>, fallback: &Fallback) -> anyhow::Result<Report> {
+    let pid = daemon.as_ref().ok().map(|status| status.pid);
+    let node_id = daemon.as_ref().ok().map(|status| status.node_id.clone());
+    let seen = Seen::look(daemon, fallback).await?;
+    let checks = CHECKS.iter().enumerate();
+    let checks = checks.map(|(at, check)| Numbered { number: at + 1, check: check(&seen) });
+    Ok(Report { pid, node_id, checks: checks.collect() })
+}
+
+impl Report {
+    fn write(&self, reports: usize, out: &mut dyn Write) -> std::io::Result<()> {
+        if let (Some(pid), 2..) = (self.pid, reports) {
+            writeln!(out, "weftd (pid {pid}):")?;
+        }
+        for Numbered { number, check } in &self.checks {
+            writeln!(out, "{number}. {} {}: {}", check.verdict, check.name, check.seen)?;
+            if let Some(cure) = &check.cure {
+                writeln!(out, "   {cure}")?;
+            }
+        }
+        Ok(())
+    }
+}

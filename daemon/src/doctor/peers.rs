@@ -1,0 +1,187 @@
+//! What the daemon's probes of its peers came to.
+
+use weft_backends::{Feature, FeatureState};
+
+use super::check::Check;
+use super::seen::Seen;
+use crate::status::{PeerStatus, Status};
+
+/// The port of udp-tun and of vxlan, where the network config names none.
+const UDP_TUN_PORT: u16 = 8285;
+const VXLAN_PORT: u16 = 8472;
+
+/// Whether all peers answer.
+pub(super) fn peers(seen: &Seen) -> Check {
+    const NAME: &str = "peers";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let is_gone = |peer: &&PeerStatus| has_fault(peer, &["silent", "refused"]);
+    let mut gone = status.peers.iter().filter(is_gone);
+    let Some(peer) = gone.next() else {
+        let answering = status.peers.iter().filter(|it| it.probe.reachable == Some(true)).count();
+        return Check::ok(
+            NAME,
+            format!("{answering} of {} are known to answer", status.peers.len()),
+        );
+    };
+    let more = match gone.count() {
+        0 => String::new(),
+        more => format!("; so it is with {more} more"),
+    };
+    let ip = peer.public_ip;
+    let cure = if has_fault(peer, &["refused"]) {
+        format!("ssh {ip} systemctl start weftd")
+    } else {
+        format!("ping {ip}   # then start that host, or mend the way to it")
+    };
+    Check::fail(NAME, describe(peer) + &more, cure)
+}
+
+/// Whether the backend's packets get through where pings do.
+pub(super) fn port(seen: &Seen) -> Check {
+    const NAME: &str = "port";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let Some(peer) = find(status, &["blocked"]) else {
+        return Check::ok(NAME, "no peer's is blocked");
+    };
+    let backend = status.backend.as_deref().unwrap_or_default();
+    let configured = seen.config().and_then(|it| it.backend.u16_option("Port").ok().flatten());
+    let default = if backend == "vxlan" { VXLAN_PORT } else { UDP_TUN_PORT };
+    let cure = if backend == "host-gw" {
+        format!(
+            "sysctl -w net.ipv4.ip_forward=1   # on {}, and look at its firewall",
+            peer.public_ip
+        )
+    } else {
+        let port = configured.filter(|port| *port != 0).unwrap_or(default);
+        format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT   # on {}", peer.public_ip)
+    };
+    Check::fail(NAME, describe(peer), cure)
+}
+
+/// Whether packets as large as containers send get through.
+pub(super) fn mtu(seen: &Seen) -> Check {
+    const NAME: &str = "MTU";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let mtu = status.mtu.unwrap_or_default();
+    let Some(peer) = find(status, &["narrow"]) else {
+        return Check::ok(NAME, format!("no packet of up to {mtu} bytes is known to get lost"));
+    };
+    let interface = status.interface.as_deref().unwrap_or_default();
+    let outer = seen.link(interface).map_or(0, |link| link.mtu);
+    // As much as headers take away now, they will then.
+    let wanted = outer.saturating_sub(mtu.saturating_sub(peer.probe.path_mtu.unwrap_or(mtu)));
+    let cure = format!("ip link set {interface} mtu {wanted} && systemctl restart weftd");
+    Check::fail(NAME, describe(peer), cure)
+}
+
+/// Whether what cuts and checks packets on the way does it right.
+pub(super) fn offloads(seen: &Seen) -> Check {
+    const NAME: &str = "offloads";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let interface = status.interface.as_deref().unwrap_or_default();
+    if let Some(peer) = find(status, &["no-offload", "damaged"]) {
+        let kinds = if has_fault(peer, &["damaged"]) {
+            "tx off rx off"
+        } else {
+            "tx-udp-segmentation off gro off"
+        };
+        let cure = format!("ethtool -K {interface} {kinds}   # here, or on {}", peer.public_ip);
+        return Check::fail(NAME, describe(peer), cure);
+    }
+    let name = Feature::UdpSegment.name();
+    let state = status.offloads.get(name).map_or("on", String::as_str);
+    if [FeatureState::Lossy, FeatureState::Refused].iter().any(|bad| bad.name() == state) {
+        let reason = status.problems.iter().find(|problem| problem.starts_with(name));
+        let what = reason.cloned().unwrap_or_else(|| format!("{name} is not in use: {state}"));
+        let cure = format!("ethtool -K {interface} tx-udp-segmentation off");
+        return Check::warn(NAME, what, cure);
+    }
+    Check::ok(NAME, "nothing that they cut or check is known to get lost")
+}
+
+fn find<'a>(status: &'a Status, faults: &[&str]) -> Option<&'a PeerStatus> {
+    status.peers.iter().find(|peer| has_fault(peer, faults))
+}
+
+fn has_fault(peer: &PeerStatus, faults: &[&str]) -> bool {
+    peer.probe.fault.as_deref().is_some_and(|fault| faults.contains(&fault))
+}
+
+fn describe(peer: &PeerStatus) -> String {
+    let subnet = peer.subnets.first().map(ToString::to_string).unwrap_or_default();
+    let problem = peer.probe.problem.as_deref().unwrap_or_default();
+    format!("{} ({subnet}): {problem}", peer.public_ip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::check::Verdict;
+    use crate::doctor::seen::Daemon;
+    use crate::status::ProbeStatus;
+
+    fn seen(fault: &str) -> Seen {
+        let probe = ProbeStatus {
+            reachable: Some(!["silent", "refused", "blocked"].contains(&fault)),
+            fault: (!fault.is_empty()).then(|| fault.to_owned()),
+            problem: Some(format!("what {fault} means")),
+            path_mtu: Some(1400),
+            ..ProbeStatus::default()
+        };
+        let peer = PeerStatus {
+            subnets: vec!["10.42.7.0/24".parse().unwrap()],
+            public_ip: [192, 0, 2, 7].into(),
+            way: "tunnel".into(),
+            name: None,
+            version: None,
+            probe,
+        };
+        let status = Status { peers: vec![peer], mtu: Some(1472), ..Status::default() };
+        Seen { daemon: Some(Daemon { status, ..Daemon::default() }), ..Seen::default() }
+    }
+
+    #[test]
+    fn each_fault_is_one_checks_business() {
+        let checks = [peers, port, mtu, offloads];
+        for (fault, at) in [
+            ("silent", 0),
+            ("refused", 0),
+            ("blocked", 1),
+            ("narrow", 2),
+            ("no-offload", 3),
+            ("damaged", 3),
+        ] {
+            let seen = seen(fault);
+            for (number, check) in checks.iter().enumerate() {
+                let found = check(&seen);
+                let wanted = if number == at { Verdict::Fail } else { Verdict::Ok };
+                assert_eq!(found.verdict, wanted, "{fault}: {found:?}");
+                if number == at {
+                    assert!(found.seen.contains("192.0.2.7 (10.42.7.0/24): what"), "{found:?}");
+                }
+            }
+        }
+        assert!(checks.iter().all(|check| check(&seen("")).verdict == Verdict::Ok));
+    }
+
+    #[test]
+    fn an_offload_that_fell_is_told() {
+        let mut fallen = seen("");
+        let status = &mut fallen.daemon.as_mut().unwrap().status;
+        status.offloads.insert("udp-segment".into(), "lossy".into());
+        status.problems.push("udp-segment is given up: packets get lost".into());
+        let found = offloads(&fallen);
+        assert_eq!(
+            (found.verdict, found.seen.as_str()),
+            (Verdict::Warn, "udp-segment is given up: packets get lost")
+        );
+    }
+}

@@ -1,0 +1,227 @@
+//! The registry, and what nodes claim in it.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use weft_control::NetworkConfig;
+use weft_control::lease::Snapshot;
+
+use super::check::Check;
+use super::seen::{RegistrySeen, Seen};
+
+/// Reading everything should not take longer.
+const SLOW: Duration = Duration::from_millis(500);
+/// Clocks further apart make leases and certificates end at other times than others think.
+const SKEW_MAX_SECS: i64 = 5;
+/// The first etcd whose v3 API has all that weft asks.
+const ETCD_SINCE: (u32, u32) = (3, 4);
+
+/// Whether it answers, lets us in, is quick and has a network config.
+pub(super) fn registry(seen: &Seen) -> Check {
+    const NAME: &str = "registry";
+    let Some(registry) = &seen.registry else {
+        return Check::unknown(NAME);
+    };
+    let name = &registry.name;
+    let is_etcd = !registry.servers.is_empty();
+    let (snapshot, took) = match &registry.content {
+        Ok(content) => content,
+        Err(no) if no.is_refusal => {
+            let what = format!("{name} does not let weft in: {}", no.reason);
+            let cure = "etcdctl user get USER   # the one of --etcd-username, or the certificate's";
+            return Check::fail(NAME, what, cure);
+        }
+        Err(no) if is_etcd => {
+            let cure = format!("etcdctl --endpoints {name} endpoint health");
+            return Check::fail(NAME, no.reason.as_str(), cure);
+        }
+        Err(no) => {
+            let path = name.trim_start_matches("dir:");
+            return Check::fail(NAME, no.reason.as_str(), format!("ls -ld {path}"));
+        }
+    };
+    let Some(config) = &snapshot.config else {
+        let what = format!("{name} has no network config");
+        return Check::fail(NAME, what, "weft registry init 10.42.0.0/16");
+    };
+    if let Err(error) = config.parse::<NetworkConfig>() {
+        let what = format!("{name} has a network config that cannot be used: {error}");
+        return Check::fail(NAME, what, "weft registry show");
+    }
+    if let Some(check) = servers(NAME, registry) {
+        return check;
+    }
+    if *took > SLOW {
+        let what = format!("{name} takes {} ms to be read", took.as_millis());
+        return Check::warn(NAME, what, format!("etcdctl --endpoints {name} check perf"));
+    }
+    let version = registry.servers.iter().find_map(|(_, server)| server.as_ref().ok());
+    let version = version.map(|server| format!(", etcd {}", server.version)).unwrap_or_default();
+    let leases = snapshot.leases.len();
+    Check::ok(NAME, format!("{name}{version}: {leases} leases, read in {} ms", took.as_millis()))
+}
+
+/// What is wrong with single servers of etcd.
+fn servers(name: &'static str, registry: &RegistrySeen) -> Option<Check> {
+    let mut servers = registry.servers.iter();
+    if let Some((url, Err(reason))) = servers.clone().find(|(_, server)| server.is_err()) {
+        let answer = servers.filter(|(_, server)| server.is_ok()).count();
+        let all = registry.servers.len();
+        let what = format!("{answer} of {all} endpoints answer; {url} does not: {reason}");
+        return Some(Check::warn(name, what, format!("etcdctl --endpoints {url} endpoint health")));
+    }
+    servers.find_map(|(url, server)| {
+        let server = server.as_ref().ok()?;
+        let is_old = version(&server.version).is_some_and(|it| it < ETCD_SINCE);
+        let what = || format!("{url} is etcd {}, older than weft is tried with", server.version);
+        is_old.then(|| Check::warn(name, what(), "apt-get install etcd-server   # 3.4 or newer"))
+    })
+}
+
+/// "3.5.1" is 3.5.
+fn version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.split('.').map(|part| part.parse().ok());
+    Some((parts.next()??, parts.next()??))
+}
+
+/// Whether our clock and the servers' are the same.
+pub(super) fn clock(seen: &Seen) -> Check {
+    const NAME: &str = "clock";
+    let Some(registry) = &seen.registry else {
+        return Check::unknown(NAME);
+    };
+    if registry.servers.is_empty() {
+        return Check::ok(NAME, "the registry goes by this host's own");
+    }
+    let skews = registry.servers.iter().filter_map(|(url, server)| {
+        let server = server.as_ref().ok()?;
+        Some((server.asked.as_second() - server.clock?.as_second(), url))
+    });
+    match skews.max_by_key(|(skew, _)| skew.abs()) {
+        None => Check::warn(NAME, "no server tells its clock", "timedatectl"),
+        Some((skew, url)) if skew.abs() > SKEW_MAX_SECS => {
+            let side = if skew > 0 { "ahead of" } else { "behind" };
+            let what = format!("this host is {} s {side} {url}", skew.abs());
+            Check::warn(NAME, what, "timedatectl set-ntp true   # on both hosts")
+        }
+        Some(_) => Check::ok(NAME, "as etcd's"),
+    }
+}
+
+/// Whether two nodes, or two leases, have one address.
+pub(super) fn public_ip(seen: &Seen) -> Check {
+    const NAME: &str = "PublicIP";
+    let content = seen.registry.as_ref().and_then(|registry| registry.content.as_ref().ok());
+    let Some((snapshot, _)) = content else {
+        return Check::warn(
+            NAME,
+            "not known while the registry cannot be read",
+            "weft registry show",
+        );
+    };
+    let own = seen.status().map(|status| status.node_id.as_str());
+    if let Some((ip, nodes)) = nodes_by_address(snapshot, own).into_iter().find(is_shared) {
+        let what = format!("{ip} is claimed by {}", nodes.join(" and "));
+        let cure = "weftd --public-ip ADDRESS   # on one of them, with an address of its own";
+        return Check::fail(NAME, what, cure);
+    }
+    if let Some((ip, leases)) = leases_by_address(snapshot).into_iter().find(is_shared) {
+        let what = format!("{ip} has several leases: {}", leases.join(" and "));
+        let cure = format!("weft registry release {}   # the one not in use", leases[0]);
+        return Check::fail(NAME, what, cure);
+    }
+    Check::ok(NAME, format!("each of {} nodes has its own", snapshot.leases.len()))
+}
+
+fn is_shared((_, owners): &(IpAddr, Vec<String>)) -> bool {
+    owners.len() > 1
+}
+
+fn nodes_by_address(snapshot: &Snapshot, own: Option<&str>) -> BTreeMap<IpAddr, Vec<String>> {
+    let mut nodes: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
+    for node in &snapshot.nodes {
+        let here = if Some(node.id.as_str()) == own { ", which is this one" } else { "" };
+        for ip in node.public_addresses() {
+            let name = format!("the node {} (id {}{here})", node.name, node.id);
+            nodes.entry(ip).or_default().push(name);
+        }
+    }
+    nodes
+}
+
+fn leases_by_address(snapshot: &Snapshot) -> BTreeMap<IpAddr, Vec<String>> {
+    let mut leases: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
+    for lease in &snapshot.leases {
+        let subnet = lease.key.networks().next().map(|it| it.to_string()).unwrap_or_default();
+        for ip in lease.attrs.public_addresses() {
+            leases.entry(ip).or_default().push(subnet.clone());
+        }
+    }
+    leases
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::{SignedDuration, Timestamp};
+    use weft_control::registry::server::Server;
+
+    use super::*;
+    use crate::doctor::check::Verdict;
+    use crate::doctor::seen::NoContent;
+
+    fn server(version: &str, behind: i64) -> Result<Server, String> {
+        let asked = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(1000);
+        Ok(Server {
+            version: version.into(),
+            clock: Some(asked - SignedDuration::from_secs(behind)),
+            asked,
+            took: Duration::from_millis(1),
+        })
+    }
+
+    fn seen(servers: Vec<Result<Server, String>>, took: Duration) -> Seen {
+        let snapshot = Snapshot {
+            config: Some(r#"{"Network":"10.42.0.0/16"}"#.into()),
+            ..Snapshot::default()
+        };
+        Seen {
+            registry: Some(RegistrySeen {
+                name: "http://etcd:2379".into(),
+                servers: servers.into_iter().map(|it| ("http://etcd:2379".into(), it)).collect(),
+                content: Ok((snapshot, took)),
+            }),
+            ..Seen::default()
+        }
+    }
+
+    #[test]
+    fn a_slow_old_or_missing_server_is_told() {
+        let quick = Duration::from_millis(3);
+        assert_eq!(registry(&seen(vec![server("3.5.1", 0)], quick)).verdict, Verdict::Ok);
+        let slow = registry(&seen(vec![server("3.5.1", 0)], Duration::from_secs(2)));
+        assert!(slow.verdict == Verdict::Warn && slow.seen.contains("2000 ms"), "{slow:?}");
+        let old = registry(&seen(vec![server("3.3.27", 0)], quick));
+        assert!(old.verdict == Verdict::Warn && old.seen.contains("3.3.27"), "{old:?}");
+        let one = registry(&seen(vec![server("3.5.1", 0), Err("refused".into())], quick));
+        assert!(one.verdict == Verdict::Warn && one.seen.contains("1 of 2"), "{one:?}");
+    }
+
+    #[test]
+    fn who_is_not_let_in_learns_it() {
+        let mut seen = seen(vec![server("3.5.1", 0)], Duration::ZERO);
+        let reason = "etcdserver: permission denied".to_owned();
+        let refused = NoContent { reason, is_refusal: true };
+        seen.registry.as_mut().unwrap().content = Err(refused);
+        let found = registry(&seen);
+        assert!(found.verdict == Verdict::Fail && found.seen.contains("does not let weft in"));
+    }
+
+    #[test]
+    fn clocks_apart_are_told_with_their_direction() {
+        let by = |behind| clock(&seen(vec![server("3.5.1", behind)], Duration::ZERO));
+        assert_eq!(by(1).verdict, Verdict::Ok);
+        assert!(by(3600).seen.contains("3600 s ahead of"), "{:?}", by(3600));
+        assert!(by(-60).seen.contains("60 s behind"), "{:?}", by(-60));
+    }
+}

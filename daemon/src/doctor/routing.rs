@@ -1,0 +1,188 @@
+//! Links, addresses and routes that keep packets from where they belong.
+
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use weft_backends::netlink::KernelRoute;
+
+use super::check::Check;
+use super::seen::Seen;
+use crate::overlap;
+
+/// The bridges that container runtimes make.
+const BRIDGES: [&str; 3] = ["docker0", "cni0", "cbr0"];
+/// RTPROT_KERNEL (rtnetlink(7)): the route that belongs to an address.
+const BY_KERNEL: u8 = 2;
+
+/// Whether packets to the peers leave by the interface that weft is bound to.
+pub(super) fn interface(seen: &Seen) -> Check {
+    const NAME: &str = "interface";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let Some(name) = status.interface.as_deref() else {
+        return Check::warn(NAME, "none is chosen yet", "journalctl -u weftd -n 20");
+    };
+    let Some(link) = seen.link(name) else {
+        return Check::fail(NAME, format!("{name} is gone"), "systemctl restart weftd");
+    };
+    if !link.up {
+        return Check::fail(NAME, format!("{name} is down"), format!("ip link set {name} up"));
+    }
+    for ip in status.peers.iter().map(|peer| peer.public_ip) {
+        match seen.ways.get(&ip) {
+            Some(Some(index)) if *index == link.index => {}
+            Some(Some(index)) => {
+                let other = seen.links.iter().find(|link| link.index == *index);
+                let other = other.map_or("another interface", |link| &link.name);
+                return Check::fail(
+                    NAME,
+                    format!("weft sends from {name}, but the way to the peer {ip} is {other}"),
+                    format!("weftd --iface {other}   # in /etc/weft/weftd.conf: WEFT_OPTIONS"),
+                );
+            }
+            Some(None) => {
+                let what = format!("there is no route to the peer {ip}");
+                return Check::fail(NAME, what, format!("ip route get {ip}"));
+            }
+            None => {}
+        }
+    }
+    let public = status.public_ip.map(|ip| ip.to_string()).unwrap_or_default();
+    Check::ok(NAME, format!("{name}, known to others as {public}"))
+}
+
+/// Whether the containers' bridge has the address that subnet.env gives it.
+pub(super) fn bridge(seen: &Seen) -> Check {
+    const NAME: &str = "docker0";
+    let handed = match &seen.subnet_env {
+        Some(Ok(handed)) => handed,
+        Some(Err(reason)) => return Check::warn(NAME, reason, "systemctl restart weftd"),
+        None => return Check::unknown(NAME),
+    };
+    let mut astray = None;
+    for link in BRIDGES.iter().filter_map(|name| seen.link(name)) {
+        let addresses = link.addresses.iter().filter(|address| !address.link_local);
+        let addresses = addresses.map(|address| address.network);
+        let name = &link.name;
+        if addresses.clone().any(|address| handed.gateways.contains(&address)) {
+            if link.mtu > handed.mtu {
+                return Check::warn(
+                    NAME,
+                    format!("{name} has the MTU {}, subnet.env says {}", link.mtu, handed.mtu),
+                    restart(name),
+                );
+            }
+            return Check::ok(NAME, format!("{name} has the address of subnet.env"));
+        }
+        let found: Vec<String> = addresses.map(|address| address.to_string()).collect();
+        let wanted: Vec<String> = handed.gateways.iter().map(ToString::to_string).collect();
+        let what = format!(
+            "{name} has {}, subnet.env says {}: no other host reaches its containers",
+            if found.is_empty() { "no address".into() } else { found.join(", ") },
+            wanted.join(", ")
+        );
+        astray.get_or_insert(Check::fail(NAME, what, restart(name)));
+    }
+    astray.unwrap_or_else(|| Check::ok(NAME, "there is no docker0 or cni0 yet"))
+}
+
+fn restart(bridge: &str) -> String {
+    if bridge == "docker0" {
+        "weft docker-opts && systemctl restart docker".into()
+    } else {
+        format!("weft cni > /etc/cni/net.d/10-weft.conflist && ip link delete {bridge}")
+    }
+}
+
+/// Routes that take packets for some node's containers elsewhere.
+pub(super) fn stale_routes(seen: &Seen) -> Check {
+    const NAME: &str = "routes";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let peers: Vec<IpNetwork> =
+        status.peers.iter().flat_map(|peer| peer.subnets.iter().copied()).collect();
+    let is_ours = |route: &KernelRoute| {
+        let is_weft = route.protocol == weft_backends::netlink::ROUTE_PROTOCOL;
+        is_weft && peers.contains(&route.destination)
+    };
+    let stale = inside(seen).find(|route| route.protocol != BY_KERNEL && !is_ours(route));
+    match stale {
+        None => Check::ok(NAME, format!("{} lead to the overlay", seen.networks().len())),
+        Some(route) => {
+            let KernelRoute { destination, .. } = route;
+            let what = format!(
+                "the route to {destination}{} is no peer's, and takes packets of the overlay \
+                 elsewhere",
+                way(seen, route)
+            );
+            Check::fail(NAME, what, format!("ip route del {destination}{}", way(seen, route)))
+        }
+    }
+}
+
+/// Networks of this host that lie within the overlay's.
+pub(super) fn overlap(seen: &Seen) -> Check {
+    const NAME: &str = "overlap";
+    let Some(status) = seen.status() else {
+        return Check::unknown(NAME);
+    };
+    let networks = seen.networks();
+    let inside_overlay = |ip: &IpAddr| networks.iter().any(|network| network.contains(*ip));
+    if let Some(ip) = status.public_ip.filter(inside_overlay) {
+        return Check::fail(
+            NAME,
+            format!("this host's own address {ip} lies in the overlay's Network"),
+            "weft registry init OTHER_NETWORK   # on an empty registry",
+        );
+    }
+    let connected = inside(seen).find(|route| route.protocol == BY_KERNEL);
+    if let Some(route) = connected {
+        let what = format!(
+            "{} is a network of this host{} and lies in the overlay's Network: packets for \
+             another node's containers end there",
+            route.destination,
+            way(seen, route)
+        );
+        let device = link_name(seen, route).unwrap_or("DEVICE");
+        let cure = format!("ip address flush dev {device} to {}", route.destination);
+        return Check::fail(NAME, what, cure);
+    }
+    let device = status.device.as_deref().unwrap_or_default();
+    if let (Some(config), [subnet, ..]) = (seen.config(), seen.subnets().as_slice()) {
+        let strays = overlap::strays(&config, &(*subnet).into(), &seen.links, device);
+        if let Some(stray) = strays.into_iter().find(|_| !subnet.is_ipv6()) {
+            return Check::warn(NAME, stray, restart("docker0"));
+        }
+    }
+    Check::ok(NAME, "no network of this host lies in the overlay's")
+}
+
+/// Routes more special than the overlay's, and not into our own subnet.
+fn inside(seen: &Seen) -> impl Iterator<Item = &KernelRoute> {
+    let own = seen.subnets();
+    let is_inside = |outer: &IpNetwork, inner: &IpNetwork| {
+        outer.is_ipv4() == inner.is_ipv4()
+            && outer.prefix() <= inner.prefix()
+            && outer.contains(inner.network())
+    };
+    seen.routes.iter().filter(move |route| {
+        let to = &route.destination;
+        let mut networks = seen.networks().iter();
+        networks.any(|net| is_inside(net, to) && net.prefix() < to.prefix())
+            && !own.iter().any(|subnet| is_inside(subnet, to))
+    })
+}
+
+fn link_name<'a>(seen: &'a Seen, route: &KernelRoute) -> Option<&'a str> {
+    let link = seen.links.iter().find(|link| Some(link.index) == route.link)?;
+    Some(&link.name)
+}
+
+/// As `ip route` writes it: " via 192.0.2.1 dev eth0".
+fn way(seen: &Seen, route: &KernelRoute) -> String {
+    let gateway = route.gateway.map(|ip| format!(" via {ip}")).unwrap_or_default();
+    let link = link_name(seen, route).map(|name| format!(" dev {name}")).unwrap_or_default();
+    gateway + &link
+}

@@ -1,0 +1,372 @@
+//! What there is to be seen of a host: everything that checks judge, and nothing judged yet.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::net::IpAddr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use ipnetwork::IpNetwork;
+use serde_json::Value;
+use weft_backends::netlink::{KernelRoute, Link, Netlink};
+use weft_control::lease::Snapshot;
+use weft_control::registry::server::{Server, servers};
+use weft_control::{NetworkConfig, RegistryError};
+
+use crate::flags::{self, RegistrySettings, Settings};
+use crate::handed::Handed;
+use crate::registry::open_now;
+use crate::status::Status;
+
+/// Sysctls that do not belong to one device, below /proc/sys.
+const SYSCTLS: [&str; 7] = [
+    "kernel/io_uring_disabled",
+    "kernel/osrelease",
+    "net/bridge/bridge-nf-call-iptables",
+    "net/ipv4/ip_forward",
+    "net/ipv6/conf/all/forwarding",
+    "net/netfilter/nf_conntrack_count",
+    "net/netfilter/nf_conntrack_max",
+];
+/// Those of each device, below /proc/sys/net/ipv4/conf/DEVICE.
+const DEVICE_SYSCTLS: [&str; 2] = ["forwarding", "rp_filter"];
+
+/// One host, and one daemon on it.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// Without one, why there is none.
+    pub(super) daemon: Option<Daemon>,
+    pub(super) no_daemon: String,
+    /// By their paths below /proc/sys.
+    pub(super) sysctls: BTreeMap<String, String>,
+    pub(super) has_tun: bool,
+    pub(super) links: Vec<Link>,
+    /// Unicast routes of the main table.
+    pub(super) routes: Vec<KernelRoute>,
+    /// By which link packets to an address leave: of peers, and of their subnets.
+    pub(super) ways: BTreeMap<IpAddr, Option<u32>>,
+    /// The chain FORWARD of each kind of iptables.
+    pub(super) filters: Vec<Filter>,
+    /// nftables' chains.
+    pub(super) chains: Vec<Chain>,
+    /// firewalld's table.
+    pub(super) firewalld: Option<String>,
+    /// subnet.env, or why it cannot be used.
+    pub(super) subnet_env: Option<Result<Handed, String>>,
+    pub(super) registry: Option<RegistrySeen>,
+    /// The daemon's UDP sockets: bytes of their receive and send buffers.
+    pub(super) sockets: Vec<(u64, u64)>,
+}
+
+/// A daemon that answers.
+#[derive(Debug, Default)]
+pub(super) struct Daemon {
+    pub(super) status: Status,
+    /// What its flags came to, from its command line and its environment.
+    pub(super) settings: Option<Settings>,
+    /// It lives in another network namespace than we do.
+    pub(super) is_elsewhere: bool,
+}
+
+/// The chain FORWARD as one program shows it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Filter {
+    /// As in "iptables" or "ip6tables-legacy".
+    pub(super) program: String,
+    pub(super) ipv6: bool,
+    /// What no rule knows is dropped.
+    pub(super) drops: bool,
+    /// weft's or flannel's chain is jumped to.
+    pub(super) passes_ours: bool,
+}
+
+/// A chain of nftables.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Chain {
+    pub(super) family: String,
+    pub(super) table: String,
+    pub(super) name: String,
+    pub(super) hook: String,
+    pub(super) policy: String,
+}
+
+/// A registry, as the daemon's flags or ours reach it.
+#[derive(Debug)]
+pub(super) struct RegistrySeen {
+    pub(super) name: String,
+    /// etcd's servers, none for a directory.
+    pub(super) servers: Vec<(String, Result<Server, String>)>,
+    /// What is in it, and how long reading it took.
+    pub(super) content: Result<(Snapshot, Duration), NoContent>,
+}
+
+/// Why it cannot be read.
+#[derive(Debug)]
+pub(super) struct NoContent {
+    pub(super) reason: String,
+    /// Somebody answers, and says no.
+    pub(super) is_refusal: bool,
+}
+
+/// What is looked for where no daemon tells.
+#[derive(Debug)]
+pub(super) struct Fallback {
+    pub(super) registry: RegistrySettings,
+    pub(super) subnet_file: PathBuf,
+}
+
+impl Seen {
+    /// Looks at everything. What cannot be seen is left out; the checks say so.
+    pub(super) async fn look(
+        status: Result<Status, String>,
+        fallback: &Fallback,
+    ) -> anyhow::Result<Self> {
+        let mut seen = Self { has_tun: Path::new("/dev/net/tun").exists(), ..Self::default() };
+        match status {
+            Ok(status) => seen.daemon = Some(Daemon::look(status)),
+            Err(reason) => seen.no_daemon = reason,
+        }
+        let settings = seen.daemon.as_ref().and_then(|daemon| daemon.settings.as_ref());
+        let registry = settings.map_or(&fallback.registry, |settings| &settings.registry);
+        let subnet_file = settings.map_or(&fallback.subnet_file, |it| &it.subnet_file);
+        seen.subnet_env = Some(Handed::read(subnet_file).map_err(|error| format!("{error:#}")));
+        seen.registry = Some(RegistrySeen::look(registry).await);
+        seen.look_at_netlink().await?;
+        let devices = seen.links.iter().map(|link| link.name.as_str()).chain(["all"]);
+        seen.sysctls = sysctls(devices);
+        seen.filters = filters();
+        seen.chains = chains();
+        if seen.chains.iter().any(|chain| chain.table == "firewalld") {
+            seen.firewalld = output("nft", &["list", "table", "inet", "firewalld"]);
+        }
+        if let Some(daemon) = &seen.daemon {
+            seen.sockets = sockets(daemon.status.pid);
+        }
+        Ok(seen)
+    }
+
+    async fn look_at_netlink(&mut self) -> anyhow::Result<()> {
+        let peers = self.daemon.as_ref().map(|daemon| daemon.status.peers.as_slice());
+        let addresses = peers
+            .unwrap_or_default()
+            .iter()
+            .flat_map(|peer| peer.subnets.iter().map(IpNetwork::network).chain([peer.public_ip]));
+        let addresses: BTreeSet<IpAddr> = addresses.collect();
+        let (links, routes, ways) = tokio::task::spawn_blocking(move || {
+            let netlink = Netlink::open().context("cannot open a netlink socket")?;
+            let way = |ip| (ip, netlink.way_to(ip).ok().and_then(|(link, _)| link));
+            let ways = addresses.into_iter().map(way).collect();
+            anyhow::Ok((netlink.links()?, netlink.routes()?, ways))
+        })
+        .await??;
+        (self.links, self.routes, self.ways) = (links, routes, ways);
+        Ok(())
+    }
+
+    pub(super) fn status(&self) -> Option<&Status> {
+        self.daemon.as_ref().map(|daemon| &daemon.status)
+    }
+
+    pub(super) fn settings(&self) -> Option<&Settings> {
+        self.daemon.as_ref()?.settings.as_ref()
+    }
+
+    pub(super) fn link(&self, name: &str) -> Option<&Link> {
+        self.links.iter().find(|link| link.name == name)
+    }
+
+    pub(super) fn sysctl(&self, path: &str) -> Option<&str> {
+        self.sysctls.get(path).map(String::as_str)
+    }
+
+    /// The overlay's networks: by subnet.env, which the daemon keeps.
+    pub(super) fn networks(&self) -> &[IpNetwork] {
+        match &self.subnet_env {
+            Some(Ok(handed)) => &handed.networks,
+            Some(Err(_)) | None => &[],
+        }
+    }
+
+    /// Our own subnets, by the daemon or by what it left.
+    pub(super) fn subnets(&self) -> Vec<IpNetwork> {
+        match (self.status(), &self.subnet_env) {
+            (Some(status), _) if !status.subnets.is_empty() => status.subnets.clone(),
+            (_, Some(Ok(handed))) => handed.gateways.clone(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The network config, where the registry has one that can be used.
+    pub(super) fn config(&self) -> Option<NetworkConfig> {
+        let (snapshot, _) = self.registry.as_ref()?.content.as_ref().ok()?;
+        snapshot.config.as_ref()?.parse().ok()
+    }
+}
+
+impl Daemon {
+    fn look(status: Status) -> Self {
+        let process = PathBuf::from(format!("/proc/{}", status.pid));
+        let namespace = |process: &Path| fs::read_link(process.join("ns/net")).ok();
+        let own = namespace(Path::new("/proc/self"));
+        // Only root sees others' namespaces.
+        let is_elsewhere = namespace(&process).is_some_and(|its| Some(its) != own);
+        let settings = settings(&process)
+            .inspect_err(|error| tracing::debug!("the daemon's flags: {error:#}"))
+            .ok();
+        Self { status, settings, is_elsewhere }
+    }
+}
+
+/// What the flags of a running daemon come to.
+fn settings(process: &Path) -> anyhow::Result<Settings> {
+    let words = |file: &str| -> anyhow::Result<Vec<OsString>> {
+        let text = fs::read(process.join(file))?;
+        let text = text.strip_suffix(b"\0").unwrap_or(&text);
+        Ok(text.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect())
+    };
+    let variables = words("environ")?;
+    let variable = |name: &str| {
+        let value = |entry: &OsString| {
+            let rest = entry.as_bytes().strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+            Some(OsStr::from_bytes(rest).to_owned())
+        };
+        variables.iter().find_map(value)
+    };
+    Ok(flags::parse(words("cmdline")?, variable)?.settings()?)
+}
+
+impl RegistrySeen {
+    async fn look(settings: &RegistrySettings) -> Self {
+        let (name, servers) = match settings {
+            RegistrySettings::Directory(path) => (format!("dir:{}", path.display()), Vec::new()),
+            RegistrySettings::Etcd { access, .. } => {
+                (access.endpoints.join(","), servers(access).await)
+            }
+        };
+        let begun = Instant::now();
+        let content = match open_now(settings).await {
+            Ok(registry) => registry.snapshot().await.map(|snapshot| (snapshot, begun.elapsed())),
+            Err(error) => Err(error),
+        };
+        let no_content = |error: RegistryError| NoContent {
+            is_refusal: matches!(error, RegistryError::Refused { .. }),
+            reason: error.to_string(),
+        };
+        Self { name, servers, content: content.map_err(no_content) }
+    }
+}
+
+fn sysctls<'a>(devices: impl Iterator<Item = &'a str>) -> BTreeMap<String, String> {
+    let of_devices = devices.flat_map(|device| {
+        DEVICE_SYSCTLS.iter().map(move |name| format!("net/ipv4/conf/{device}/{name}"))
+    });
+    let paths = SYSCTLS.iter().map(ToString::to_string).chain(of_devices);
+    let read = |path: String| {
+        let value = fs::read_to_string(Path::new("/proc/sys").join(&path)).ok()?;
+        Some((path, value.trim().to_owned()))
+    };
+    paths.filter_map(read).collect()
+}
+
+/// What a program writes; nothing if it is missing or fails.
+fn output(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).env("LC_ALL", "C").output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Of both kinds of tables in the kernel. To look into the older kind would make its tables, so only
+/// those that are there are looked into.
+fn filters() -> Vec<Filter> {
+    let mut filters = Vec::new();
+    for ipv6 in [false, true] {
+        let name = if ipv6 { "ip6tables" } else { "iptables" };
+        let tables = if ipv6 { "ip6_tables_names" } else { "ip_tables_names" };
+        let tables = fs::read_to_string(Path::new("/proc/self/net").join(tables));
+        let is_there = tables.is_ok_and(|tables| tables.lines().any(|table| table == "filter"));
+        let save = |kind: &str| {
+            let program = format!("{name}{kind}");
+            let saved = output(&format!("{program}-save"), &["-t", "filter"])?;
+            Some(filter(program, ipv6, &saved))
+        };
+        // Before there were two kinds, the one had no name.
+        filters.extend(save("-nft").or_else(|| save("")));
+        filters.extend(is_there.then(|| save("-legacy")).flatten());
+    }
+    filters
+}
+
+fn filter(program: String, ipv6: bool, saved: &str) -> Filter {
+    Filter {
+        program,
+        ipv6,
+        drops: saved.lines().any(|line| line.starts_with(":FORWARD DROP")),
+        passes_ours: saved
+            .lines()
+            .any(|line| line.starts_with("-A FORWARD ") && line.ends_with("-j FLANNEL-FWD")),
+    }
+}
+
+/// Of nft's list only the chains are asked for: rules of others may be of kinds that this nft does
+/// not know.
+fn chains() -> Vec<Chain> {
+    let listed = output("nft", &["-j", "list", "chains"]);
+    let listed: Option<Value> = listed.and_then(|text| serde_json::from_str(&text).ok());
+    let Some(entries) = listed.as_ref().and_then(|it| it["nftables"].as_array()) else {
+        return Vec::new();
+    };
+    let chains = entries.iter().filter_map(|entry| entry.get("chain"));
+    let text = |chain: &Value, key: &str| chain[key].as_str().unwrap_or_default().to_owned();
+    chains
+        .map(|chain| Chain {
+            family: text(chain, "family"),
+            table: text(chain, "table"),
+            name: text(chain, "name"),
+            hook: text(chain, "hook"),
+            policy: text(chain, "policy"),
+        })
+        .collect()
+}
+
+/// By ss(8): UDP, numeric, all, memory, processes, no header, one line a socket.
+fn sockets(pid: u32) -> Vec<(u64, u64)> {
+    let listed = output("ss", &["-uanmpHO"]).unwrap_or_default();
+    let process = format!("pid={pid},");
+    let ours = listed.lines().filter(|line| line.contains(&process));
+    ours.filter_map(buffers).collect()
+}
+
+/// Of `skmem:(r0,rb16777216,t0,tb16777216,…)`.
+fn buffers(line: &str) -> Option<(u64, u64)> {
+    let (_, memory) = line.split_once("skmem:(")?;
+    let mut fields = memory.split(')').next()?.split(',');
+    let receive = fields.find_map(|field| field.strip_prefix("rb"))?.parse().ok()?;
+    let send = fields.find_map(|field| field.strip_prefix("tb"))?.parse().ok()?;
+    Some((receive, send))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_buffers_of_a_socket_are_read() {
+        let line = "UNCONN 0 0 10.0.0.1:8285 0.0.0.0:* users:((\"weftd\",pid=7,fd=9)) \
+                    skmem:(r0,rb16777216,t0,tb425984,f0,w0,o0,bl0,d3)";
+        assert_eq!(buffers(line), Some((16_777_216, 425_984)));
+        assert_eq!(buffers("UNCONN 0 0"), None);
+    }
+
+    #[test]
+    fn a_chain_that_drops_is_told_from_one_that_lets_ours_pass() {
+        let saved = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [1:60]\n:FLANNEL-FWD - [0:0]\n\
+                     -A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\nCOMMIT\n";
+        let found = filter("iptables-nft".into(), false, saved);
+        assert!(found.drops && found.passes_ours);
+        let found = filter("iptables-nft".into(), false, ":FORWARD ACCEPT [0:0]\n-N FLANNEL-FWD\n");
+        assert!(!found.drops && !found.passes_ours);
+    }
+}

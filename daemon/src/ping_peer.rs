@@ -1,0 +1,130 @@
+//! `weft ping-peer`: probes of peers through the overlay, now, beside those that the daemon sends by
+//! itself.
+
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use tokio::net::UdpSocket;
+use tokio::time::timeout;
+
+use crate::directories::Directories;
+use crate::probe::packet::{self, Packet};
+use crate::probe::socket::ProbeSocket;
+use crate::probe::{SMALL_LEN, headers};
+use crate::status::{self, PeerStatus, Status};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Send probes to peers through the overlay now, small ones and such of full size.
+///
+/// Exit status: 0 if every probe was answered, else 1. flannel's nodes answer no probes; `ping` the
+/// base of their subnet.
+#[derive(Debug, Args)]
+pub struct PingPeerArgs {
+    /// The peer, by its address, or by an address in its subnet; all of them, if absent.
+    peer: Option<IpAddr>,
+    /// How many of each size.
+    #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    count: u16,
+}
+
+/// Sends them and writes what came back.
+///
+/// # Errors
+/// No daemon answers, or none has such a peer that answers probes.
+pub fn run(
+    arguments: &PingPeerArgs,
+    directories: &Directories,
+    out: &mut dyn Write,
+) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let daemons = status::read_all(&directories.run_dir)?;
+    let (mut pinged, mut lost) = (0, 0);
+    for daemon in &daemons {
+        let wanted = |peer: &&PeerStatus| arguments.peer.is_none_or(|ip| is_at(peer, ip));
+        for peer in daemon.peers.iter().filter(wanted) {
+            let Some(to) = peer.probe.address else { continue };
+            pinged += 1;
+            let pinging = Pinging::new(daemon, to).context("cannot send probes")?;
+            lost += runtime.block_on(pinging.ping(peer.public_ip, arguments.count, out))?;
+        }
+    }
+    ensure!(pinged > 0, "no such peer answers probes; `weft status` lists the peers");
+    Ok(if lost == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn is_at(peer: &PeerStatus, ip: IpAddr) -> bool {
+    peer.public_ip == ip || peer.subnets.iter().any(|subnet| subnet.contains(ip))
+}
+
+/// The pinging of one peer.
+struct Pinging {
+    socket: ProbeSocket,
+    to: SocketAddr,
+    mtu: usize,
+}
+
+impl Pinging {
+    /// From the daemon's own address on the overlay, which the peer knows.
+    fn new(daemon: &Status, to: SocketAddr) -> anyhow::Result<Self> {
+        let base = daemon.subnets.first().map(|subnet| subnet.network());
+        let is_plain = daemon.backend.as_deref() == Some("host-gw");
+        let local = if is_plain { daemon.public_ip } else { base };
+        let socket = ProbeSocket::bind(local.context("the daemon has no subnet yet")?)?;
+        let mtu = usize::try_from(daemon.mtu.unwrap_or_default())?;
+        Ok(Self { socket, to, mtu })
+    }
+
+    /// Says how many probes were lost.
+    async fn ping(&self, peer: IpAddr, count: u16, out: &mut dyn Write) -> anyhow::Result<u32> {
+        let reader = UdpSocket::from_std(self.socket.reader()?)?;
+        let full = self.mtu.saturating_sub(headers(self.to.ip()));
+        let mut lost = 0;
+        for number in 1..=count {
+            for len in [SMALL_LEN, full] {
+                let bytes = len + headers(self.to.ip());
+                let what = match self.exchange(&reader, len).await? {
+                    Some((took, true)) => format!("{:.3} ms", took.as_secs_f64() * 1e3),
+                    Some((_, false)) => {
+                        lost += 1;
+                        "arrived damaged".into()
+                    }
+                    None => {
+                        lost += 1;
+                        "no answer".into()
+                    }
+                };
+                writeln!(out, "{peer} ({}) {number}: {bytes} bytes, {what}", self.to.ip())?;
+            }
+        }
+        Ok(lost)
+    }
+
+    /// One probe; how long its answer took, and whether it had come as it was sent.
+    async fn exchange(
+        &self,
+        reader: &UdpSocket,
+        len: usize,
+    ) -> io::Result<Option<(Duration, bool)>> {
+        let nonce = fastrand::u64(..);
+        let begun = Instant::now();
+        self.socket.send(&packet::probe(nonce, len), self.to);
+        let answer = async {
+            let mut buffer = [0; packet::LEN_MIN];
+            loop {
+                let (len, from) = reader.recv_from(&mut buffer).await?;
+                if let Some(Packet::Answer { nonce: of, intact }) = packet::read(&buffer[..len])
+                    && (of, from) == (nonce, self.to)
+                {
+                    return Ok((begun.elapsed(), intact));
+                }
+            }
+        };
+        timeout(PATIENCE, answer).await.ok().transpose()
+    }
+}

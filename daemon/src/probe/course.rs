@@ -1,0 +1,590 @@
+//! When one peer is probed with what, and what its answers mean. Pure: time and packets come from
+//! outside.
+//!
+//! **Reach.** A small probe each ten seconds. One that stays without an answer is repeated at once,
+//! three times; beside the repeats go ICMP echoes, to the peer's address on the overlay and to its
+//! outer one, which tell why.
+//!
+//! **Path.** Two packets of full size in one send, which go as one through whatever cuts packets on
+//! the way (UDP segmentation offload). If they do not come through, single packets of several sizes
+//! tell whether it is their size or their company.
+
+use std::time::{Duration, Instant};
+
+/// How often a peer is probed.
+pub(super) const INTERVAL: Duration = Duration::from_secs(10);
+/// How long an answer may take before the probe is repeated.
+const PATIENCE: Duration = Duration::from_millis(750);
+const REPEATS: u8 = 3;
+/// The same, for the probes of the path: there is less time for more of them.
+const PATH_PATIENCE: Duration = Duration::from_millis(500);
+/// Pairs in turn with single packets; a pair begins and ends.
+const PATH_TRIES: u8 = 5;
+/// Probes of the path to all peers together: where there are many, each has its turn less often.
+const PATHS_A_SECOND: u32 = 10;
+/// Outcomes that loss is reckoned from.
+const HISTORY: u32 = 64;
+
+/// Bounds of the round trip times that are counted together, in microseconds; the last count is of
+/// all above.
+pub(crate) const RTT_BOUNDS_US: [u64; 11] =
+    [100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000];
+
+/// IP packets' lengths that are tried where full size does not get through: what tunnels and links
+/// commonly carry.
+const SIZES: [u16; 7] = [576, 1_280, 1_350, 1_400, 1_422, 1_450, 1_472];
+
+/// Something to send to the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Send {
+    /// A probe in an IP packet of as many bytes as it needs.
+    Small(u64),
+    /// A probe in an IP packet of this length.
+    Sized(u64, u16),
+    /// Two probes in one send, in IP packets of this length.
+    Pair([u64; 2], u16),
+    /// An ICMP echo to its address on the overlay.
+    Echo(u64),
+    /// An ICMP echo to its outer address.
+    OuterEcho(u64),
+}
+
+/// Whether packets get to the peer and back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Reach {
+    #[default]
+    Unknown,
+    /// By a probe, or by an ICMP echo where probes stay without an answer.
+    Reachable,
+    /// Its host says that nothing listens on the backend's port; a firewall may say so, too.
+    Refused,
+    /// Its host answers at its outer address, but nothing gets there through the overlay.
+    Blocked,
+    /// Nothing answers, neither inside the overlay nor outside.
+    Silent,
+}
+
+/// What the path does with large packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Path {
+    #[default]
+    Unknown,
+    /// They get through, also cut out of larger ones.
+    Full,
+    /// Only packets up to this many bytes get through.
+    UpTo(u16),
+    /// They get through one by one, but not cut out of larger ones by an offload.
+    NoOffload,
+    /// They arrive damaged.
+    Damaged,
+}
+
+/// Counts of round trip times, by [`RTT_BOUNDS_US`].
+pub(crate) type RttCounts = [u64; RTT_BOUNDS_US.len() + 1];
+
+/// What is known of a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Found {
+    pub(crate) reach: Reach,
+    pub(crate) path: Path,
+    /// The largest packet that got through.
+    pub(crate) path_mtu: Option<u16>,
+    pub(crate) rtt: Option<Duration>,
+    pub(crate) rtt_counts: RttCounts,
+    /// All round trips together.
+    pub(crate) rtt_total: Duration,
+    pub(crate) sent: u64,
+    pub(crate) answered: u64,
+    /// Of the last probes, one bit each: 1 is answered.
+    history: u64,
+}
+
+impl Found {
+    /// Percent of the last 64 small probes that stayed without an answer.
+    pub(crate) fn loss_percent(&self) -> Option<u8> {
+        let known = u32::try_from(self.sent).unwrap_or(HISTORY).min(HISTORY);
+        let recent = if known == HISTORY { u64::MAX } else { (1 << known) - 1 };
+        let lost = known - (self.history & recent).count_ones();
+        u8::try_from((lost * 100).checked_div(known)?).ok()
+    }
+
+    fn count(&mut self, answered: bool) {
+        self.sent += 1;
+        self.answered += u64::from(answered);
+        self.history = self.history << 1 | u64::from(answered);
+    }
+
+    fn count_rtt(&mut self, rtt: Duration) {
+        self.rtt = Some(rtt);
+        self.rtt_total += rtt;
+        let us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
+        let at = RTT_BOUNDS_US.iter().position(|bound| us <= *bound);
+        self.rtt_counts[at.unwrap_or(RTT_BOUNDS_US.len())] += 1;
+    }
+}
+
+/// The probing of one peer.
+#[derive(Debug)]
+pub(super) struct Course {
+    /// Whether it answers probes; else it is asked by ICMP only, and never called down.
+    knows_probes: bool,
+    /// Bytes of the largest packet that containers send.
+    mtu: u16,
+    path_interval: Duration,
+    found: Found,
+    reach: ReachRound,
+    path: PathRound,
+}
+
+#[derive(Debug)]
+struct ReachRound {
+    /// Probes sent; 0 between rounds.
+    tries: u8,
+    /// When to go on, in a round; when to begin one, else.
+    due: Instant,
+    /// When the next round begins.
+    next: Instant,
+    small: Vec<(u64, Instant)>,
+    echoes: Vec<u64>,
+    outer_echoes: Vec<u64>,
+    outer_answers: bool,
+    refused: bool,
+}
+
+#[derive(Debug)]
+struct PathRound {
+    tries: u8,
+    due: Instant,
+    pairs: Vec<[(u64, bool); 2]>,
+    sized: Vec<(u64, u16, bool)>,
+    damaged: bool,
+}
+
+impl Course {
+    /// A peer that is first probed at `begin`.
+    pub(super) fn new(knows_probes: bool, mtu: u16, begin: Instant) -> Self {
+        Self {
+            knows_probes,
+            mtu,
+            path_interval: INTERVAL,
+            found: Found::default(),
+            reach: ReachRound {
+                tries: 0,
+                due: begin,
+                next: begin,
+                small: Vec::new(),
+                echoes: Vec::new(),
+                outer_echoes: Vec::new(),
+                outer_answers: false,
+                refused: false,
+            },
+            path: PathRound {
+                tries: 0,
+                due: begin,
+                pairs: Vec::new(),
+                sized: Vec::new(),
+                damaged: false,
+            },
+        }
+    }
+
+    pub(super) fn found(&self) -> &Found {
+        &self.found
+    }
+
+    /// Says how many peers there are, which the pace depends on.
+    pub(super) fn set_pace(&mut self, peers: usize) {
+        let turns = u32::try_from(peers).unwrap_or(u32::MAX).saturating_mul(1_000) / PATHS_A_SECOND;
+        self.path_interval = INTERVAL.max(Duration::from_millis(turns.into()));
+    }
+
+    /// When [`Course::step`] has something to do next.
+    pub(super) fn due(&self) -> Instant {
+        if self.probes_path() { self.reach.due.min(self.path.due) } else { self.reach.due }
+    }
+
+    /// Has the next probe go out now: the peer has shown itself.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        if self.found.reach != Reach::Reachable && self.reach.tries == 0 {
+            self.reach.due = now;
+        }
+    }
+
+    /// Begins a round of either kind now.
+    pub(super) fn probe_path_soon(&mut self, now: Instant) {
+        if self.path.tries == 0 {
+            self.path.due = now;
+        }
+    }
+
+    fn probes_path(&self) -> bool {
+        self.knows_probes && self.found.reach == Reach::Reachable
+    }
+
+    /// What is to be sent now. `nonce` makes numbers that nobody guesses.
+    pub(super) fn step(&mut self, now: Instant, nonce: impl FnMut() -> u64) -> Vec<Send> {
+        let mut nonce = nonce;
+        let mut sends = Vec::new();
+        if now >= self.reach.due {
+            self.step_reach(now, &mut nonce, &mut sends);
+        }
+        if self.probes_path() && now >= self.path.due {
+            self.step_path(now, &mut nonce, &mut sends);
+        }
+        sends
+    }
+
+    fn step_reach(&mut self, now: Instant, nonce: &mut dyn FnMut() -> u64, sends: &mut Vec<Send>) {
+        let round = &mut self.reach;
+        if round.tries == 0 {
+            round.small.clear();
+            round.echoes.clear();
+            round.outer_echoes.clear();
+            (round.outer_answers, round.refused) = (false, false);
+            round.next = now + INTERVAL;
+        } else {
+            self.found.count(false);
+            if round.tries > REPEATS {
+                self.found.reach = self.unreachable();
+                self.end_reach();
+                return;
+            }
+        }
+        let round = &mut self.reach;
+        round.tries += 1;
+        round.due = now + PATIENCE;
+        let small = nonce();
+        round.small.push((small, now));
+        if !self.knows_probes {
+            sends.push(Send::Echo(small));
+            return;
+        }
+        sends.push(Send::Small(small));
+        if round.tries > 1 {
+            let (echo, outer) = (nonce(), nonce());
+            round.echoes.push(echo);
+            round.outer_echoes.push(outer);
+            sends.extend([Send::Echo(echo), Send::OuterEcho(outer)]);
+        }
+    }
+
+    /// What it means that nothing has come back.
+    fn unreachable(&self) -> Reach {
+        match self.reach {
+            _ if !self.knows_probes => Reach::Unknown,
+            ReachRound { refused: true, .. } => Reach::Refused,
+            ReachRound { outer_answers: true, .. } => Reach::Blocked,
+            ReachRound { .. } => Reach::Silent,
+        }
+    }
+
+    fn end_reach(&mut self) {
+        self.reach.tries = 0;
+        self.reach.due = self.reach.next;
+    }
+
+    fn step_path(&mut self, now: Instant, nonce: &mut dyn FnMut() -> u64, sends: &mut Vec<Send>) {
+        if self.path.tries == 0 {
+            self.path.pairs.clear();
+            self.path.sized.clear();
+            self.path.damaged = false;
+        }
+        if self.path.tries == PATH_TRIES {
+            if let Some(path) = self.judge_path() {
+                self.found.path = path;
+                self.found.path_mtu = match path {
+                    Path::UpTo(len) => Some(len),
+                    Path::NoOffload => Some(self.mtu),
+                    Path::Unknown | Path::Full | Path::Damaged => self.found.path_mtu,
+                };
+            }
+            self.end_path(now);
+            return;
+        }
+        let round = &mut self.path;
+        round.tries += 1;
+        round.due = now + PATH_PATIENCE;
+        if round.tries % 2 == 1 {
+            let pair = [nonce(), nonce()];
+            round.pairs.push(pair.map(|nonce| (nonce, false)));
+            sends.push(Send::Pair(pair, self.mtu));
+            return;
+        }
+        // In ascending order: the engine would join a packet with a shorter one behind it.
+        let mtu = self.mtu;
+        for len in SIZES.into_iter().filter(|len| *len < mtu).chain([mtu]) {
+            let sized = nonce();
+            round.sized.push((sized, len, false));
+            sends.push(Send::Sized(sized, len));
+        }
+    }
+
+    /// What it means that no pair has come through whole; nothing if that is too little to say.
+    fn judge_path(&self) -> Option<Path> {
+        let PathRound { pairs, sized, damaged, .. } = &self.path;
+        if *damaged {
+            return Some(Path::Damaged);
+        }
+        let arrived = sized.iter().filter(|(_, _, answered)| *answered);
+        let largest = arrived.map(|(_, len, _)| *len).max()?;
+        if largest < self.mtu {
+            return Some(Path::UpTo(largest));
+        }
+        let mut full = sized.iter().filter(|(_, len, _)| *len == self.mtu);
+        let singles_pass = full.all(|(_, _, answered)| *answered);
+        let pairs_pass = pairs.iter().flatten().any(|(_, answered)| *answered);
+        (singles_pass && !pairs_pass).then_some(Path::NoOffload)
+    }
+
+    fn end_path(&mut self, now: Instant) {
+        self.path.tries = 0;
+        self.path.due = now + self.path_interval;
+    }
+
+    /// An answer from the peer's address on the overlay: to a probe, or to an ICMP echo.
+    pub(super) fn answered(&mut self, nonce: u64, intact: bool, now: Instant) {
+        if let Some((_, sent)) = self.reach.small.iter().find(|(it, _)| *it == nonce) {
+            let rtt = now.saturating_duration_since(*sent);
+            self.reach.small.retain(|(it, _)| *it != nonce);
+            self.found.count_rtt(rtt);
+            self.reached(now);
+        } else if self.reach.echoes.contains(&nonce) {
+            self.reached(now);
+        }
+        self.answered_path(nonce, intact, now);
+    }
+
+    fn reached(&mut self, now: Instant) {
+        if self.found.reach != Reach::Reachable {
+            self.found.reach = Reach::Reachable;
+            self.path.tries = 0;
+            // Where there are many peers, in its turn: each has its own time to be reached.
+            self.path.due = now + (self.path_interval - INTERVAL);
+        }
+        // One that comes late was counted as lost.
+        if self.reach.tries > 0 {
+            self.found.count(true);
+            self.end_reach();
+        }
+    }
+
+    fn answered_path(&mut self, nonce: u64, intact: bool, now: Instant) {
+        let round = &mut self.path;
+        let sized = round.sized.iter_mut().find(|(it, _, _)| *it == nonce);
+        if let Some((_, _, answered)) = sized {
+            *answered = true;
+            round.damaged |= !intact;
+            return;
+        }
+        let pair = round.pairs.iter_mut().find(|pair| pair.iter().any(|(it, _)| *it == nonce));
+        let Some(pair) = pair else { return };
+        for (_, answered) in pair.iter_mut().filter(|(it, _)| *it == nonce) {
+            *answered = true;
+        }
+        round.damaged |= !intact;
+        let is_whole = pair.iter().all(|(_, answered)| *answered);
+        if round.tries > 0 && is_whole && !round.damaged {
+            self.found.path = Path::Full;
+            self.found.path_mtu = Some(self.mtu);
+            self.end_path(now);
+        }
+    }
+
+    /// The peer's outer address answered an ICMP echo.
+    pub(super) fn outer_answered(&mut self, nonce: u64) {
+        self.reach.outer_answers |= self.reach.outer_echoes.contains(&nonce);
+    }
+
+    /// The peer's outer address said that nothing listens on the port.
+    pub(super) fn refused(&mut self) {
+        self.reach.refused |= self.reach.tries > 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MTU: u16 = 1472;
+    const TICK: Duration = Duration::from_millis(10);
+
+    /// A peer, and what lies between it and us.
+    struct World {
+        course: Course,
+        now: Instant,
+        nonces: u64,
+        sends: Vec<Send>,
+    }
+
+    impl World {
+        fn new(knows_probes: bool) -> Self {
+            let now = Instant::now();
+            Self { course: Course::new(knows_probes, MTU, now), now, nonces: 0, sends: Vec::new() }
+        }
+
+        /// Lets time pass; `wire` says what becomes of what is sent: the nonces that are answered.
+        fn pass(&mut self, time: Duration, wire: impl Fn(&Send) -> Vec<u64>) {
+            let end = self.now + time;
+            while self.now < end {
+                let mut nonces = self.nonces;
+                let sends = self.course.step(self.now, || {
+                    nonces += 1;
+                    nonces
+                });
+                self.nonces = nonces;
+                self.now += TICK;
+                for send in &sends {
+                    for nonce in wire(send) {
+                        if matches!(send, Send::OuterEcho(_)) {
+                            self.course.outer_answered(nonce);
+                        } else {
+                            self.course.answered(nonce, true, self.now);
+                        }
+                    }
+                }
+                self.sends.extend(sends);
+            }
+        }
+
+        fn reach(&self) -> Reach {
+            self.course.found().reach
+        }
+
+        fn path(&self) -> Path {
+            self.course.found().path
+        }
+    }
+
+    fn all(send: &Send) -> Vec<u64> {
+        match send {
+            Send::Small(it) | Send::Sized(it, _) | Send::Echo(it) | Send::OuterEcho(it) => {
+                vec![*it]
+            }
+            Send::Pair(pair, _) => pair.to_vec(),
+        }
+    }
+
+    fn nothing(_: &Send) -> Vec<u64> {
+        Vec::new()
+    }
+
+    const MINUTE: Duration = Duration::from_secs(60);
+    /// An interval, and a round of either kind.
+    const ENOUGH: Duration = Duration::from_secs(14);
+
+    #[test]
+    fn a_healthy_peer_costs_one_small_probe_and_one_pair_in_ten_seconds() {
+        let mut world = World::new(true);
+        world.pass(MINUTE, all);
+        assert_eq!((world.reach(), world.path()), (Reach::Reachable, Path::Full));
+        let small = world.sends.iter().filter(|send| matches!(send, Send::Small(_))).count();
+        assert_eq!((small, world.sends.len() - small), (6, 6));
+        let found = world.course.found();
+        assert_eq!((found.sent, found.answered, found.loss_percent()), (6, 6, Some(0)));
+        assert_eq!(found.rtt_counts.iter().sum::<u64>(), 6);
+        assert_eq!(found.rtt_counts[6], 6, "10 ms");
+    }
+
+    #[test]
+    fn many_peers_have_their_paths_probed_less_often() {
+        let mut world = World::new(true);
+        world.course.set_pace(1_000);
+        world.pass(MINUTE, all);
+        world.pass(MINUTE * 4, all);
+        let pairs = world.sends.iter().filter(|send| matches!(send, Send::Pair(..))).count();
+        assert_eq!(pairs, 3, "one in 100 s, the first after 90");
+    }
+
+    #[test]
+    fn a_peer_that_is_gone_is_told_with_the_reason() {
+        for (wire, expected) in [
+            (nothing as fn(&Send) -> Vec<u64>, Reach::Silent),
+            (|it| if matches!(it, Send::OuterEcho(_)) { all(it) } else { vec![] }, Reach::Blocked),
+            (|it| if matches!(it, Send::Echo(_)) { all(it) } else { vec![] }, Reach::Reachable),
+        ] {
+            let mut world = World::new(true);
+            world.pass(MINUTE, all);
+            world.pass(ENOUGH, wire);
+            assert_eq!(world.reach(), expected);
+            world.pass(ENOUGH, all);
+            assert_eq!(world.reach(), Reach::Reachable);
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_told_from_a_block() {
+        let mut world = World::new(true);
+        let one = Duration::from_secs(1);
+        world.pass(one, nothing);
+        world.course.refused();
+        world.pass(ENOUGH, nothing);
+        // The next round without a refusal knows no better than that nothing answers.
+        assert!(matches!(world.reach(), Reach::Refused | Reach::Silent));
+        let mut world = World::new(true);
+        world.pass(one, nothing);
+        world.course.refused();
+        world.pass(3 * one, nothing);
+        assert_eq!(world.reach(), Reach::Refused);
+    }
+
+    #[test]
+    fn one_lost_probe_is_loss_and_nothing_else() {
+        let mut world = World::new(true);
+        world.pass(Duration::from_millis(500), nothing);
+        world.pass(MINUTE, all);
+        assert_eq!(world.reach(), Reach::Reachable);
+        let found = world.course.found();
+        assert_eq!(found.sent - found.answered, 1);
+        assert!(found.loss_percent().unwrap() > 0);
+    }
+
+    #[test]
+    fn a_flannel_peer_is_asked_by_icmp_and_never_called_down() {
+        let mut world = World::new(false);
+        world.pass(MINUTE, nothing);
+        assert_eq!(world.reach(), Reach::Unknown);
+        assert!(world.sends.iter().all(|send| matches!(send, Send::Echo(_))));
+        world.pass(MINUTE, all);
+        assert_eq!((world.reach(), world.path()), (Reach::Reachable, Path::Unknown));
+    }
+
+    #[test]
+    fn a_narrow_path_and_its_size_are_found_and_lost_again() {
+        let carries = |max: u16| {
+            move |send: &Send| {
+                let too_long =
+                    matches!(send, Send::Sized(_, len) | Send::Pair(_, len) if *len > max);
+                if too_long { vec![] } else { all(send) }
+            }
+        };
+        let mut world = World::new(true);
+        world.pass(ENOUGH, carries(1_420));
+        assert_eq!((world.reach(), world.path()), (Reach::Reachable, Path::UpTo(1_400)));
+        world.pass(ENOUGH, all);
+        assert_eq!(world.path(), Path::Full);
+    }
+
+    #[test]
+    fn a_broken_offload_is_told_from_a_narrow_path() {
+        let no_pairs = |it: &Send| if matches!(it, Send::Pair(..)) { vec![] } else { all(it) };
+        let mut world = World::new(true);
+        world.pass(MINUTE, all);
+        world.pass(ENOUGH, no_pairs);
+        assert_eq!(world.path(), Path::NoOffload);
+        // Half a pair is ordinary loss.
+        let mut world = World::new(true);
+        world.pass(ENOUGH, |it| if let Send::Pair(pair, _) = it { vec![pair[0]] } else { all(it) });
+        assert_eq!(world.path(), Path::Unknown);
+    }
+
+    #[test]
+    fn damage_is_told() {
+        let mut world = World::new(true);
+        world.pass(TICK, all);
+        let now = world.now;
+        let [Send::Pair(pair, _)] = world.course.step(now, || 99)[..] else { panic!() };
+        world.course.answered(pair[0], false, now);
+        world.pass(ENOUGH, nothing);
+        assert_eq!(world.path(), Path::Damaged);
+    }
+}

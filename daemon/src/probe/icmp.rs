@@ -1,0 +1,210 @@
+//! ICMP echoes, and what hosts say of ports where nothing listens (RFC 792, RFC 4443).
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use tokio::net::UdpSocket;
+
+/// Before the nonce in an echo.
+const MAGIC: [u8; 8] = *b"weftecho";
+const HEADER_LEN: usize = 8;
+const UDP: u8 = 17;
+/// After an error of the socket.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Types: echo, its answer, and "unreachable", with the code for "port".
+struct Numbers {
+    echo: u8,
+    answer: u8,
+    unreachable: u8,
+    port: u8,
+}
+
+const V4: Numbers = Numbers { echo: 8, answer: 0, unreachable: 3, port: 3 };
+const V6: Numbers = Numbers { echo: 128, answer: 129, unreachable: 1, port: 4 };
+
+/// What came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Heard {
+    Answer {
+        from: IpAddr,
+        nonce: u64,
+    },
+    /// Nothing listens at a UDP port of this host.
+    Refused {
+        from: IpAddr,
+    },
+}
+
+/// A raw socket of one family. It is sent to and received from as a UDP socket is, so the runtime's
+/// type for those serves.
+#[derive(Debug)]
+pub(super) struct Icmp {
+    socket: UdpSocket,
+    ipv6: bool,
+}
+
+impl Icmp {
+    /// # Errors
+    /// EPERM: the process has no CAP_NET_RAW.
+    pub(super) fn open(ipv6: bool) -> io::Result<Self> {
+        let (domain, protocol) =
+            if ipv6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
+        let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
+        socket.set_nonblocking(true)?;
+        if !ipv6 {
+            socket.attach_filter(&answers_only())?;
+        }
+        Ok(Self { socket: UdpSocket::from_std(socket.into())?, ipv6 })
+    }
+
+    /// Sends an echo. A loss is what echoes are there to find.
+    pub(super) fn echo(&self, to: IpAddr, nonce: u64) {
+        if to.is_ipv6() == self.ipv6 {
+            let _ = self.socket.try_send_to(&echo(self.ipv6, nonce), SocketAddr::new(to, 0));
+        }
+    }
+
+    /// The next one that means something. Cancel safe.
+    pub(super) async fn next(&self) -> Heard {
+        let mut buffer = [0; 256];
+        loop {
+            match self.socket.recv_from(&mut buffer).await {
+                Ok((len, from)) => {
+                    if let Some(heard) = self.understand(&buffer[..len], from.ip()) {
+                        return heard;
+                    }
+                }
+                // A host or a net that cannot be reached, told of an echo; nothing to go by.
+                Err(_) => tokio::time::sleep(PAUSE).await,
+            }
+        }
+    }
+
+    fn understand(&self, packet: &[u8], from: IpAddr) -> Option<Heard> {
+        if self.ipv6 {
+            understand(&V6, packet, from, v6_udp_destination)
+        } else {
+            // There the IP header comes along.
+            understand(&V4, v4_payload(packet)?, from, v4_udp_destination)
+        }
+    }
+}
+
+/// Everything else that comes to this host by ICMP would wake us in vain: instructions that take the
+/// IPv4 header's length, and the type behind it (Documentation/networking/filter.rst).
+fn answers_only() -> [SockFilter; 6] {
+    let [answer, unreachable] = [V4.answer, V4.unreachable].map(u32::from);
+    [
+        SockFilter::new(0xb1, 0, 0, 0),           // ldxb 4*([0]&0xf)
+        SockFilter::new(0x50, 0, 0, 0),           // ldb [x + 0]
+        SockFilter::new(0x15, 2, 0, answer),      // jeq answer, to the last
+        SockFilter::new(0x15, 1, 0, unreachable), // jeq unreachable, to the last
+        SockFilter::new(0x06, 0, 0, 0),           // ret 0: nothing of it
+        SockFilter::new(0x06, 0, 0, u32::MAX),    // ret -1: all of it
+    ]
+}
+
+fn echo(ipv6: bool, nonce: u64) -> Vec<u8> {
+    let kind = if ipv6 { V6.echo } else { V4.echo };
+    let mut packet = vec![kind, 0, 0, 0];
+    // Identifier and sequence number; we go by the nonce.
+    packet.extend([MAGIC[0], MAGIC[1], 0, 1]);
+    packet.extend(MAGIC);
+    packet.extend(nonce.to_be_bytes());
+    if !ipv6 {
+        // For IPv6 the kernel does that (RFC 3542, 3.1).
+        let sum = checksum(&packet);
+        packet[2..4].copy_from_slice(&sum.to_be_bytes());
+    }
+    packet
+}
+
+/// RFC 1071, of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap_or_default()
+}
+
+fn understand(
+    numbers: &Numbers,
+    icmp: &[u8],
+    from: IpAddr,
+    destination: fn(&[u8]) -> Option<IpAddr>,
+) -> Option<Heard> {
+    let (header, rest) = icmp.split_at_checked(HEADER_LEN)?;
+    if header[0] == numbers.answer {
+        let nonce = rest.strip_prefix(&MAGIC)?.get(..8)?;
+        return Some(Heard::Answer { from, nonce: u64::from_be_bytes(nonce.try_into().ok()?) });
+    }
+    let is_refusal = (header[0], header[1]) == (numbers.unreachable, numbers.port);
+    // Said by the host itself of a packet to itself.
+    (is_refusal && destination(rest)? == from).then_some(Heard::Refused { from })
+}
+
+/// What is in an IPv4 packet.
+fn v4_payload(packet: &[u8]) -> Option<&[u8]> {
+    packet.get(usize::from(packet.first()? & 0xf) * 4..)
+}
+
+/// Where a UDP datagram was going to, by its IP header.
+fn v4_udp_destination(packet: &[u8]) -> Option<IpAddr> {
+    let to: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
+    (packet[9] == UDP).then_some(to.into())
+}
+
+fn v6_udp_destination(packet: &[u8]) -> Option<IpAddr> {
+    let to: [u8; 16] = packet.get(24..40)?.try_into().ok()?;
+    (packet[6] == UDP).then_some(to.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7));
+
+    fn from_host(protocol: u8, destination: [u8; 4], icmp: &[u8]) -> Vec<u8> {
+        let mut packet = vec![0; 20];
+        (packet[0], packet[9]) = (0x45, protocol);
+        packet[12..16].copy_from_slice(&[192, 0, 2, 7]);
+        packet[16..20].copy_from_slice(&destination);
+        [packet, icmp.to_vec()].concat()
+    }
+
+    fn heard(packet: &[u8]) -> Option<Heard> {
+        understand(&V4, v4_payload(packet)?, HOST, v4_udp_destination)
+    }
+
+    #[test]
+    fn an_answer_to_our_echo_is_known_by_its_nonce() {
+        let mut answer = echo(false, 77);
+        assert_eq!(checksum(&answer), 0, "it includes itself");
+        answer[0] = V4.answer;
+        let packet = from_host(1, [192, 0, 2, 1], &answer);
+        assert_eq!(heard(&packet), Some(Heard::Answer { from: HOST, nonce: 77 }));
+        answer[9] ^= 1;
+        assert_eq!(heard(&from_host(1, [192, 0, 2, 1], &answer)), None, "somebody else's ping");
+    }
+
+    #[test]
+    fn a_refusal_counts_where_the_host_speaks_of_itself() {
+        let said = |of: [u8; 4], protocol| {
+            let inner = from_host(protocol, of, &[0; 8]);
+            from_host(1, [192, 0, 2, 1], &[&[3, 3, 0, 0, 0, 0, 0, 0], inner.as_slice()].concat())
+        };
+        assert_eq!(heard(&said([192, 0, 2, 7], UDP)), Some(Heard::Refused { from: HOST }));
+        assert_eq!(heard(&said([192, 0, 2, 9], UDP)), None);
+        assert_eq!(heard(&said([192, 0, 2, 7], 6)), None);
+        let packet = said([192, 0, 2, 7], UDP);
+        for len in 0..packet.len() - 9 {
+            let _ = heard(&packet[..len]);
+        }
+    }
+}

@@ -1,0 +1,581 @@
+//! Probes of the peers through the overlay: whether packets get there and back, how fast, how large
+//! they may be, and whether what cuts packets on the way does it right.
+//!
+//! Each weft node answers probes at its address on the overlay, at a port that its record in the
+//! registry names. flannel's nodes have no record; they get ICMP echoes, which they need not answer.
+
+mod course;
+mod icmp;
+pub(crate) mod packet;
+pub(crate) mod socket;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::net::UdpSocket;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use weft_backends::{BackendKind, DesiredPeer};
+use weft_control::Lease;
+use weft_control::lease::NodeRecord;
+
+use self::course::{Course, INTERVAL, Send};
+use self::icmp::{Heard, Icmp};
+use self::packet::Packet;
+use self::socket::ProbeSocket;
+use crate::status::ProbeStatus;
+
+pub(crate) use self::course::{Found, Path};
+use self::course::{RTT_BOUNDS_US, Reach};
+
+/// Payload bytes of a small probe: an odd number, which checksums have a special case for.
+pub(crate) const SMALL_LEN: usize = packet::LEN_MIN + 5;
+/// Peers up to so many are probed at a distance of 10 ms from each other.
+const SPREAD_PEERS: u32 = 1_000;
+/// What is due within so little is done together: waking up costs as much as a probe.
+const TICK: Duration = Duration::from_millis(50);
+/// Datagrams that are taken in before anybody else of the daemon has a turn.
+const TOGETHER_MAX: u32 = 64;
+
+/// A peer to be probed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// Its address on the overlay.
+    pub(crate) inner: IpAddr,
+    /// Its address on the underlay.
+    pub(crate) outer: IpAddr,
+    /// Where it answers probes; none if it does not know them.
+    pub(crate) port: Option<u16>,
+}
+
+/// Probes peers until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Prober {
+    port: u16,
+    targets: watch::Sender<Vec<Target>>,
+    findings: Findings,
+    changes: watch::Receiver<u64>,
+    task: JoinHandle<()>,
+}
+
+/// What probes found, to be read at any time.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Findings(Arc<Mutex<Peers>>);
+
+/// All peers, by their addresses on the overlay.
+type Peers = HashMap<IpAddr, Peer>;
+
+#[derive(Debug)]
+struct Peer {
+    target: Target,
+    course: Course,
+}
+
+impl Prober {
+    /// Answers probes at `local` from now on; `mtu`: bytes of the largest packet that containers send.
+    /// Without a socket weft works as well, and says that it does not probe.
+    pub(crate) fn start(local: IpAddr, mtu: u32) -> Option<Self> {
+        let started = Self::try_start(local, mtu);
+        started.inspect_err(|error| tracing::warn!("peers are not probed: {error}")).ok()
+    }
+
+    fn try_start(local: IpAddr, mtu: u32) -> io::Result<Self> {
+        let socket = ProbeSocket::bind(local)?;
+        let port = socket.local()?.port();
+        let icmp = Icmp::open(local.is_ipv6()).inspect_err(|error| {
+            tracing::warn!("peers are not pinged: {error}; weftd needs CAP_NET_RAW for that");
+        });
+        let (targets, wanted) = watch::channel(Vec::new());
+        let (changed, changes) = watch::channel(0);
+        let findings = Findings::default();
+        let work = Work {
+            reader: UdpSocket::from_std(socket.reader()?)?,
+            socket,
+            icmp: icmp.ok(),
+            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+            findings: findings.clone(),
+            changed,
+        };
+        let task = tokio::spawn(work.run(wanted));
+        Ok(Self { port, targets, findings, changes, task })
+    }
+
+    /// The port where we answer.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Probes these peers from now on.
+    pub(crate) fn aim(&self, targets: Vec<Target>) {
+        self.targets.send_if_modified(|known| {
+            let differs = *known != targets;
+            *known = targets;
+            differs
+        });
+    }
+
+    /// What is known of the peers.
+    pub(crate) fn findings(&self) -> &Findings {
+        &self.findings
+    }
+
+    /// Waits until a peer comes or goes, or its path becomes another. Cancel safe.
+    pub(crate) async fn changed(&mut self) {
+        if self.changes.changed().await.is_err() {
+            // Only a panic ends the work; that is in the log.
+            std::future::pending().await
+        }
+    }
+
+    /// Has the paths that are not known to be whole probed at once.
+    pub(crate) fn probe_paths(&self) {
+        let now = Instant::now();
+        for peer in
+            self.findings.lock().values_mut().filter(|it| it.course.found().path != Path::Full)
+        {
+            peer.course.probe_path_soon(now);
+        }
+        // Has the work look at what is due.
+        self.targets.send_modify(|_| ());
+    }
+}
+
+impl Drop for Prober {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The work behind [`Prober`].
+struct Work {
+    socket: ProbeSocket,
+    reader: UdpSocket,
+    icmp: Option<Icmp>,
+    mtu: u16,
+    findings: Findings,
+    changed: watch::Sender<u64>,
+}
+
+impl Work {
+    async fn run(self, mut wanted: watch::Receiver<Vec<Target>>) {
+        let mut buffer = vec![0; usize::from(u16::MAX)];
+        let mut timer = pin!(tokio::time::sleep(INTERVAL));
+        loop {
+            let due = tokio::select! {
+                () = &mut timer => Some(self.step()),
+                received = self.reader.recv_from(&mut buffer) => match received {
+                    Ok((len, from)) => {
+                        let mut due = self.received(&buffer[..len], from);
+                        // Those that came meanwhile.
+                        for _ in 0..TOGETHER_MAX {
+                            let Ok((len, from)) = self.reader.try_recv_from(&mut buffer) else {
+                                break;
+                            };
+                            due = self.received(&buffer[..len], from).into_iter().chain(due).min();
+                        }
+                        due
+                    }
+                    // Out of memory, perhaps.
+                    Err(_) => {
+                        tokio::time::sleep(TICK).await;
+                        None
+                    }
+                },
+                heard = next(self.icmp.as_ref()) => self.heard(heard),
+                changed = wanted.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    self.aim(&wanted.borrow_and_update());
+                    Some(self.step())
+                }
+            };
+            // An answer may bring something forward; how much it puts off, the next step sees.
+            if let Some(due) = due.map(tokio::time::Instant::from_std)
+                && (due < timer.deadline() || timer.is_elapsed())
+            {
+                timer.as_mut().reset(due);
+            }
+        }
+    }
+
+    /// Goes on with those that are known, and spreads those that are new.
+    fn aim(&self, targets: &[Target]) {
+        let now = Instant::now();
+        let mut peers = self.findings.lock();
+        peers.retain(|inner, _| targets.iter().any(|target| target.inner == *inner));
+        let count = u32::try_from(targets.len()).unwrap_or(u32::MAX).max(SPREAD_PEERS);
+        let mut distance = Duration::ZERO;
+        for target in targets {
+            match peers.get_mut(&target.inner) {
+                Some(peer) if peer.target.port.is_some() == target.port.is_some() => {
+                    if peer.target != *target {
+                        peer.course.hurry(now);
+                    }
+                    peer.target = *target;
+                }
+                _ => {
+                    let course = Course::new(target.port.is_some(), self.mtu, now + distance);
+                    peers.insert(target.inner, Peer { target: *target, course });
+                    distance += INTERVAL / count;
+                }
+            }
+        }
+        peers.values_mut().for_each(|peer| peer.course.set_pace(targets.len()));
+    }
+
+    /// Sends what is due, and says when something is due again.
+    fn step(&self) -> Instant {
+        let now = Instant::now();
+        let mut next = now + INTERVAL;
+        let mut peers = self.findings.lock();
+        for peer in peers.values_mut() {
+            if peer.course.due() <= now {
+                let before = *peer.course.found();
+                for send in peer.course.step(now, || fastrand::u64(..)) {
+                    self.send(&peer.target, send);
+                }
+                self.tell(peer, &before);
+            }
+            next = next.min(peer.course.due());
+        }
+        next.max(now + TICK)
+    }
+
+    fn send(&self, target: &Target, send: Send) {
+        let payload = |len: u16| usize::from(len).saturating_sub(headers(target.inner));
+        let port = target.port.unwrap_or(0);
+        let to = SocketAddr::new(target.inner, port);
+        match send {
+            Send::Small(nonce) => self.socket.send(&packet::probe(nonce, SMALL_LEN), to),
+            Send::Sized(nonce, len) => self.socket.send(&packet::probe(nonce, payload(len)), to),
+            Send::Pair(pair, len) => {
+                let pair = pair.map(|nonce| packet::probe(nonce, payload(len)));
+                self.socket.send_pair(&pair, to);
+            }
+            Send::Echo(nonce) => self.echo(target.inner, nonce),
+            Send::OuterEcho(nonce) => self.echo(target.outer, nonce),
+        }
+    }
+
+    fn echo(&self, to: IpAddr, nonce: u64) {
+        if let Some(icmp) = &self.icmp {
+            icmp.echo(to, nonce);
+        }
+    }
+
+    /// Answers a peer's probe, or takes in its answer; says what is due for that peer.
+    fn received(&self, datagram: &[u8], from: SocketAddr) -> Option<Instant> {
+        let understood = packet::read(datagram)?;
+        let now = Instant::now();
+        let mut peers = self.findings.lock();
+        let peer = peers.get_mut(&from.ip())?;
+        match understood {
+            Packet::Probe { nonce, intact } => {
+                self.socket.send(&packet::answer(nonce, intact), from);
+                peer.course.hurry(now);
+            }
+            Packet::Answer { nonce, intact } => {
+                let before = *peer.course.found();
+                peer.course.answered(nonce, intact, now);
+                self.tell(peer, &before);
+            }
+        }
+        Some(peer.course.due())
+    }
+
+    fn heard(&self, heard: Heard) -> Option<Instant> {
+        let mut peers = self.findings.lock();
+        match heard {
+            Heard::Answer { from, nonce } => {
+                if let Some(peer) = peers.get_mut(&from) {
+                    let before = *peer.course.found();
+                    peer.course.answered(nonce, true, Instant::now());
+                    self.tell(peer, &before);
+                    return Some(peer.course.due());
+                }
+                let outer = peers.values_mut().filter(|peer| peer.target.outer == from);
+                outer.for_each(|peer| peer.course.outer_answered(nonce));
+            }
+            Heard::Refused { from } => {
+                let outer = peers.values_mut().filter(|peer| peer.target.outer == from);
+                outer.for_each(|peer| peer.course.refused());
+            }
+        }
+        None
+    }
+
+    /// Says what is news of a peer.
+    fn tell(&self, peer: &Peer, before: &Found) {
+        let found = peer.course.found();
+        if (found.reach, found.path) == (before.reach, before.path) {
+            return;
+        }
+        let Target { inner, outer, .. } = peer.target;
+        if found.reach != before.reach {
+            match found.reach.problem() {
+                Some(problem) => tracing::warn!(peer = %outer, "{inner} {problem}"),
+                None => tracing::info!(peer = %outer, "{inner} answers"),
+            }
+        }
+        if found.path != before.path
+            && let Some(problem) = found.path.problem()
+        {
+            tracing::warn!(peer = %outer, "{problem}");
+        }
+        self.changed.send_modify(|count| *count += 1);
+    }
+}
+
+impl Findings {
+    /// Of all peers, by their outer addresses.
+    pub(crate) fn all(&self) -> HashMap<IpAddr, (Target, Found)> {
+        let peers = self.lock();
+        let known = peers.values().map(|it| (it.target.outer, (it.target, *it.course.found())));
+        known.collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Peers> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn next(icmp: Option<&Icmp>) -> Heard {
+    match icmp {
+        Some(icmp) => icmp.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Bytes of IP and UDP headers in front of a probe.
+pub(crate) fn headers(inner: IpAddr) -> usize {
+    if inner.is_ipv6() { 40 + 8 } else { 20 + 8 }
+}
+
+/// Our own address for probes. host-gw's overlay has no addresses of its own.
+pub(crate) fn local(kind: BackendKind, public_ip: IpAddr, lease: &Lease) -> Option<IpAddr> {
+    match kind {
+        BackendKind::HostGw => Some(public_ip),
+        BackendKind::UdpTun | BackendKind::Vxlan => Some(lease.key.networks().next()?.network()),
+    }
+}
+
+/// Where peers are probed.
+pub(crate) fn targets(
+    kind: BackendKind,
+    public_ip: IpAddr,
+    peers: &[DesiredPeer],
+    nodes: &[NodeRecord],
+) -> Vec<Target> {
+    let mut ports: HashMap<IpAddr, Option<u16>> = HashMap::new();
+    for node in nodes {
+        ports.extend(node.public_addresses().map(|ip| (ip, node.probe_port)));
+    }
+    let target = |peer: &DesiredPeer| {
+        let mut publics = peer.lease.attrs.public_addresses();
+        let outer = publics.find(|ip| ip.is_ipv6() == public_ip.is_ipv6())?;
+        let inner = local(kind, outer, &peer.lease)?;
+        Some(Target { inner, outer, port: ports.get(&outer).copied().flatten() })
+    };
+    peers.iter().filter_map(target).collect()
+}
+
+/// What status says of a peer.
+pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
+    let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let bounds = RTT_BOUNDS_US.into_iter().chain([u64::MAX]);
+    let (fault, problem) = match found.reach {
+        Reach::Reachable => (found.path.fault(), found.path.problem()),
+        Reach::Unknown | Reach::Refused | Reach::Blocked | Reach::Silent => {
+            (found.reach.fault(), found.reach.problem().map(str::to_owned))
+        }
+    };
+    ProbeStatus {
+        address: target.port.map(|port| SocketAddr::new(target.inner, port)),
+        reachable: match found.reach {
+            Reach::Unknown => None,
+            Reach::Reachable => Some(true),
+            Reach::Refused | Reach::Blocked | Reach::Silent => Some(false),
+        },
+        fault: fault.map(str::to_owned),
+        problem,
+        rtt_us: found.rtt.map(us),
+        rtt_total_us: us(found.rtt_total),
+        rtt_counts: bounds.zip(found.rtt_counts).collect(),
+        sent: found.sent,
+        answered: found.answered,
+        loss_percent: found.loss_percent(),
+        path_mtu: found.path_mtu.map(u32::from),
+    }
+}
+
+impl Reach {
+    /// In one word.
+    fn fault(self) -> Option<&'static str> {
+        match self {
+            Self::Unknown | Self::Reachable => None,
+            Self::Refused => Some("refused"),
+            Self::Blocked => Some("blocked"),
+            Self::Silent => Some("silent"),
+        }
+    }
+
+    /// What is wrong, if something is.
+    fn problem(self) -> Option<&'static str> {
+        match self {
+            Self::Unknown | Self::Reachable => None,
+            Self::Refused => Some(
+                "cannot be reached: its host refuses the backend's port; weftd does not run there, or \
+                 a firewall rejects it",
+            ),
+            Self::Blocked => Some(
+                "cannot be reached: its host answers pings, but the overlay's packets get lost; a \
+                 firewall drops the backend's port",
+            ),
+            Self::Silent => {
+                Some("cannot be reached: its host does not answer at all; it is down, or cut off")
+            }
+        }
+    }
+}
+
+impl Path {
+    /// In one word.
+    fn fault(self) -> Option<&'static str> {
+        match self {
+            Self::Unknown | Self::Full => None,
+            Self::UpTo(_) => Some("narrow"),
+            Self::NoOffload => Some("no-offload"),
+            Self::Damaged => Some("damaged"),
+        }
+    }
+
+    /// What is wrong, if something is.
+    fn problem(self) -> Option<String> {
+        match self {
+            Self::Unknown | Self::Full => None,
+            Self::UpTo(len) => Some(format!(
+                "packets of more than {len} bytes get lost on the way; lower the interface's MTU, or \
+                 mend the path"
+            )),
+            Self::NoOffload => Some(
+                "packets that an offload cuts out of larger ones get lost on the way; the network \
+                 card or its driver is broken (tx-udp-segmentation)"
+                    .into(),
+            ),
+            Self::Damaged => Some(
+                "packets arrive damaged, with checksums that are right: an offload of a network card \
+                 on the way is broken"
+                    .into(),
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::sync::mpsc;
+    use std::thread;
+
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    use rustix::time::{ClockId, clock_gettime};
+
+    use super::*;
+
+    const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    const MANY: usize = 1_000;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    /// Peers on addresses of loopback; each answers probes, and sends one of its own for each.
+    fn peers_on_loopback(count: usize) -> Vec<Target> {
+        let limit = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            runtime().block_on(async {
+                for number in 0..count {
+                    let [high, low] = u16::try_from(number).unwrap().to_be_bytes();
+                    let ip = Ipv4Addr::new(127, 1, high, low);
+                    let socket = UdpSocket::bind((ip, 0)).await.unwrap();
+                    let port = socket.local_addr().unwrap().port();
+                    sender
+                        .send(Target { inner: ip.into(), outer: ip.into(), port: Some(port) })
+                        .unwrap();
+                    tokio::spawn(async move {
+                        let mut buffer = [0; 2048];
+                        while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
+                            if let Some(Packet::Probe { nonce, intact }) =
+                                packet::read(&buffer[..len])
+                            {
+                                let _ = socket.send_to(&packet::answer(nonce, intact), from).await;
+                                let own = packet::probe(nonce, SMALL_LEN);
+                                let _ = socket.send_to(&own, from).await;
+                            }
+                        }
+                    });
+                }
+                std::future::pending::<()>().await;
+            });
+        });
+        receiver.iter().take(count).collect()
+    }
+
+    fn cpu_time() -> Duration {
+        Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap()
+    }
+
+    #[test]
+    fn a_thousand_peers_cost_less_than_half_a_percent_of_a_core() {
+        let targets = peers_on_loopback(MANY);
+        runtime().block_on(async {
+            let prober = Prober::start(LOCAL, 1472).unwrap();
+            prober.aim(targets);
+            // Until all are known.
+            tokio::time::sleep(INTERVAL).await;
+            let (begun, before) = (Instant::now(), cpu_time());
+            tokio::time::sleep(INTERVAL).await;
+            let share = (cpu_time() - before).as_secs_f64() / begun.elapsed().as_secs_f64();
+            println!("{MANY} peers: {:.3} % of a core", share * 100.0);
+            let found = prober.findings().all();
+            let reached = found.values().filter(|(_, found)| found.reach == Reach::Reachable);
+            assert_eq!(reached.count(), MANY);
+            assert!(found.values().all(|(_, found)| found.path != Path::NoOffload));
+            // Shared caches and cores make it up to twice as much while other tests run.
+            assert!(share < 0.01, "{share}");
+        });
+    }
+
+    #[test]
+    fn strangers_get_no_answer() {
+        let stranger = std::net::UdpSocket::bind((LOCAL, 0)).unwrap();
+        runtime().block_on(async {
+            let prober = Prober::start(LOCAL, 1472).unwrap();
+            stranger.send_to(&packet::probe(1, 100), (LOCAL, prober.port())).unwrap();
+            stranger.set_nonblocking(true).unwrap();
+            let stranger = UdpSocket::from_std(stranger).unwrap();
+            let wait = Duration::from_millis(200);
+            assert!(tokio::time::timeout(wait, stranger.recv_from(&mut [0; 64])).await.is_err());
+            let target = Target { inner: LOCAL, outer: LOCAL, port: None };
+            prober.aim(vec![target]);
+            let mut buffer = [0; 64];
+            let answered = async {
+                loop {
+                    stranger.send_to(&packet::probe(2, 100), (LOCAL, prober.port())).await.unwrap();
+                    let answer = stranger.recv_from(&mut buffer);
+                    if let Ok(Ok((len, _))) = tokio::time::timeout(wait, answer).await {
+                        return packet::read(&buffer[..len]);
+                    }
+                }
+            };
+            assert_eq!(answered.await, Some(Packet::Answer { nonce: 2, intact: true }));
+        });
+    }
+}

@@ -1,0 +1,211 @@
+//! A new operator breaks things, one a test, and learns within fifteen seconds what it is.
+
+use std::fs;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use weft_daemon::lab::{Lab, LabOptions, PingOptions};
+use weft_tests::doctor::{Check, check, finds};
+use weft_tests::{DEADLINE, bring_up, etcd, hosts, overlay, plain_wire, program, until};
+
+/// How long a break may go unnamed.
+const NAMED_WITHIN: Duration = Duration::from_secs(15);
+
+/// Waits until doctor on the first host names it, in what it saw or in the cure.
+fn named(lab: &Lab, name: &str, verdict: &str, text: &str) -> Result<Check> {
+    let broken = Instant::now();
+    loop {
+        let found = check(lab, 0, name)?;
+        if found.verdict == verdict && (found.seen.contains(text) || found.cure.contains(text)) {
+            ensure!(!found.cure.is_empty(), "no cure: {found:?}");
+            return Ok(found);
+        }
+        if broken.elapsed() > NAMED_WITHIN {
+            bail!("not {verdict} with {text:?}: {found:?}");
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Waits until the first host's probes of the other have found that all is well.
+fn probed(lab: &Lab) -> Result<()> {
+    until("the peer is probed", || {
+        let probe = lab.status(0)?.peers.first().context("no peer")?.probe.clone();
+        Ok(probe.reachable == Some(true) && probe.path_mtu == lab.status(0)?.mtu)
+    })
+}
+
+fn pair() -> Result<Lab> {
+    let lab = overlay(2)?;
+    probed(&lab)?;
+    Ok(lab)
+}
+
+/// Drops what the switch forwards and this expression of nft matches.
+fn drop_on_the_wire(lab: &Lab, what: &str) -> Result<()> {
+    let switch = lab.switch()?;
+    switch.tool("nft", &["add table bridge wire"])?;
+    let chain = "add chain bridge wire forward { type filter hook forward priority 0; }";
+    switch.tool("nft", &[chain])?;
+    switch.tool("nft", &[&format!("add rule bridge wire forward {what} drop")]).map(drop)
+}
+
+#[test]
+fn a_peer_that_is_down() -> Result<()> {
+    let lab = pair()?;
+    lab.switch()?.ip(&["link", "set", "h2", "down"])?;
+    named(&lab, "peers", "FAIL", "10.168.0.95")?;
+    let probe = &lab.status(0)?.peers[0].probe;
+    assert_eq!((probe.reachable, probe.fault.as_deref()), (Some(false), Some("silent")));
+    lab.switch()?.ip(&["link", "set", "h2", "up"])?;
+    probed(&lab)
+}
+
+#[test]
+fn a_peer_whose_daemon_has_ended() -> Result<()> {
+    let mut lab = pair()?;
+    lab.kill_daemon(1)?;
+    named(&lab, "peers", "FAIL", "ssh 10.168.0.95 systemctl start weftd")?;
+    lab.start_daemon(1, &[])?;
+    probed(&lab)
+}
+
+#[test]
+fn a_port_that_is_blocked() -> Result<()> {
+    let lab = pair()?;
+    let peer = &lab.host(1).netns;
+    let rule = ["INPUT", "-p", "udp", "--dport", "8285", "-j", "DROP"];
+    peer.tool("iptables-nft", &[&["-I"], &rule[..]].concat())?;
+    let found = named(&lab, "port", "FAIL", "10.168.0.95")?;
+    ensure!(found.cure.contains("--dport 8285 -j ACCEPT"), "{found:?}");
+    peer.tool("iptables-nft", &[&["-D"], &rule[..]].concat())?;
+    probed(&lab)
+}
+
+#[test]
+fn rules_that_are_flushed() -> Result<()> {
+    let lab = pair()?;
+    lab.host(0).netns.tool("iptables-nft", &["-F"])?;
+    named(&lab, "rules", "WARN", "put back")?;
+    Ok(())
+}
+
+#[test]
+fn a_path_that_swallows_large_packets() -> Result<()> {
+    let lab = overlay(2)?;
+    // As on a real wire: what is cut is cut before it.
+    plain_wire(&lab)?;
+    probed(&lab)?;
+    drop_on_the_wire(&lab, "ether type ip ip protocol udp ip length > 1440")?;
+    let found = named(&lab, "MTU", "FAIL", "more than 1400 bytes get lost")?;
+    ensure!(found.cure.starts_with("ip link set eth0 mtu 1428"), "{found:?}");
+    lab.switch()?.tool("nft", &["delete table bridge wire"])?;
+    probed(&lab)
+}
+
+#[test]
+fn an_offload_that_loses_what_it_cuts() -> Result<()> {
+    let lab = pair()?;
+    ensure!(lab.status(0)?.offloads["udp-segment"] == "on");
+    // Nothing that a wire carries is larger; what an offload has yet to cut is.
+    drop_on_the_wire(&lab, "ether type ip ip protocol udp meta length > 1600")?;
+    named(&lab, "offloads", "WARN", "udp-segment is given up")?;
+    ensure!(lab.status(0)?.offloads["udp-segment"] == "lossy");
+    // Both directions have to find it out by themselves.
+    until("large packets get through again", || {
+        let ping = PingOptions { size: Some(1400), ..PingOptions::default() };
+        Ok(lab.ping(0, 1, &ping)?.complete())
+    })?;
+    until("without it the path is whole", || Ok(lab.status(0)?.peers[0].probe.fault.is_none()))
+}
+
+#[test]
+fn etcd_that_is_gone() -> Result<()> {
+    let mut lab = etcd::hosts(1, 1)?;
+    bring_up(&mut lab, &[])?;
+    lab.etcd(0).kill()?;
+    named(&lab, "registry", "FAIL", "endpoint health")?;
+    ensure!(lab.status(0)?.state == "forwarding");
+    Ok(())
+}
+
+#[test]
+fn an_address_that_two_nodes_have() -> Result<()> {
+    let mut lab = etcd::hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let mut weft = Command::new(program("weft")?);
+    weft.args(["registry", "--etcd-endpoints", &lab.etcd_urls()[0]]);
+    weft.args(["reserve", "10.42.9.0/24", "10.168.0.94"]);
+    let reserved = lab.host(0).netns.output(&mut weft)?;
+    ensure!(reserved.status.success(), "{reserved:?}");
+    named(&lab, "PublicIP", "FAIL", "10.168.0.94")?;
+    // A second node waits, and says for what.
+    let second = lab.add_host()?;
+    lab.start_daemon(second, &["--public-ip=10.168.0.94"])?;
+    finds(&lab, second, "daemon", "FAIL", "lives with our public address")
+}
+
+#[test]
+fn an_interface_that_leads_elsewhere() -> Result<()> {
+    let mut lab = hosts(2)?;
+    let netns = &lab.host(0).netns;
+    netns.ip(&["link", "add", "elsewhere", "type", "bridge"])?;
+    netns.ip(&["address", "add", "172.30.0.1/24", "dev", "elsewhere"])?;
+    netns.ip(&["link", "set", "elsewhere", "up"])?;
+    lab.start_daemon(0, &["--iface=elsewhere"])?;
+    lab.start_daemon(1, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    lab.wait_ready(1, DEADLINE)?;
+    named(&lab, "interface", "FAIL", "weftd --iface eth0")?;
+    Ok(())
+}
+
+#[test]
+fn a_host_that_does_not_forward() -> Result<()> {
+    let lab = overlay(1)?;
+    let netns = &lab.host(0).netns;
+    netns.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "0"))??;
+    named(&lab, "ip_forward", "FAIL", "sysctl -w net.ipv4.ip_forward=1")?;
+    Ok(())
+}
+
+#[test]
+fn a_mac_that_somebody_changes() -> Result<()> {
+    let mut lab =
+        Lab::new(LabOptions { hosts: 1, backend: "vxlan".into(), ..LabOptions::default() })?;
+    bring_up(&mut lab, &[])?;
+    let changed = Instant::now();
+    lab.host(0).netns.ip(&["link", "set", "flannel.1", "address", "02:00:00:00:00:07"])?;
+    let is_named = || -> Result<bool> {
+        let changes = lab.status(0)?.changes;
+        Ok(changes.iter().any(|line| line.text.contains("changed the MAC of the device")))
+    };
+    until("status names the change", is_named)?;
+    ensure!(changed.elapsed() < NAMED_WITHIN);
+    finds(&lab, 0, "MAC", "OK", "the MAC of the lease, 02:00:00:00:00:07")
+}
+
+#[test]
+fn an_operator_probes_a_peer_at_once() -> Result<()> {
+    let mut lab = pair()?;
+    let ping = |lab: &Lab, peer: &str| -> Result<(bool, String)> {
+        let host = lab.host(0);
+        let mut weft = Command::new(program("weft")?);
+        weft.args(["ping-peer", peer, "-c", "1", "--run-dir"]).arg(&host.run_dir);
+        let output = host.netns.output(&mut weft)?;
+        Ok((output.status.success(), String::from_utf8([output.stdout, output.stderr].concat())?))
+    };
+    let base = lab.status(1)?.subnets[0].network().to_string();
+    for peer in ["10.168.0.95", &base] {
+        let (well, told) = ping(&lab, peer)?;
+        ensure!(well && told.contains("1: 1472 bytes, ") && told.contains(" ms\n"), "{told}");
+    }
+    let (well, told) = ping(&lab, "192.0.2.1")?;
+    ensure!(!well && told.contains("no such peer answers probes"), "{told}");
+    lab.kill_daemon(1)?;
+    let (well, told) = ping(&lab, &base)?;
+    ensure!(!well && told.contains("no answer"), "{told}");
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! `weft doctor`: each check is provoked on a host of its own, and content again once it is mended.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use weft_daemon::lab::Lab;
+use weft_daemon::netns::NetNs;
+use weft_tests::doctor::{check, doctor, finds, run};
+use weft_tests::{bring_up, etcd, hosts, program, until};
+
+fn write(netns: &NetNs, sysctl: &str, value: &str) -> Result<()> {
+    Ok(netns.run(|| fs::write(format!("/proc/sys/{sysctl}"), value))??)
+}
+
+/// Does what the cure says, as an operator would.
+fn cure(lab: &Lab, host: usize, name: &str) -> Result<()> {
+    let cure = check(lab, host, name)?.cure;
+    lab.host(host).netns.tool("sh", &["-c", &cure]).map(drop)
+}
+
+/// Two hosts that doctor has nothing to say of, with an etcd.
+fn healthy() -> Result<Lab> {
+    let mut lab = etcd::hosts(2, 1)?;
+    bring_up(&mut lab, &["--ip-masq"])?;
+    let (checks, content) = doctor(&lab, 0, &[])?;
+    let bad: Vec<_> = checks.iter().filter(|check| check.verdict != "OK").collect();
+    ensure!(content && bad.is_empty(), "{bad:#?}");
+    Ok(lab)
+}
+
+#[test]
+fn what_is_wrong_with_the_host_is_named_and_the_cure_mends_it() -> Result<()> {
+    let lab = healthy()?;
+    let netns = &lab.host(0).netns;
+    let peer = lab.host(1).address.to_string();
+
+    write(netns, "net/ipv4/ip_forward", "0")?;
+    finds(&lab, 0, "ip_forward", "FAIL", "sysctl -w net.ipv4.ip_forward=1")?;
+    cure(&lab, 0, "ip_forward")?;
+    finds(&lab, 0, "ip_forward", "OK", "net.ipv4.ip_forward is 1")?;
+
+    netns.ip(&["link", "add", "elsewhere", "type", "bridge"])?;
+    netns.ip(&["address", "add", "172.30.0.1/24", "dev", "elsewhere"])?;
+    netns.ip(&["link", "set", "elsewhere", "up"])?;
+    write(netns, "net/ipv4/conf/eth0/rp_filter", "1")?;
+    finds(&lab, 0, "rp_filter", "OK", "strict on eth0")?;
+    netns.ip(&["route", "add", &peer, "dev", "elsewhere"])?;
+    finds(&lab, 0, "rp_filter", "FAIL", "eth0/rp_filter=2")?;
+    finds(&lab, 0, "interface", "FAIL", "the way to the peer 10.168.0.95 is elsewhere")?;
+    cure(&lab, 0, "rp_filter")?;
+    finds(&lab, 0, "rp_filter", "OK", "not strict")?;
+    netns.ip(&["route", "del", &peer, "dev", "elsewhere"])?;
+    finds(&lab, 0, "interface", "OK", "eth0")?;
+
+    netns.ip(&["route", "add", "10.42.250.0/24", "via", &peer])?;
+    finds(&lab, 0, "routes", "FAIL", "10.42.250.0/24 via 10.168.0.95 dev eth0")?;
+    cure(&lab, 0, "routes")?;
+    finds(&lab, 0, "routes", "OK", "")?;
+
+    netns.ip(&["address", "add", "10.42.251.1/24", "dev", "elsewhere"])?;
+    finds(&lab, 0, "overlap", "FAIL", "10.42.251.0/24")?;
+    cure(&lab, 0, "overlap")?;
+    finds(&lab, 0, "overlap", "OK", "")?;
+
+    let gateway = fs::read_to_string(&lab.host(0).subnet_file)?;
+    let gateway = gateway.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET="));
+    let gateway = gateway.context("no FLANNEL_SUBNET")?;
+    netns.ip(&["address", "del", gateway, "dev", "docker0"])?;
+    netns.ip(&["address", "add", "172.17.0.1/16", "dev", "docker0"])?;
+    finds(&lab, 0, "docker0", "FAIL", "docker0 has 172.17.0.1/16, subnet.env says")?;
+    netns.ip(&["address", "add", gateway, "dev", "docker0"])?;
+    finds(&lab, 0, "docker0", "OK", "")
+}
+
+#[test]
+fn firewalls_are_seen_through() -> Result<()> {
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &[])?;
+    let netns = &lab.host(0).netns;
+    netns.tool("iptables-nft", &["-P", "FORWARD", "DROP"])?;
+    finds(&lab, 0, "FORWARD", "OK", "weft's rules let the overlay's packets pass")?;
+    netns.tool("iptables-nft", &["-P", "FORWARD", "ACCEPT"])?;
+
+    netns.tool("iptables-nft", &["-F", "FLANNEL-FWD"])?;
+    finds(&lab, 0, "rules", "WARN", "put back")?;
+
+    netns.tool("nft", &["add table inet firewalld"])?;
+    netns.tool("nft", &["add chain inet firewalld filter_FORWARD"])?;
+    netns.tool("nft", &["add rule inet firewalld filter_FORWARD reject"])?;
+    finds(&lab, 0, "firewalld", "FAIL", "--add-source=10.42.0.0/16")?;
+    netns.tool("nft", &["delete table inet firewalld"])?;
+
+    let chain =
+        "add chain inet mine forward { type filter hook forward priority 10; policy drop; }";
+    netns.tool("nft", &["add table inet mine"])?;
+    netns.tool("nft", &[chain])?;
+    finds(&lab, 0, "FORWARD", "WARN", "inet mine forward")?;
+    netns.tool("nft", &["delete table inet mine"])?;
+
+    // Without weft's rules the policy is what counts.
+    lab.stop_daemon(0)?;
+    lab.start_daemon(0, &["--iptables-forward-rules=false"])?;
+    lab.wait_ready(0, weft_tests::DEADLINE)?;
+    let netns = &lab.host(0).netns;
+    netns.tool("iptables-nft", &["-F", "FORWARD"])?;
+    netns.tool("iptables-nft", &["-P", "FORWARD", "DROP"])?;
+    write(netns, "net/bridge/bridge-nf-call-iptables", "1")?;
+    finds(&lab, 0, "FORWARD", "FAIL", "iptables-nft -P FORWARD ACCEPT")?;
+    finds(&lab, 0, "br_netfilter", "FAIL", "bridge-nf-call-iptables=0")?;
+    cure(&lab, 0, "FORWARD")?;
+    finds(&lab, 0, "FORWARD", "OK", "accepts")?;
+    finds(&lab, 0, "br_netfilter", "OK", "lets them pass")
+}
+
+#[test]
+fn the_registry_and_the_daemon_are_asked() -> Result<()> {
+    let mut lab = healthy()?;
+    let url = lab.etcd_urls()[0].clone();
+    let flags = ["--etcd-endpoints", &url];
+
+    let mut weft = Command::new(program("weft")?);
+    weft.arg("registry").args(flags).args(["reserve", "10.42.9.0/24", "10.168.0.94"]);
+    let reserved = lab.host(0).netns.output(&mut weft)?;
+    ensure!(reserved.status.success(), "{reserved:?}");
+    finds(&lab, 0, "PublicIP", "FAIL", "10.168.0.94 has several leases")?;
+
+    let mut weft = Command::new(program("weft")?);
+    weft.args(["doctor", "-o", "json", "--run-dir"]).arg(&lab.host(0).run_dir);
+    weft.env("LD_PRELOAD", "/usr/$LIB/faketime/libfaketime.so.1").env("FAKETIME", "+1h");
+    let told = String::from_utf8(lab.host(0).netns.output(&mut weft)?.stdout)?;
+    ensure!(told.contains("s ahead of http://"), "{told}");
+
+    lab.etcd(0).kill()?;
+    finds(&lab, 0, "registry", "FAIL", "etcdctl --endpoints")?;
+    lab.start_etcd(0)?;
+    finds(&lab, 0, "registry", "OK", "etcd 3.")?;
+
+    lab.stop_daemon(0)?;
+    finds(&lab, 0, "daemon", "FAIL", "systemctl start weftd")?;
+    let text = String::from_utf8(run(&lab, 0, &flags)?.stdout)?;
+    ensure!(text.starts_with("1. FAIL daemon: ") && text.contains("\n2. OK registry: "), "{text}");
+    ensure!(!run(&lab, 0, &flags)?.status.success());
+
+    // A registry that nobody has used yet.
+    let empty = tempfile::tempdir()?;
+    let registry = format!("dir:{}", empty.path().display());
+    let (checks, _) = doctor(&lab, 0, &["--registry", &registry])?;
+    let cured = checks.iter().any(|it| it.name == "registry" && it.cure.contains("registry init"));
+    ensure!(cured, "{checks:#?}");
+    until("the daemon of the other host goes on", || Ok(lab.status(1)?.state == "forwarding"))
+}
