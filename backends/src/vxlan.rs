@@ -398,7 +398,7 @@ struct Ways {
 impl Ways {
     fn new(backend: &Vxlan, desired: &Desired) -> Self {
         let mut ways = Self::default();
-        for peer in &desired.peers {
+        for peer in established_first(backend, desired) {
             let (mut subnets, mut way) = (Vec::new(), Way::Direct);
             for subnet in peer.lease.key.networks() {
                 match ways.add(backend, peer, subnet) {
@@ -566,6 +566,21 @@ fn set_sysctls(device: &Device, direct_routing: bool) {
     if direct_routing {
         direct::loosen_filter(&device.name);
     }
+}
+
+/// Those that have their forwarding entry come first, so that nobody takes a MAC from them.
+fn established_first<'a>(backend: &Vxlan, desired: &'a Desired) -> Vec<&'a DesiredPeer> {
+    let known: HashSet<(Mac, IpAddr)> =
+        backend.fdb.iter().map(|entry| (entry.mac, entry.destination)).collect();
+    let is_known = |peer: &&DesiredPeer| {
+        let attrs = &peer.lease.attrs;
+        let data = [&attrs.backend_data, &attrs.backend_v6_data].into_iter().flatten();
+        let mut macs = data.filter_map(|data| vtep_mac(Some(data), backend.options.vni).ok());
+        macs.any(|mac| attrs.public_addresses().any(|ip| known.contains(&(mac, ip))))
+    };
+    let (mut first, then): (Vec<_>, Vec<_>) = desired.peers.iter().partition(is_known);
+    first.extend(then);
+    first
 }
 
 /// The MAC that a lease tells of.

@@ -44,6 +44,10 @@ pub enum Subject {
     HostGw,
     /// The kernel's VXLAN, as flannel sets it up.
     Vxlan,
+    /// The same by weft's host-gw: what it makes of the kernel must cost nothing more.
+    WeftHostGw,
+    /// The same by weft's vxlan.
+    WeftVxlan,
     /// weft's udp-tun on io_uring.
     WeftUring,
     /// weft's udp-tun without io_uring.
@@ -65,9 +69,11 @@ pub enum Subject {
 }
 
 impl Subject {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::HostGw,
         Self::Vxlan,
+        Self::WeftHostGw,
+        Self::WeftVxlan,
         Self::WeftUring,
         Self::WeftMmsg,
         Self::WeftBusy,
@@ -83,6 +89,8 @@ impl Subject {
         match self {
             Self::HostGw => "host-gw",
             Self::Vxlan => "vxlan",
+            Self::WeftHostGw => "weft-host-gw",
+            Self::WeftVxlan => "weft-vxlan",
             Self::WeftUring => "weft-uring",
             Self::WeftMmsg => "weft-mmsg",
             Self::WeftBusy => "weft-busy",
@@ -102,6 +110,8 @@ impl Subject {
             Self::Tinc => Some("tincd"),
             Self::HostGw
             | Self::Vxlan
+            | Self::WeftHostGw
+            | Self::WeftVxlan
             | Self::WeftUring
             | Self::WeftMmsg
             | Self::WeftBusy
@@ -137,6 +147,14 @@ impl Subject {
         let mtu = match self {
             Self::HostGw => running.host_gw()?,
             Self::Vxlan => running.vxlan()?,
+            Self::WeftHostGw => {
+                running.weft_in_kernel("host-gw", "route flush proto 119")?;
+                WIRE_MTU
+            }
+            Self::WeftVxlan => {
+                running.weft_in_kernel("vxlan", "link del flannel.1")?;
+                WIRE_MTU - VXLAN_OVERHEAD
+            }
             Self::WeftUring => running.weft(&["--io=uring"])?,
             Self::WeftMmsg => running.weft(&["--io=mmsg"])?,
             Self::WeftBusy => running.weft(&["--io=uring", "--busy-poll=500", "--workers=1"])?,
@@ -255,6 +273,19 @@ impl<'a> Running<'a> {
             self.weftd(side, "registry", flags)?;
         }
         Ok(WIRE_MTU - UDP_OVERHEAD)
+    }
+
+    /// weft where the kernel moves the packets; `undo` takes away what it leaves for its next start.
+    fn weft_in_kernel(&mut self, kind: &str, undo: &str) -> anyhow::Result<()> {
+        let leases = [0, 1].map(|side| (subnet(side), outer(side)));
+        let config = format!(r#"{{"Network":"10.77.0.0/16","Backend":{{"Type":"{kind}"}}}}"#);
+        self.registry("registry", &config, leases)?;
+        for side in [0, 1] {
+            let words = undo.split_whitespace().map(str::to_owned).collect();
+            self.undo.push((&self.net.hosts[side], words));
+            self.weftd(side, "registry", &[])?;
+        }
+        Ok(())
     }
 
     /// weft where the first host has `count` routes to the scattered addresses, which are all the
