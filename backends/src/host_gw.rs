@@ -33,6 +33,9 @@ pub(crate) fn open(
     config: &NetworkConfig,
     interface: ExternalInterface,
 ) -> Result<Opened, BackendError> {
+    if config.ipv6.is_some() && interface.ipv6.is_none() {
+        return Err(BackendError::NoIpv6 { interface: interface.name });
+    }
     // Nothing here can break by itself: what happens to routes, the daemon hears from the kernel.
     let (_, receiver) = mpsc::unbounded_channel();
     let netlink = Netlink::open().map_err(BackendError::NetlinkSocket)?;
@@ -118,6 +121,8 @@ impl HostGw {
         let publics: Vec<IpAddr> = attrs.public_addresses().collect();
         let route = |destination: IpNetwork| {
             let gateway = publics.iter().find(|ip| ip.is_ipv6() == destination.is_ipv6());
+            // The kernel has IPv4 routes by way of IPv6 addresses, but not the other way round.
+            let gateway = gateway.or(publics.iter().find(|ip| ip.is_ipv6()));
             let gateway = *gateway.ok_or_else(|| {
                 format!("the node of {key} publishes no address of {destination}'s family")
             })?;

@@ -260,6 +260,12 @@ pub enum BackendError {
     )]
     NoAddress { interface: String },
     #[error(
+        "host-gw needs an IPv6 address on {interface} for an overlay with IPv6, since the kernel has \
+         no IPv6 routes by way of IPv4 addresses: give it one, or leave IPv6 out of the network \
+         config, or use another backend"
+    )]
+    NoIpv6 { interface: String },
+    #[error(
         "your PublicIP differs from interface IP, meaning that probably you're on a NAT, which is not \
          supported by host-gw backend: leave out --public-ip, or give the address of {interface}"
     )]
@@ -298,6 +304,7 @@ impl BackendError {
     pub fn is_final(&self) -> bool {
         match self {
             Self::NoAddress { .. }
+            | Self::NoIpv6 { .. }
             | Self::Nat { .. }
             | Self::MtuTooSmall { .. }
             | Self::NetlinkSocket(_) => true,

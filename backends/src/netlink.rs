@@ -18,7 +18,7 @@ use rtnetlink::packet_route::address::{
 };
 use rtnetlink::packet_route::link::{InfoData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType, RouteVia,
 };
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use rustix::io::Errno;
@@ -492,6 +492,9 @@ fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
             destination = ip(address)?;
         } else if let RouteAttribute::Gateway(address) = attribute {
             gateway = ip(address);
+        } else if let RouteAttribute::Via(RouteVia::Inet6(address)) = attribute {
+            // Of an IPv4 route.
+            gateway = Some(IpAddr::V6(*address));
         } else if let RouteAttribute::Oif(index) = attribute {
             link = Some(*index);
         }

@@ -52,7 +52,8 @@ pub struct Way {
     pub source: Option<IpAddr>,
 }
 
-/// The address families of the overlay; the interface must have an address of each.
+/// The address families of the overlay. An interface with addresses of one family alone carries both
+/// over it, as far as the backend can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Families {
     pub ipv4: bool,
@@ -249,15 +250,25 @@ impl<'a> Chooser<'a> {
     }
 
     fn by_default_route(&self) -> Result<Chosen, InterfaceError> {
-        let ipv4 = self.default_link(Family::Ipv4)?;
-        let ipv6 = self.default_link(Family::Ipv6)?;
-        if let (Some(ipv4), Some(ipv6)) = (ipv4, ipv6)
+        let both = [Family::Ipv4, Family::Ipv6];
+        let wanted = both.into_iter().filter(|family| self.families.has(*family));
+        let (found, misses): (Vec<_>, Vec<_>) =
+            wanted.map(|family| self.default_link(family)).partition(Result::is_ok);
+        let mut found: Vec<&Link> = found.into_iter().flatten().collect();
+        if found.is_empty() {
+            // The other family's way out serves as well.
+            found.extend(both.iter().find_map(|family| self.default_link(*family).ok()));
+        }
+        if let [ipv4, ipv6] = found[..]
             && ipv4.index != ipv6.index
         {
             let (ipv4, ipv6) = (ipv4.name.clone(), ipv6.name.clone());
             return Err(InterfaceError::DifferentDefaultRoutes { ipv4, ipv6 });
         }
-        let link = ipv4.or(ipv6).ok_or(InterfaceError::NoFamily)?;
+        let Some(link) = found.first() else {
+            let miss = misses.into_iter().find_map(Result::err);
+            return Err(miss.unwrap_or(InterfaceError::NoFamily));
+        };
         let why = "it has the default route".into();
         self.take(link, None, why).map_err(InterfaceError::DefaultRoute)
     }
@@ -268,16 +279,13 @@ impl<'a> Chooser<'a> {
         ipv4.or(self.wish.public_ipv6.filter(|_| self.families.ipv6).map(IpAddr::V6))
     }
 
-    /// The interface of the family's first default route; `None` if the family is not in use.
-    fn default_link(&self, family: Family) -> Result<Option<&'a Link>, InterfaceError> {
-        if !self.families.has(family) {
-            return Ok(None);
-        }
+    /// The interface of the family's first default route.
+    fn default_link(&self, family: Family) -> Result<&'a Link, InterfaceError> {
         let route = self.routes.iter().find(|route| route.ipv6 == (family == Family::Ipv6));
         let route = route.ok_or(InterfaceError::NoDefaultRoute(family))?;
         let index = route.link.ok_or(InterfaceError::MultipathDefaultRoute(family))?;
         let link = self.links.iter().find(|link| link.index == index);
-        link.map(Some).ok_or(InterfaceError::DefaultRoute(Miss::Gone(index)))
+        link.ok_or(InterfaceError::DefaultRoute(Miss::Gone(index)))
     }
 
     fn named(&self, name: &str) -> Result<&'a Link, Miss> {
@@ -304,14 +312,14 @@ impl<'a> Chooser<'a> {
     /// Chooses the addresses of the link; `own`, which it has, comes before the best one of its
     /// family.
     fn take(&self, link: &Link, own: Option<IpAddr>, mut why: String) -> Result<Chosen, Miss> {
-        let ipv4 = match self.address(link, own, Family::Ipv4)? {
-            Some(IpAddr::V4(ip)) => Some(ip),
-            Some(IpAddr::V6(_)) | None => None,
-        };
-        let ipv6 = match self.address(link, own, Family::Ipv6)? {
-            Some(IpAddr::V6(ip)) => Some(ip),
-            Some(IpAddr::V4(_)) | None => None,
-        };
+        let [ipv4, ipv6] = self.addresses(link, own)?;
+        for (family, address) in [(Family::Ipv4, ipv4), (Family::Ipv6, ipv6)] {
+            if self.families.has(family) && address.is_none() {
+                why += &format!("; {family} goes over the other family, having no address there");
+            }
+        }
+        let ipv4 = ipv4.and_then(|ip| if let IpAddr::V4(ip) = ip { Some(ip) } else { None });
+        let ipv6 = ipv6.and_then(|ip| if let IpAddr::V6(ip) = ip { Some(ip) } else { None });
         if link.mtu == 0 {
             return Err(Miss::NoMtu { interface: link.name.clone() });
         }
@@ -334,20 +342,24 @@ impl<'a> Chooser<'a> {
         Ok(Chosen { interface, why })
     }
 
-    /// The address to use of a family; `None` if the family is not in use.
-    fn address(
-        &self,
-        link: &Link,
-        own: Option<IpAddr>,
-        family: Family,
-    ) -> Result<Option<IpAddr>, Miss> {
-        if !self.families.has(family) {
-            return Ok(None);
-        }
-        let own = own.filter(|ip| family.holds(*ip));
-        let address = own.or_else(|| best_address(link, family));
-        let miss = || Miss::NoAddress { family, interface: link.name.clone() };
-        address.map(Some).ok_or_else(miss)
+    /// The addresses to use, IPv4's first: of the families in use; where those have none, that of the
+    /// other one, which carries them. Addresses that only the own link knows come last.
+    fn addresses(&self, link: &Link, own: Option<IpAddr>) -> Result<[Option<IpAddr>; 2], Miss> {
+        let both = [Family::Ipv4, Family::Ipv6];
+        let any = |family: Family| {
+            own.filter(|ip| family.holds(*ip)).or_else(|| best_address(link, family))
+        };
+        let global = |family| any(family).filter(|ip| own == Some(*ip) || !is_local(link, *ip));
+        let choices = [
+            both.map(|family| global(family).filter(|_| self.families.has(family))),
+            both.map(global),
+            both.map(|family| any(family).filter(|_| self.families.has(family))),
+        ];
+        let found = choices.into_iter().find(|choice| choice.iter().any(Option::is_some));
+        found.ok_or_else(|| {
+            let family = if self.families.ipv4 { Family::Ipv4 } else { Family::Ipv6 };
+            Miss::NoAddress { family, interface: link.name.clone() }
+        })
     }
 }
 
@@ -365,6 +377,11 @@ fn best_address(link: &Link, family: Family) -> Option<IpAddr> {
 fn can_send(address: &LinkAddress) -> bool {
     let ip = address.network.ip();
     !(ip.is_loopback() || ip.is_multicast() || ip.is_unspecified())
+}
+
+/// Whether only the own link knows the address.
+fn is_local(link: &Link, ip: IpAddr) -> bool {
+    link.addresses.iter().any(|address| address.network.ip() == ip && is_link_local(address))
 }
 
 fn is_link_local(address: &LinkAddress) -> bool {
@@ -556,8 +573,7 @@ mod tests {
         let multipath = DefaultRoute { ipv6: false, link: None };
         let cases = [
             (V4, vec![], "unable to find default route for IPv4"),
-            (V4, vec![route(true, 2)], "unable to find default route for IPv4"),
-            (BOTH, vec![route(false, 2)], "unable to find default route for IPv6"),
+            (BOTH, vec![], "unable to find default route for IPv4"),
             (
                 V4,
                 vec![multipath, route(false, 2)],
@@ -570,7 +586,7 @@ mod tests {
                  interface eth0",
             ),
             (V4, vec![route(false, 9)], "the interface of the default route does not serve"),
-            (V6, vec![route(true, 3)], "the interface of the default route does not serve"),
+            (V6, vec![route(true, 1)], "the interface of the default route does not serve"),
         ];
         for (families, routes, expected) in cases {
             let error =
@@ -590,8 +606,32 @@ mod tests {
         let interface = chosen(&wish, BOTH).interface;
         assert_eq!(interface.ipv6, ip("2001:db8::10"));
         assert_eq!(interface.public_ipv6, ip("2001:db8::ff"));
-        let error = refused(&iface(&["dummy0"]), BOTH);
-        assert!(error.contains("failed to find IPv6 address for interface dummy0"), "{error}");
+    }
+
+    #[test]
+    fn one_family_carries_the_other_where_that_has_no_address() {
+        let Chosen { interface, why } = chosen(&iface(&["dummy0"]), BOTH);
+        assert_eq!((interface.ipv4, interface.ipv6), (ip("1.10.100.1"), None));
+        assert!(why.ends_with("IPv6 goes over the other family, having no address there"), "{why}");
+        let Chosen { interface, .. } = chosen(&iface(&["dummy0"]), V6);
+        assert_eq!((interface.ipv4, interface.ipv6), (ip("1.10.100.1"), None));
+        let links = [link(2, "eth0", &["2001:db8::1/64", "fe80::1/64 link"])];
+        let over_v6 = |families, routes: &[DefaultRoute]| {
+            choose(&Wish::default(), families, &links, routes, Way::default())
+        };
+        let found = over_v6(V4, &[route(true, 2)]).unwrap();
+        assert_eq!((found.interface.ipv4, found.interface.ipv6), (None, ip("2001:db8::1")));
+        let found = over_v6(BOTH, &[route(true, 2)]).unwrap();
+        assert_eq!(found.interface.public_ipv6, ip("2001:db8::1"));
+        let links = [link(2, "eth0", &["192.0.2.1/24", "fe80::1/64 link"])];
+        let found = choose(&iface(&["eth0"]), V6, &links, &[], Way::default()).unwrap();
+        assert_eq!((found.interface.ipv4, found.interface.ipv6), (ip("192.0.2.1"), None));
+        let found = choose(&iface(&["fe80::1"]), V6, &links, &[], Way::default()).unwrap();
+        assert_eq!(found.interface.ipv6, ip("fe80::1"), "asked for");
+        // An address that only the own link knows is no way out for another family.
+        let links = [link(2, "eth0", &["fe80::1/64 link"])];
+        let error = choose(&iface(&["eth0"]), V4, &links, &[], Way::default()).unwrap_err();
+        assert!(error.to_string().contains("failed to find IPv4 address"), "{error}");
     }
 
     #[test]

@@ -155,6 +155,13 @@ fn after_udp_tun_and_nftables_nothing_is_left() -> Result<()> {
     leaves_nothing("udp-tun", "", &["--firewall=nftables"], &made)
 }
 
+#[test]
+fn after_vxlan_nothing_is_left() -> Result<()> {
+    let made = ["device flannel.1", "route that discards 10.42.", "chain FLANNEL-FWD"];
+    let data = r#","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}"#;
+    leaves_nothing("vxlan", data, &["--firewall=iptables"], &made)
+}
+
 /// Each state directory is one daemon's; without any, all that bears weft's mark goes.
 #[test]
 fn another_daemons_things_stay() -> Result<()> {

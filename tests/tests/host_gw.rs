@@ -2,12 +2,13 @@
 //! what udp-tun needs of the kernel is kept, too.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use weft_daemon::lab::{Bytes, Lab, LabOptions, PingOptions, ping};
+use weft_daemon::lab::{Bytes, Cancel, Lab, LabOptions, Patience, PingOptions, ping, transfer};
 use weft_daemon::netns::NetNs;
 use weft_tests::{
     DEADLINE, all_acquainted, bring_up, dual_stack, hosts, overlay, until, write_config,
@@ -15,6 +16,18 @@ use weft_tests::{
 
 /// Two hops, both in kernels.
 const TTL_ACROSS: u8 = 62;
+
+/// Repairs in a minute.
+const REPAIRS_MAX: usize = 10;
+
+/// Says, when dropped, that what others go on beside is over, also by an error.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 fn lab(hosts: usize) -> Result<Lab> {
     Lab::new(LabOptions { hosts, backend: "host-gw".into(), ..LabOptions::default() })
@@ -136,10 +149,14 @@ fn a_fight_is_given_up_and_told() -> Result<()> {
         let _ = host.ip(&["route", "flush", "proto", "119"]);
         given_up()
     })?;
+    // From now on only the slow timer puts it right.
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    assert_eq!(log.matches("somebody changed links or routes").count(), REPAIRS_MAX, "{log}");
+    assert_eq!(log.matches("another program keeps changing").count(), 1, "{log}");
     lab.remove()
 }
 
-/// A running ping, 100 times a second, over a stop, a start, a kill and a start.
+/// A running ping, 100 times a second, and transfers, over a stop, a start, a kill and a start.
 #[test]
 fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     let mut lab = lab(2)?;
@@ -149,8 +166,19 @@ fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     let interval = Duration::from_millis(10);
     let how = PingOptions { count: 600, interval, ..PingOptions::default() };
     let host = NetNs::open(lab.host(0).netns.name());
+    let restarted = AtomicBool::new(false);
     thread::scope(|scope| -> Result<()> {
         let pinging = scope.spawn(|| ping(&from.netns, to.address()?, &how));
+        let moving = scope.spawn(|| -> Result<()> {
+            let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
+            while !restarted.load(Ordering::Relaxed) {
+                let moved =
+                    transfer(&from.netns, &to.netns, to.address()?, Bytes(32 << 20), &patience)?;
+                assert!(moved.intact(), "{moved:?}");
+            }
+            Ok(())
+        });
+        let over = Over(&restarted);
         lab.stop_daemon(0)?;
         assert_eq!(routes(&host, "-4")?, before);
         // Of a node that has left meanwhile.
@@ -163,6 +191,8 @@ fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
         lab.start_daemon(0, &[])?;
         lab.wait_ready(0, DEADLINE)?;
         all_acquainted(&lab)?;
+        drop(over);
+        moving.join().expect("a transfer panicked")?;
         let report = pinging.join().expect("the ping panicked")?;
         assert!(report.complete(), "{} of {}: {:?}", report.received, report.sent, report.errors);
         Ok(())

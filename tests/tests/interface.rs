@@ -150,6 +150,11 @@ fn host_gw_follows_its_interface_and_the_lease_in_etcd_too() -> Result<()> {
     follows("host-gw", 1, 0, true)
 }
 
+#[test]
+fn vxlan_follows_its_interface() -> Result<()> {
+    follows("vxlan", 0, 50, true)
+}
+
 /// Further addresses come and go: peers are told, and nothing is interrupted.
 #[test]
 fn further_addresses_interrupt_nothing() -> Result<()> {

@@ -1,7 +1,7 @@
 //! An etcd on the lab's switch, each member in a network namespace of its own.
 
 use std::env;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -50,9 +50,10 @@ impl EtcdMember {
         directory: &Path,
     ) -> Self {
         let name = |number: usize| format!("e{number}");
-        let peer = |address: &IpAddr| format!("http://{address}:2380");
+        let peer = |address: &IpAddr| format!("http://{}", SocketAddr::new(*address, 2380));
         let address = addresses[number - 1];
-        let url = format!("http{}://{address}:2379", if options.tls { "s" } else { "" });
+        let scheme = if options.tls { "https" } else { "http" };
+        let url = format!("{scheme}://{}", SocketAddr::new(address, 2379));
         let data = directory.join(name(number));
         let cluster: Vec<String> = addresses
             .iter()

@@ -50,10 +50,10 @@ pub use self::down::{Removed, abandoned, down};
 pub use self::etcd::{EtcdMember, EtcdOptions};
 pub use self::ping::{PingOptions, PingReport, Reply, ping};
 pub use self::run::{Outcome, RunOptions, run};
-pub use self::topology::{Container, Host};
+pub use self::topology::{Container, Host, Underlay};
 pub use self::transfer::{MAX_TRANSFER, Patience, Transfer, transfer};
 
-/// The overlay's network.
+/// The overlay's network, where no other is asked for.
 pub const NETWORK: &str = "10.42.0.0/16";
 
 /// How long a daemon may take to stop.
@@ -72,6 +72,10 @@ pub struct LabOptions {
     pub hosts: usize,
     /// The daemons' `--backend`.
     pub backend: String,
+    /// The daemons' `--network`.
+    pub network: String,
+    /// What hosts and etcd are reached by.
+    pub underlay: Underlay,
     /// Where leases are kept, if not in a directory.
     pub etcd: EtcdOptions,
     /// Where daemons look for programs, if not where we do.
@@ -87,6 +91,8 @@ impl Default for LabOptions {
         Self {
             hosts: 3,
             backend: "udp-tun".into(),
+            network: NETWORK.into(),
+            underlay: Underlay::Ipv4,
             etcd: EtcdOptions::default(),
             search_path: None,
             stall: Duration::from_secs(20),
@@ -152,15 +158,20 @@ impl Lab {
     /// Makes the members of etcd, all at once since none serves before most are there.
     fn add_etcd(&mut self) -> anyhow::Result<()> {
         let options = self.options.etcd.clone();
-        let addresses: Vec<IpAddr> =
-            (1..=options.members).map(topology::etcd_address).collect::<anyhow::Result<_>>()?;
+        let addresses: Vec<IpAddr> = (1..=options.members)
+            .map(|number| self.etcd_address(number))
+            .collect::<Result<_, _>>()?;
         for number in 1..=options.members {
             let name = self.announce(&format!("e{number}"))?;
-            let netns = topology::make_etcd(self.switch()?, name, number)?;
+            let netns = topology::make_etcd(self.switch()?, name, number, addresses[number - 1])?;
             let directory = self.directory()?;
             self.etcd.push(EtcdMember::new(netns, number, &addresses, &options, directory));
         }
         (0..options.members).try_for_each(|member| self.start_etcd(member))
+    }
+
+    fn etcd_address(&self, number: usize) -> anyhow::Result<IpAddr> {
+        topology::etcd_address(self.options.underlay, number)
     }
 
     /// A member of etcd.
@@ -231,7 +242,8 @@ impl Lab {
         }
         let number = host + 1;
         let name = self.announce(&format!("h{number}"))?;
-        let made = topology::make_host(self.switch()?, name, number, self.directory()?)?;
+        let address = topology::host_address(self.options.underlay, number)?;
+        let made = topology::make_host(self.switch()?, name, number, address, self.directory()?)?;
         self.sites.push(Site { host: made, container: None, daemon: None });
         Ok(host)
     }
@@ -397,7 +409,7 @@ impl Lab {
         };
         let arguments = [
             registry,
-            ("--network", NETWORK.to_owned()),
+            ("--network", self.options.network.clone()),
             ("--backend", self.options.backend.clone()),
             ("--state-dir", state_dir.display().to_string()),
             ("--run-dir", run_dir.display().to_string()),

@@ -20,6 +20,15 @@ const FORWARDING: [&str; 2] =
 /// The bridge that a container runtime makes on a host.
 const DOCKER0: &str = "docker0";
 
+/// The address family of the hosts' network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Underlay {
+    /// 10.168.0.0/24
+    Ipv4,
+    /// fd00:168::/64
+    Ipv6,
+}
+
 /// A host on the switch.
 #[derive(Debug)]
 pub struct Host {
@@ -73,13 +82,14 @@ pub(super) fn make_host(
     switch: &NetNs,
     name: String,
     number: usize,
+    address: IpAddr,
     directory: &Path,
 ) -> anyhow::Result<Host> {
     let directory = directory.join(format!("h{number}"));
     let run_dir = directory.join("run");
     let host = Host {
         netns: NetNs::create(name)?,
-        address: host_address(number)?,
+        address,
         state_dir: directory.join("state"),
         subnet_file: run_dir.join("subnet.env"),
         log: directory.join("weftd.log"),
@@ -91,19 +101,24 @@ pub(super) fn make_host(
     let netns = &host.netns;
     host.netns.run(|| set_forwarding(netns.name()))??;
     plug(switch, "br0", &format!("h{number}"), netns, None)?;
-    let address = format!("{}/24", host.address);
-    netns.ip(&["address", "add", &address, "dev", "eth0"])?;
+    add_address(netns, &on_the_switch(address)?, "eth0")?;
     netns.ip(&["link", "set", "eth0", "up"])?;
     // On-link, so that there is a default route to choose the interface by, and no router.
-    netns.ip(&["route", "add", "default", "dev", "eth0"])?;
+    let family = if address.is_ipv6() { "-6" } else { "-4" };
+    netns.ip(&[family, "route", "add", "default", "dev", "eth0"])?;
     Ok(host)
 }
 
 /// Makes the namespace of etcd member `number` (from 1) and plugs it into the switch.
-pub(super) fn make_etcd(switch: &NetNs, name: String, number: usize) -> anyhow::Result<NetNs> {
+pub(super) fn make_etcd(
+    switch: &NetNs,
+    name: String,
+    number: usize,
+    address: IpAddr,
+) -> anyhow::Result<NetNs> {
     let netns = NetNs::create(name)?;
     plug(switch, "br0", &format!("e{number}"), &netns, None)?;
-    netns.ip(&["address", "add", &format!("{}/24", etcd_address(number)?), "dev", "eth0"])?;
+    add_address(&netns, &on_the_switch(address)?, "eth0")?;
     netns.ip(&["link", "set", "eth0", "up"])?;
     Ok(netns)
 }
@@ -177,14 +192,26 @@ fn set_forwarding(name: &str) -> anyhow::Result<()> {
 }
 
 /// Below the hosts'.
-pub(super) fn etcd_address(number: usize) -> anyhow::Result<IpAddr> {
+pub(super) fn etcd_address(underlay: Underlay, number: usize) -> anyhow::Result<IpAddr> {
     let last = u8::try_from(number).context("too many members of etcd")?;
-    Ok(Ipv4Addr::new(10, 168, 0, last).into())
+    Ok(underlay_address(underlay, last))
 }
 
-fn host_address(number: usize) -> anyhow::Result<IpAddr> {
+pub(super) fn host_address(underlay: Underlay, number: usize) -> anyhow::Result<IpAddr> {
     let last = u8::try_from(93 + number).context("too many hosts")?;
-    Ok(Ipv4Addr::new(10, 168, 0, last).into())
+    Ok(underlay_address(underlay, last))
+}
+
+fn underlay_address(underlay: Underlay, last: u8) -> IpAddr {
+    match underlay {
+        Underlay::Ipv4 => Ipv4Addr::new(10, 168, 0, last).into(),
+        Underlay::Ipv6 => Ipv6Addr::new(0xfd00, 0x168, 0, 0, 0, 0, 0, last.into()).into(),
+    }
+}
+
+fn on_the_switch(address: IpAddr) -> anyhow::Result<IpNetwork> {
+    let len = if address.is_ipv6() { 64 } else { 24 };
+    IpNetwork::new(address, len).context("no such length")
 }
 
 /// The address that the first container behind `gateway` gets.

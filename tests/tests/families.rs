@@ -1,0 +1,220 @@
+//! Every pair of families inside {IPv4, IPv6, both} and outside {IPv4, IPv6}, for each backend:
+//! pings, transfers, and what the registry, subnet.env and the firewall hold.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use ipnetwork::IpNetwork;
+use weft_daemon::lab::{
+    Bytes, Cancel, EtcdOptions, Lab, LabOptions, Patience, PingOptions, Underlay, ping, transfer,
+};
+use weft_daemon::netns::NetNs;
+use weft_tests::{DEADLINE, bring_up, etcd, until, write_config};
+
+const IPV4: &str = "10.42.0.0/16";
+const IPV6: &str = "fd00:42::/48";
+const DUAL: &str = r#"{"EnableIPv6":true,"Network":"10.42.0.0/16","IPv6Network":"fd00:42::/48"}"#;
+
+/// What containers have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Inner {
+    Ipv4,
+    Ipv6,
+    Both,
+}
+
+impl Inner {
+    fn has(self, ipv6: bool) -> bool {
+        self == Self::Both || (self == Self::Ipv6) == ipv6
+    }
+}
+
+/// Two hosts with a container each.
+fn lab(backend: &str, inner: Inner, underlay: Underlay) -> Result<Lab> {
+    let network = if inner == Inner::Ipv6 { IPV6 } else { IPV4 };
+    let mut lab = Lab::new(LabOptions {
+        hosts: 2,
+        backend: backend.into(),
+        network: network.into(),
+        underlay,
+        ..LabOptions::default()
+    })?;
+    if inner == Inner::Both {
+        write_config(&lab, DUAL)?;
+    }
+    bring_up(&mut lab, &[])?;
+    Ok(lab)
+}
+
+/// flannel's key, and flannel's lines for container runtimes.
+fn registry_and_subnet_env(lab: &Lab, inner: Inner, mtu: u32) -> Result<()> {
+    let subnets = lab.status(0)?.subnets;
+    let of = |ipv6: bool| subnets.iter().find(|net| net.is_ipv6() == ipv6);
+    let dashed = |net: &IpNetwork| format!("{}-{}", net.network(), net.prefix());
+    let ipv4 = of(false).map_or("0.0.0.0-0".into(), dashed);
+    let key = of(true).map_or(ipv4.clone(), |net| format!("{ipv4}&{}", dashed(net)));
+    assert!(lab.registry()?.join("subnets").join(&key).exists(), "no lease {key}");
+
+    let gateway = |net: &IpNetwork| {
+        let base = net.network().to_string();
+        let base = base.strip_suffix('0').unwrap_or(&base).to_owned();
+        format!("{base}1/{}", net.prefix())
+    };
+    let mut env = String::new();
+    for (infix, ipv6, network) in [("", false, IPV4), ("IPV6_", true, IPV6)] {
+        if let Some(net) = of(ipv6) {
+            env += &format!("FLANNEL_{infix}NETWORK={network}\n");
+            env += &format!("FLANNEL_{infix}SUBNET={}\n", gateway(net));
+        }
+    }
+    env += &format!("FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ=false\n");
+    assert_eq!(fs::read_to_string(&lab.host(0).subnet_file)?, env);
+    assert_eq!(subnets.len(), [false, true].iter().filter(|ipv6| inner.has(**ipv6)).count());
+    Ok(())
+}
+
+fn rules(lab: &Lab, inner: Inner) -> Result<()> {
+    for (program, ipv6, network) in [("iptables-save", false, IPV4), ("ip6tables-save", true, IPV6)]
+    {
+        let saved = lab.host(0).netns.tool(program, &["-t", "filter"])?;
+        let rule = format!("-A FLANNEL-FWD -s {network} ");
+        assert_eq!(saved.contains(&rule), inner.has(ipv6), "{program}: {saved}");
+    }
+    Ok(())
+}
+
+/// Both ways, by each of the addresses.
+fn traffic(lab: &Lab) -> Result<()> {
+    for (from, to) in [(0, 1), (1, 0)] {
+        let (from, to) = (lab.container(from)?, lab.container(to)?);
+        for address in &to.addresses {
+            let ip = address.ip();
+            until(&format!("{ip} answers"), || {
+                Ok(ping(&from.netns, ip, &PingOptions::default())?.complete())
+            })?;
+            let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
+            let moved = transfer(&from.netns, &to.netns, ip, Bytes(2 << 20), &patience)?;
+            assert!(moved.intact(), "{moved:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A container whose own link takes more learns from its host what passes: that, and not a byte more.
+fn largest_packet(lab: &Lab, mtu: u32) -> Result<()> {
+    let (from, to) = (lab.container(0)?, lab.container(1)?);
+    let larger = (mtu + 200).to_string();
+    let host = NetNs::open(lab.host(0).netns.name());
+    for device in ["c1", "docker0"] {
+        host.ip(&["link", "set", device, "mtu", &larger])?;
+    }
+    from.netns.ip(&["link", "set", "eth0", "mtu", &larger])?;
+    for address in &to.addresses {
+        // Of IP and ICMP.
+        let headers = if address.is_ipv6() { 48 } else { 28 };
+        let of = |packet: u32| -> Result<PingOptions> {
+            let size = Some(u16::try_from(packet - headers)?);
+            Ok(PingOptions { size, df: true, count: 2, ..PingOptions::default() })
+        };
+        let refused = ping(&from.netns, address.ip(), &of(mtu + 1)?)?;
+        assert_eq!(refused.received, 0, "{address}: {refused:?}");
+        let told = |line: &String| {
+            line.split(|it: char| !it.is_ascii_digit()).any(|word| word == mtu.to_string())
+        };
+        assert!(refused.errors.iter().any(told), "{address}, {mtu}: {refused:?}");
+        let passes = ping(&from.netns, address.ip(), &of(mtu)?)?;
+        assert!(passes.complete(), "{address}, {mtu}: {passes:?}");
+    }
+    Ok(())
+}
+
+/// All of it, where `carries` says that the backend can.
+fn every_pair(
+    backend: &str,
+    overhead: impl Fn(Underlay) -> u32,
+    carries: impl Fn(Inner, Underlay) -> bool,
+) -> Result<()> {
+    for underlay in [Underlay::Ipv4, Underlay::Ipv6] {
+        for inner in [Inner::Ipv4, Inner::Ipv6, Inner::Both] {
+            if !carries(inner, underlay) {
+                continue;
+            }
+            let mtu = 1500 - overhead(underlay);
+            let checked = || -> Result<()> {
+                let lab = lab(backend, inner, underlay)?;
+                registry_and_subnet_env(&lab, inner, mtu)?;
+                rules(&lab, inner)?;
+                traffic(&lab)?;
+                largest_packet(&lab, mtu)?;
+                lab.remove()
+            };
+            checked().with_context(|| format!("{backend}: {inner:?} over {underlay:?}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn udp_tun_carries_every_family_over_every_family() -> Result<()> {
+    let overhead = |underlay| if underlay == Underlay::Ipv4 { 28 } else { 48 };
+    every_pair("udp-tun", overhead, |_, _| true)
+}
+
+#[test]
+fn vxlan_carries_every_family_over_every_family() -> Result<()> {
+    let overhead = |underlay| if underlay == Underlay::Ipv4 { 50 } else { 70 };
+    every_pair("vxlan", overhead, |_, _| true)
+}
+
+/// The kernel has no IPv6 routes by way of IPv4 addresses.
+#[test]
+fn host_gw_carries_what_the_kernel_can_route() -> Result<()> {
+    every_pair(
+        "host-gw",
+        |_| 0,
+        |inner, underlay| underlay == Underlay::Ipv6 || inner == Inner::Ipv4,
+    )?;
+    let mut lab = Lab::new(LabOptions {
+        hosts: 1,
+        backend: "host-gw".into(),
+        network: IPV6.into(),
+        ..LabOptions::default()
+    })?;
+    lab.start_daemon(0, &[])?;
+    let error = format!("{:#}", lab.wait_ready(0, DEADLINE).unwrap_err());
+    assert!(error.contains("host-gw needs an IPv6 address on eth0"), "{error}");
+    lab.remove()
+}
+
+/// IPv6 alone, etcd included. In flannel all such nodes would share one identity, 0.0.0.0.
+#[test]
+fn nodes_of_ipv6_alone_are_told_apart_in_etcd() -> Result<()> {
+    let mut lab = Lab::new(LabOptions {
+        hosts: 3,
+        network: IPV6.into(),
+        underlay: Underlay::Ipv6,
+        etcd: EtcdOptions { members: 1, arguments: vec!["--enable-v2".into()], tls: false },
+        ..LabOptions::default()
+    })?;
+    etcd::wait_until_it_serves(&lab)?;
+    bring_up(&mut lab, &[])?;
+    let mut seen = Vec::new();
+    for host in 0..lab.hosts() {
+        let status = lab.status(host)?;
+        assert_eq!(status.public_ip, Some(lab.host(host).address));
+        assert_eq!(status.problems, Vec::<String>::new());
+        seen.push((status.node_id, status.subnets));
+    }
+    seen.sort();
+    seen.dedup_by(|a, b| a.0 == b.0 || a.1 == b.1);
+    assert_eq!(seen.len(), lab.hosts());
+    let before = lab.status(0)?;
+    lab.kill_daemon(0)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_eq!(lab.status(0)?.subnets, before.subnets, "found again by its IPv6 address");
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    assert!(log.contains("taking up the lease that has our address"), "{log}");
+    traffic(&lab)?;
+    lab.remove()
+}
