@@ -58,9 +58,10 @@ use crossbeam::channel::{self, Sender};
 pub use ecn::{DscpMode, EcnMode};
 pub use features::{Feature, FeatureState};
 pub use guard::GuardMode;
+pub use io::Direction;
 pub use meter::EngineMeter;
 pub use routes::{Peer, RouteTable};
-pub use stats::Counter;
+pub use stats::{BUCKETS, Counter, Distribution, Histogram};
 pub use udp::SOCKET_BUFFER_LEN;
 // For the benchmarks, which compare forwarders on one and the same device.
 #[doc(hidden)]
@@ -68,9 +69,9 @@ pub use tun::{TunDevice, TunQueue};
 
 use features::Features;
 use guard::Guard;
+use io::Io;
 use io::mmsg::Mmsg;
 use io::uring::{self, Ring};
-use io::{Direction, Io};
 use stats::ThreadStats;
 use tun_to_udp::TunToUdp;
 use udp::UdpSocket;
@@ -324,7 +325,7 @@ impl EngineHandle {
 
     /// What can be read of it at any time, from any thread.
     pub fn meter(&self) -> EngineMeter {
-        let stats = self.threads.iter().map(|thread| Arc::clone(&thread.stats)).collect();
+        let stats = self.threads.iter().map(|it| (it.direction, Arc::clone(&it.stats))).collect();
         EngineMeter::new(self.io, Arc::clone(&self.features), stats)
     }
 }
@@ -347,6 +348,7 @@ impl Drop for EngineHandle {
 
 /// A thread of a worker.
 struct Running {
+    direction: Direction,
     join: Option<JoinHandle<()>>,
     bell: File,
     stats: Arc<ThreadStats>,
@@ -366,15 +368,13 @@ impl Job {
         let bell = sys::eventfd().map_err(EngineError::Thread)?;
         let thread_bell = bell.try_clone().map_err(EngineError::Thread)?;
         let stats = Arc::clone(&self.context.stats);
-        let name = match self.direction {
-            Direction::TunToUdp => format!("tun_to_udp-{number}"),
-            Direction::UdpToTun => format!("udp_to_tun-{number}"),
-        };
+        let direction = self.direction;
+        let name = format!("{}-{number}", direction.name());
         let join = thread::Builder::new()
             .name(name)
             .spawn(move || self.run(&thread_bell))
             .map_err(EngineError::Thread)?;
-        Ok(Running { join: Some(join), bell: bell.into(), stats })
+        Ok(Running { direction, join: Some(join), bell: bell.into(), stats })
     }
 
     fn run(self, bell: &OwnedFd) {

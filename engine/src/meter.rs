@@ -4,19 +4,24 @@ use std::sync::Arc;
 
 use crate::IoKind;
 use crate::features::{Feature, FeatureState, Features};
-use crate::stats::{Counter, ThreadStats};
+use crate::io::Direction;
+use crate::stats::{Counter, Distribution, Histogram, ThreadStats};
 
 /// Reads an engine's counters and features. A clone reads the same engine, also after its end.
 #[derive(Debug, Clone)]
 pub struct EngineMeter {
     io: IoKind,
     features: Arc<Features>,
-    /// One a thread.
-    stats: Arc<[Arc<ThreadStats>]>,
+    /// One a thread, and its direction.
+    stats: Arc<[(Direction, Arc<ThreadStats>)]>,
 }
 
 impl EngineMeter {
-    pub(crate) fn new(io: IoKind, features: Arc<Features>, stats: Arc<[Arc<ThreadStats>]>) -> Self {
+    pub(crate) fn new(
+        io: IoKind,
+        features: Arc<Features>,
+        stats: Arc<[(Direction, Arc<ThreadStats>)]>,
+    ) -> Self {
         Self { io, features, stats }
     }
 
@@ -32,7 +37,16 @@ impl EngineMeter {
 
     /// A counter, summed over all threads.
     pub fn counter(&self, counter: Counter) -> u64 {
-        self.stats.iter().map(|stats| stats.get(counter)).sum()
+        self.stats.iter().map(|(_, stats)| stats.get(counter)).sum()
+    }
+
+    /// A distribution, summed over all threads of a direction.
+    pub fn distribution(&self, direction: Direction, distribution: Distribution) -> Histogram {
+        let mut sum = Histogram::default();
+        for (_, stats) in self.stats.iter().filter(|(its, _)| *its == direction) {
+            stats.add_to(&mut sum, distribution);
+        }
+        sum
     }
 
     /// All counters.

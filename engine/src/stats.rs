@@ -1,4 +1,4 @@
-//! Counters: plain numbers, one writer each, summed by whoever reads.
+//! Counters and distributions: plain numbers, one writer each, summed by whoever reads.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -53,6 +53,8 @@ counters! {
     TunToUdpFull => "tun_to_udp_full",
     /// Dropped: the kernel refused the send for another reason (no route to the peer, say).
     TunToUdpSendFailed => "tun_to_udp_send_failed",
+    /// Datagrams that came in, whatever became of them.
+    UdpToTunDatagrams => "udp_to_tun_datagrams",
     /// Packets written to the TUN device.
     UdpToTunPackets => "udp_to_tun_packets",
     /// Their bytes, those of a super-packet with one set of headers.
@@ -87,25 +89,93 @@ counters! {
     IcmpLimited => "icmp_limited",
 }
 
-/// The counters of one thread. Only that thread adds to them.
+/// What is measured of each batch, by each thread for its direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Distribution {
+    /// Packets that the thread woke up to; of the TUN device, a super-packet is one.
+    BatchPackets,
+    /// Packets that one send, or one write to the TUN device, carried.
+    SegmentPackets,
+    /// Nanoseconds from waking up until all that had come in was handed on.
+    BatchNanos,
+}
+
+impl Distribution {
+    pub const ALL: [Self; 3] = [Self::BatchPackets, Self::SegmentPackets, Self::BatchNanos];
+}
+
+/// Buckets of a histogram: number n holds values up to 2^n that no smaller one holds, the last one
+/// all that are larger.
+pub const BUCKETS: usize = 32;
+
+/// How many values fell into which bucket, and what they add up to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Histogram {
+    pub buckets: [u64; BUCKETS],
+    pub sum: u64,
+}
+
+fn bucket(value: u64) -> usize {
+    ((u64::BITS - value.saturating_sub(1).leading_zeros()) as usize).min(BUCKETS - 1)
+}
+
+/// A cell that only one thread writes.
 #[derive(Debug)]
-pub struct ThreadStats(CachePadded<[AtomicU64; Counter::ALL.len()]>);
+struct Cell(AtomicU64);
+
+impl Cell {
+    /// A load and a store, not a locked addition: there is one writer.
+    fn add(&self, amount: u64) {
+        self.0.store(self.get().wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The counters and distributions of one thread. Only that thread adds to them.
+#[derive(Debug)]
+pub struct ThreadStats {
+    counters: CachePadded<[Cell; Counter::ALL.len()]>,
+    /// The buckets of each distribution, and behind them the sum.
+    distributions: CachePadded<[[Cell; BUCKETS + 1]; Distribution::ALL.len()]>,
+}
 
 impl Default for ThreadStats {
     fn default() -> Self {
-        Self(CachePadded::new([const { AtomicU64::new(0) }; Counter::ALL.len()]))
+        let counters = [const { Cell(AtomicU64::new(0)) }; Counter::ALL.len()];
+        let distributions =
+            [const { [const { Cell(AtomicU64::new(0)) }; BUCKETS + 1] }; Distribution::ALL.len()];
+        Self {
+            counters: CachePadded::new(counters),
+            distributions: CachePadded::new(distributions),
+        }
     }
 }
 
 impl ThreadStats {
-    /// A load and a store, not a locked addition: there is one writer.
     pub fn add(&self, counter: Counter, amount: u64) {
-        let cell = &self.0[counter as usize];
-        cell.store(cell.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+        self.counters[counter as usize].add(amount);
     }
 
     pub fn get(&self, counter: Counter) -> u64 {
-        self.0[counter as usize].load(Ordering::Relaxed)
+        self.counters[counter as usize].get()
+    }
+
+    pub fn record(&self, distribution: Distribution, value: u64) {
+        let cells = &self.distributions[distribution as usize];
+        cells[bucket(value)].add(1);
+        cells[BUCKETS].add(value);
+    }
+
+    /// Adds what was recorded to `sum`.
+    pub fn add_to(&self, sum: &mut Histogram, distribution: Distribution) {
+        let cells = &self.distributions[distribution as usize];
+        for (total, cell) in sum.buckets.iter_mut().zip(cells) {
+            *total += cell.get();
+        }
+        sum.sum = sum.sum.wrapping_add(cells[BUCKETS].get());
     }
 }
 
@@ -122,6 +192,23 @@ mod tests {
         stats.add(Counter::IcmpSent, 3);
         assert_eq!(stats.get(Counter::IcmpSent), 5);
         assert_eq!(stats.get(Counter::IcmpLimited), 0);
+    }
+
+    #[test]
+    fn a_value_falls_into_the_first_bucket_that_holds_it() {
+        let stats = ThreadStats::default();
+        let values = [0, 1, 2, 3, 4, 5, 1 << 30, (1 << 30) + 1, u64::MAX >> 1];
+        for value in values {
+            stats.record(Distribution::BatchNanos, value);
+        }
+        let mut sum = Histogram::default();
+        stats.add_to(&mut sum, Distribution::BatchNanos);
+        stats.add_to(&mut sum, Distribution::BatchPackets);
+        let mut wanted = Histogram { sum: values.iter().sum(), ..Histogram::default() };
+        for (bucket, count) in [(0, 2), (1, 1), (2, 2), (3, 1), (30, 1), (31, 2)] {
+            wanted.buckets[bucket] = count;
+        }
+        assert_eq!(sum, wanted);
     }
 
     #[test]

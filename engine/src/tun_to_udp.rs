@@ -14,7 +14,7 @@ use crate::offload::segment::{Cut, finish_checksum};
 use crate::offload::{VirtioNetHdr, WHOLE};
 use crate::packet::{IpView, decrement_ttl};
 use crate::routes::{Peer, RouteTable, Target};
-use crate::stats::Counter;
+use crate::stats::{Counter, Distribution};
 use crate::sys;
 use crate::worker::{Carry, Context};
 
@@ -213,6 +213,7 @@ impl TunToUdp {
     fn count_sent(&self, bytes: usize, packets: u64) {
         self.context.stats.add(Counter::TunToUdpSends, 1);
         self.context.stats.add(Counter::TunToUdpPackets, packets);
+        self.context.stats.record(Distribution::SegmentPackets, packets);
         self.context.stats.add(Counter::TunToUdpBytes, bytes as u64);
     }
 
@@ -260,6 +261,7 @@ impl TunToUdp {
 
 impl<I: Io> Carry<I> for TunToUdp {
     const BATCHES: Counter = Counter::TunToUdpBatches;
+    const INPUT: Counter = Counter::TunToUdpReads;
 
     fn act(&mut self, io: &mut I, routes: &RouteTable, completion: Completion) {
         match completion {

@@ -14,7 +14,7 @@ use crate::offload::segment::Cut;
 use crate::offload::{VirtioNetHdr, WHOLE};
 use crate::packet::{IpView, decrement_ttl};
 use crate::routes::{RouteTable, Target};
-use crate::stats::Counter;
+use crate::stats::{Counter, Distribution};
 use crate::worker::{Carry, Context};
 
 /// Carries packets from peers to the containers.
@@ -33,6 +33,8 @@ impl UdpToTun {
 
     fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: &Received) {
         let Received { buffer, packets, segment_len, sender, traffic_class } = received;
+        let datagrams = packets.len().div_ceil(*segment_len.max(&1)).max(1);
+        self.context.stats.add(Counter::UdpToTunDatagrams, datagrams as u64);
         let mut start = packets.start;
         // Once at least, so that an empty datagram is counted too.
         loop {
@@ -129,6 +131,7 @@ impl UdpToTun {
 
 impl<I: Io> Carry<I> for UdpToTun {
     const BATCHES: Counter = Counter::UdpToTunBatches;
+    const INPUT: Counter = Counter::UdpToTunDatagrams;
 
     fn act(&mut self, io: &mut I, routes: &RouteTable, completion: Completion) {
         match completion {
@@ -188,5 +191,6 @@ fn write_apart(
 fn count_written(context: &Context, bytes: usize, packets: usize) {
     context.stats.add(Counter::UdpToTunWrites, 1);
     context.stats.add(Counter::UdpToTunPackets, packets as u64);
+    context.stats.record(Distribution::SegmentPackets, packets as u64);
     context.stats.add(Counter::UdpToTunBytes, bytes as u64);
 }

@@ -16,7 +16,7 @@ use crate::guard::Guard;
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
 use crate::io::{Completion, Direction, Files, Io, Wait};
 use crate::routes::RouteTable;
-use crate::stats::{Counter, ThreadStats};
+use crate::stats::{Counter, Distribution, ThreadStats};
 use crate::tun::TunQueue;
 use crate::udp::UdpSocket;
 
@@ -87,6 +87,8 @@ impl Context {
 pub(crate) trait Carry<I> {
     /// Counts the times that packets were found.
     const BATCHES: Counter;
+    /// Counts the packets that came in.
+    const INPUT: Counter;
 
     /// Acts on one completion.
     fn act(&mut self, io: &mut I, routes: &RouteTable, completion: Completion);
@@ -110,15 +112,23 @@ pub(crate) fn turn<I: Io, C: Carry<I>>(
     while !context.stop.load(Ordering::Relaxed) {
         io.submit(spin.wait())?;
         io.reap(&mut completions)?;
+        let mut batch = None;
         if completions.iter().any(|completion| matches!(completion, Completion::Received(_))) {
             context.stats.add(C::BATCHES, 1);
             spin.begin();
+            batch = Some((Instant::now(), context.stats.get(C::INPUT)));
         }
         let routes: &RouteTable = routes.load();
         for completion in completions.drain(..) {
             carry.act(io, routes, completion);
         }
         carry.flush(io, routes);
+        if let Some((begun, before)) = batch {
+            let nanos = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            context.stats.record(Distribution::BatchNanos, nanos);
+            let packets = context.stats.get(C::INPUT) - before;
+            context.stats.record(Distribution::BatchPackets, packets);
+        }
     }
     Ok(())
 }

@@ -82,7 +82,7 @@ pub(crate) enum Wait {
 
 /// Which way a thread carries packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Direction {
+pub enum Direction {
     /// From the containers to a peer.
     TunToUdp,
     /// From a peer to the containers.
@@ -90,6 +90,14 @@ pub(crate) enum Direction {
 }
 
 impl Direction {
+    /// The name in counters and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TunToUdp => "tun_to_udp",
+            Self::UdpToTun => "udp_to_tun",
+        }
+    }
+
     /// Bytes of the largest input.
     fn input_len_max(self) -> usize {
         match self {
