@@ -6,23 +6,31 @@ CARGO ?= cargo
 
 PREFIX ?= /usr/local
 DESTDIR ?=
+# Where the programs to install are.
+BIN ?= target/release
 
 .PHONY: build install lab test bench bench-quick fuzz lint deps
 
 build: deps
 	$(CARGO) build --release --locked
 
-# Programs to PREFIX/bin, the unit to PREFIX/lib/systemd/system, what Docker's unit may need to
-# PREFIX/share/weft, all below DESTDIR. Nothing that is installed changes what runs already.
+# Programs to PREFIX/bin, the unit to PREFIX/lib/systemd/system, man pages and completions to where
+# shells and man look, what Docker's unit may need, dashboard and alerts to PREFIX/share/weft, all
+# below DESTDIR. Nothing that is installed changes what runs already.
 TO = $(DESTDIR)$(PREFIX)
 install: build
-	install -D --mode 755 --target-directory $(TO)/bin target/release/weftd target/release/weft \
+	install -D --mode 755 --target-directory $(TO)/bin $(BIN)/weftd $(BIN)/weft \
 		packaging/mk-docker-opts.sh
 	install -d $(TO)/lib/systemd/system $(TO)/share/weft
 	sed 's|/usr/local/bin/weft|$(PREFIX)/bin/weft|' packaging/systemd/weftd.service \
 		> $(TO)/lib/systemd/system/weftd.service
+	install --mode 644 packaging/metrics/* $(TO)/share/weft
 	sed 's|/usr/local/bin/weft|$(PREFIX)/bin/weft|' packaging/systemd/docker-weft.conf \
 		> $(TO)/share/weft/docker-weft.conf
+	$(BIN)/weft generate man $(TO)/share/man
+	$(BIN)/weft generate completions bash $(TO)/share/bash-completion/completions
+	$(BIN)/weft generate completions fish $(TO)/share/fish/vendor_completions.d
+	$(BIN)/weft generate completions zsh $(TO)/share/zsh/site-functions
 
 # Three hosts in network namespaces, a weftd in each, traffic between all pairs.
 lab: build

@@ -22,8 +22,8 @@ use weft_engine::EngineError;
 pub use kernel_events::KernelEvents;
 pub use mac::{BadMac, Mac};
 pub use weft_engine::{
-    Counter, DscpMode, EngineMeter, Feature, FeatureState, GuardMode, IoKind, SOCKET_BUFFER_LEN,
-    SourcePort, Tuning,
+    BUCKETS, Counter, Direction, Distribution, DscpMode, EngineMeter, Feature, FeatureState,
+    GuardMode, Histogram, IoKind, SOCKET_BUFFER_LEN, SourcePort, Tuning,
 };
 
 /// The smallest MTU of an IPv4 link (RFC 791).

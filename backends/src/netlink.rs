@@ -105,6 +105,17 @@ pub struct LinkAddress {
     pub deprecated: bool,
 }
 
+/// What the kernel has counted at a link: `tx` is what it was given to send.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkCounters {
+    pub rx_packets: u64,
+    pub tx_packets: u64,
+    pub rx_bytes: u64,
+    pub tx_bytes: u64,
+    pub rx_dropped: u64,
+    pub tx_dropped: u64,
+}
+
 /// A default route of the main table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DefaultRoute {
@@ -173,6 +184,26 @@ impl Netlink {
             }
             Ok(links)
         })
+    }
+
+    /// What the kernel has counted at a link.
+    pub fn link_counters(&self, name: &str) -> Result<LinkCounters, NetlinkError> {
+        let found = self.call(&format!("-s link show {name}"), async {
+            self.handle.link().get().match_name(name.to_owned()).execute().try_next().await
+        })?;
+        let attributes = found.into_iter().flat_map(|message| message.attributes);
+        let mut counters = attributes.filter_map(|attribute| {
+            let LinkAttribute::Stats64(found) = attribute else { return None };
+            Some(LinkCounters {
+                rx_packets: found.rx_packets,
+                tx_packets: found.tx_packets,
+                rx_bytes: found.rx_bytes,
+                tx_bytes: found.tx_bytes,
+                rx_dropped: found.rx_dropped,
+                tx_dropped: found.tx_dropped,
+            })
+        });
+        Ok(counters.next().unwrap_or_default())
     }
 
     /// The default routes of both families, in the kernel's order.

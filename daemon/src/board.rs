@@ -5,10 +5,12 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
 use weft_backends::{BackendStatus, EngineMeter, PeerWay};
+use weft_control::firewall::Rules;
 use weft_control::lease::NodeRecord;
 
 use crate::firewall::FirewallState;
@@ -16,6 +18,10 @@ use crate::health::{Health, Phase};
 use crate::log::Log;
 use crate::probe::{self, Findings};
 use crate::status::{PeerStatus, ProbeStatus, SCHEMA, Status};
+use crate::usage::Usage;
+
+/// How long one turn of the loop may take: some work waits for slow servers, and for the kernel.
+const STILL_MAX: Duration = Duration::from_secs(120);
 
 /// The one place where it is kept. Clones are the same board.
 #[derive(Debug, Clone)]
@@ -31,6 +37,8 @@ struct Facts {
     engine: Option<EngineMeter>,
     firewall: Option<watch::Receiver<FirewallState>>,
     probes: Option<Findings>,
+    /// When the loop that forwards last came round.
+    turned: Option<Instant>,
 }
 
 impl Board {
@@ -87,6 +95,37 @@ impl Board {
         self.facts().probes = findings;
     }
 
+    /// The packet engine, where it carries the packets.
+    pub(crate) fn engine(&self) -> Option<EngineMeter> {
+        self.facts().engine.clone()
+    }
+
+    /// What the firewall is asked, once it is.
+    pub(crate) fn rules(&self) -> Option<Rules> {
+        let facts = self.facts();
+        let firewall = facts.firewall.as_ref()?.borrow();
+        firewall.tried.as_ref().map(|wanted| wanted.rules.clone())
+    }
+
+    /// How far the daemon has come.
+    pub(crate) fn phase(&self) -> Phase {
+        self.phases.borrow().clone()
+    }
+
+    /// The loop that forwards has come round once more.
+    pub(crate) fn turn(&self) {
+        self.facts().turned = Some(Instant::now());
+    }
+
+    /// Says so if the daemon should forward, but its loop has stopped coming round.
+    pub(crate) fn stands_still(&self) -> Option<String> {
+        let Phase::Forwarding { .. } = self.phase() else { return None };
+        let still = self.facts().turned?.elapsed();
+        (still > STILL_MAX).then(|| {
+            format!("the daemon's loop has stood still for {} s; restart it", still.as_secs())
+        })
+    }
+
     /// All of it, as it is now.
     pub(crate) fn read(&self) -> Status {
         let facts = self.facts();
@@ -119,6 +158,7 @@ impl Board {
             Phase::Starting(what) => (what.clone(), false),
             Phase::Forwarding { problems, .. } => ("forwarding".into(), problems.is_empty()),
         };
+        status.cpu_millis = Usage::now().cpu_millis;
         status.changes = self.log.recent();
         status
     }

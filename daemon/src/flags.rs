@@ -25,7 +25,7 @@ use crate::interface::Pattern;
 use crate::log::LogFormat;
 
 pub use engine::EngineFlags;
-pub use parse::{one_line, parse};
+pub use parse::{command, one_line, parse};
 pub use settings::{FlagError, Note, RegistrySettings, Settings};
 
 /// What the command line and the environment say, each value by itself.
@@ -280,7 +280,11 @@ fn cidr(text: &str) -> Result<IpNetwork, &'static str> {
     network.ok_or("give a network with its length, as in 10.42.0.0/16")
 }
 
-pub(crate) fn log_level(text: &str) -> Result<String, String> {
+/// Levels as `--log-level` takes them.
+///
+/// # Errors
+/// A level or a directive is none.
+pub fn log_level(text: &str) -> Result<String, String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
     // The filter would take a misspelt level for the name of a module, and log nothing else.
     let misspelt = text

@@ -197,6 +197,7 @@ impl Forwarding<'_> {
         watch.mark_changed();
         let mut firewall = self.firewall.watch();
         loop {
+            self.board.turn();
             let renewal = sleep_until(turn.renewal.map(|due| due.max(turn.renew_not_before)));
             tokio::select! {
                 changed = watch.changed() => {

@@ -1,34 +1,39 @@
-//! Health over HTTP, with flannel's paths, bodies and codes: `/healthz` says that the daemon runs,
-//! `/readyz` whether it forwards and all that belongs to it is in place.
+//! Health and metrics over HTTP. `/healthz` says that the daemon's loop turns, `/readyz` whether it
+//! forwards and all that belongs to it is in place, with flannel's codes and bodies; whoever asks for
+//! JSON gets the reasons.
 
 use std::net::SocketAddr;
 
 use anyhow::Context;
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use serde_json::json;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
 
+use crate::board::Board;
 use crate::health::Phase;
+use crate::metrics;
+
+const JSON: &str = "application/json";
 
 /// Answers from now on, until the runtime ends.
 ///
 /// # Errors
 /// The address cannot be listened at.
-pub(crate) async fn serve(
-    address: SocketAddr,
-    phases: watch::Receiver<Phase>,
-) -> anyhow::Result<()> {
+pub(crate) async fn serve(address: SocketAddr, board: Board) -> anyhow::Result<()> {
     let listener = TcpListener::bind(address).await.with_context(|| {
         format!("cannot listen at {address}; change --healthz-port or --healthz-ip")
     })?;
     tracing::info!(%address, "answering health checks");
     let router = Router::new()
-        .route("/healthz", get("flanneld is running"))
+        .route("/healthz", get(alive))
         .route("/readyz", get(ready))
-        .with_state(phases);
+        .route("/metrics", get(scrape))
+        .with_state(board);
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).await {
             tracing::error!("health checks are answered no more: {error}");
@@ -37,13 +42,42 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-async fn ready(State(phases): State<watch::Receiver<Phase>>) -> (StatusCode, &'static str) {
-    match &*phases.borrow() {
-        Phase::Forwarding { problems, .. } if problems.is_empty() => {
-            (StatusCode::OK, "flanneld is ready")
-        }
-        Phase::Forwarding { .. } | Phase::Starting(_) => {
-            (StatusCode::SERVICE_UNAVAILABLE, "flanneld is not ready yet")
-        }
+async fn alive(State(board): State<Board>, headers: HeaderMap) -> Response {
+    let reasons: Vec<String> = board.stands_still().into_iter().collect();
+    answer(&headers, "alive", ["flanneld is running", "flanneld is not running"], &reasons)
+}
+
+async fn ready(State(board): State<Board>, headers: HeaderMap) -> Response {
+    let reasons = match board.phase() {
+        Phase::Starting(what) => vec![what],
+        Phase::Forwarding { problems, .. } => problems,
+    };
+    answer(&headers, "ready", ["flanneld is ready", "flanneld is not ready yet"], &reasons)
+}
+
+/// Yes where nothing speaks against it.
+fn answer(
+    headers: &HeaderMap,
+    question: &str,
+    [yes, no]: [&'static str; 2],
+    reasons: &[String],
+) -> Response {
+    let (code, body) = if reasons.is_empty() {
+        (StatusCode::OK, yes)
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, no)
+    };
+    let asked_for = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    if !asked_for.into_iter().any(|types| types.contains(JSON)) {
+        return (code, body).into_response();
+    }
+    let document = json!({ (question): reasons.is_empty(), "reasons": reasons });
+    (code, [(CONTENT_TYPE, JSON)], document.to_string()).into_response()
+}
+
+async fn scrape(State(board): State<Board>) -> Response {
+    match tokio::task::spawn_blocking(move || metrics::read(&board)).await {
+        Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }

@@ -1,6 +1,7 @@
 //! weftd, the overlay network daemon, and weft, the operator's command.
 
 mod board;
+pub mod bundle;
 pub mod cleanup;
 pub mod cni;
 pub mod directories;
@@ -10,6 +11,7 @@ mod external;
 pub mod firewall;
 pub mod flags;
 mod forwarding;
+pub mod generate;
 mod handed;
 mod health;
 mod http;
@@ -17,7 +19,9 @@ pub mod interface;
 pub mod lab;
 mod leasing;
 pub mod log;
+pub mod log_level_command;
 mod made;
+mod metrics;
 pub mod netns;
 mod node;
 mod notify;
@@ -36,3 +40,6 @@ pub mod socket;
 mod state_file;
 pub mod status;
 pub mod status_command;
+pub mod top;
+pub mod trace;
+mod usage;

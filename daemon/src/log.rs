@@ -109,7 +109,7 @@ fn journal() -> Option<tracing_journald::Layer> {
         return None;
     }
     let journal = tracing_journald::layer().ok()?;
-    Some(journal.with_syslog_identifier("weftd".into()))
+    Some(journal.with_syslog_identifier("weftd".into()).with_field_prefix(Some("WEFT".into())))
 }
 
 /// Keeps the last lines.

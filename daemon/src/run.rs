@@ -66,7 +66,7 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
     require_net_admin()?;
     let socket = Socket::open(&settings.run_dir, board.clone())?;
     if let Some(address) = settings.health {
-        http::serve(address, health.watch()).await?;
+        http::serve(address, board.clone()).await?;
     }
     let registry = registry::open(settings, health).await?;
     board.update(|status| status.registry = registry.describe());
@@ -82,7 +82,10 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
             continue;
         }
         tracing::info!(interface = chosen.interface.name, why = chosen.why, "external interface");
-        board.update(|status| status.backend = Some(kind.to_string()));
+        board.update(|status| {
+            status.backend = Some(kind.to_string());
+            status.networks = config.families().map(|family| family.network).collect();
+        });
         let overlay = match external::open(settings, &config, kind, &chosen.interface) {
             Ok(overlay) => overlay,
             Err(error) => {

@@ -6,6 +6,7 @@
 
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write};
+use std::net::IpAddr;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,8 +19,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
+use tokio::task::spawn_blocking;
 
 use crate::board::Board;
+use crate::{metrics, trace};
 
 /// The group that may ask besides root.
 const GROUP: &str = "weft";
@@ -37,6 +40,10 @@ pub enum Request {
     /// The levels of the log, as in `--log-level`, once they are these; as they are, if there are
     /// none.
     LogLevel { levels: Option<String> },
+    /// What `/metrics` answers, as one text.
+    Metrics,
+    /// A [`crate::trace::Trace`] of a packet.
+    Trace { to: IpAddr, from: Option<IpAddr> },
 }
 
 /// What comes back.
@@ -76,6 +83,14 @@ fn exchange(socket: &Path, request: &Request, within: Duration) -> io::Result<An
     Ok(serde_json::from_str(&text)?)
 }
 
+/// As [`ask`], for what is answered at once.
+///
+/// # Errors
+/// As for [`ask`].
+pub fn ask_now<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<T> {
+    ask(socket, request, PATIENCE)
+}
+
 /// Asks all daemons with this run directory; those that are gone are passed over.
 ///
 /// # Errors
@@ -83,7 +98,7 @@ fn exchange(socket: &Path, request: &Request, within: Duration) -> io::Result<An
 pub fn ask_all<T: DeserializeOwned>(run_dir: &Path, request: &Request) -> anyhow::Result<Vec<T>> {
     let mut answers = Vec::new();
     for socket in sockets(run_dir)? {
-        match ask(&socket, request, PATIENCE) {
+        match ask_now(&socket, request) {
             Err(error) if is_gone(&error) => {}
             answer => answers.push(answer?),
         }
@@ -216,7 +231,10 @@ async fn answer(mut stream: tokio::net::UnixStream, board: &Board) -> anyhow::Re
     let mut reader = BufReader::new(reader.take(REQUEST_LEN_MAX));
     tokio::time::timeout(PATIENCE, reader.read_line(&mut line)).await??;
     let answer = match serde_json::from_str(&line) {
-        Ok(request) => carry_out(request, board).map_or_else(Answer::Error, Answer::Ok),
+        Ok(request) => match carry_out(request, board.clone()).await {
+            Ok(value) => Answer::Ok(value),
+            Err(error) => Answer::Error(format!("{error:#}")),
+        },
         Err(error) => Answer::Error(format!("it does not understand the request: {error}")),
     };
     let mut text = serde_json::to_vec(&answer)?;
@@ -225,13 +243,21 @@ async fn answer(mut stream: tokio::net::UnixStream, board: &Board) -> anyhow::Re
     Ok(())
 }
 
-fn carry_out(request: Request, board: &Board) -> Result<Value, String> {
+async fn carry_out(request: Request, board: Board) -> anyhow::Result<Value> {
     match request {
-        Request::Status => serde_json::to_value(board.read()).map_err(|error| error.to_string()),
+        Request::Status => Ok(serde_json::to_value(board.read())?),
+        // Both ask the kernel.
+        Request::Metrics => Ok(spawn_blocking(move || metrics::read(&board)).await?.into()),
+        Request::Trace { to, from } => {
+            let trace = spawn_blocking(move || {
+                trace::trace(&board.read(), board.rules().as_ref(), to, from)
+            });
+            Ok(serde_json::to_value(trace.await??)?)
+        }
         Request::LogLevel { levels } => {
             let log = board.log();
             if let Some(levels) = levels {
-                log.set_levels(&levels)?;
+                log.set_levels(&levels).map_err(anyhow::Error::msg)?;
             }
             Ok(log.levels().into())
         }

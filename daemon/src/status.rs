@@ -43,6 +43,8 @@ pub struct Status {
     pub registry_answered: Option<Timestamp>,
     /// The backend in use.
     pub backend: Option<String>,
+    /// The overlay's networks.
+    pub networks: Vec<IpNetwork>,
     /// The external interface.
     pub interface: Option<String>,
     /// Why it is this one.
@@ -78,6 +80,8 @@ pub struct Status {
     /// What the kernel does for many packets at once, by the names of `--offload`: "on", "off" by a
     /// flag, "missing" in this kernel, or "refused" by it.
     pub offloads: BTreeMap<String, String>,
+    /// Milliseconds of CPU time that the daemon has used.
+    pub cpu_millis: u64,
     /// The packet engine's counters by name, summed over workers, since the backend started.
     pub counters: BTreeMap<String, u64>,
     /// The last changes of state, the newest last.

@@ -6,6 +6,7 @@ pub mod etcd;
 pub mod fuzz;
 pub mod service;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use etherparse::PacketBuilder;
 use rustix::process::{Pid, Signal, kill_process};
 use weft_daemon::lab::{Lab, LabOptions};
@@ -109,6 +110,28 @@ pub fn counter(lab: &Lab, host: usize, name: &str) -> Result<u64> {
     counters.get(name).copied().with_context(|| format!("no counter {name}"))
 }
 
+/// What an HTTP server in a namespace answers at this port of 127.0.0.1: the code and the body.
+pub fn http_get(netns: &NetNs, port: u16, path: &str, accept: &str) -> Result<(u16, String)> {
+    let config = ureq::Agent::config_builder().http_status_as_error(false);
+    let agent = ureq::Agent::from(config.timeout_global(Some(DEADLINE)).build());
+    let url = format!("http://127.0.0.1:{port}{path}");
+    let response = netns.run(|| agent.get(&url).header("Accept", accept).call())??;
+    Ok((response.status().as_u16(), response.into_body().read_to_string()?))
+}
+
+/// A daemon's metrics, with labels as they are written: `weft_packets_total{direction="tun_to_udp"}`.
+pub fn metrics(netns: &NetNs, port: u16) -> Result<BTreeMap<String, f64>> {
+    let (code, text) = http_get(netns, port, "/metrics", "*/*")?;
+    ensure!(code == 200 && text.ends_with("# EOF\n"), "{code}: {text}");
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    samples
+        .map(|line| {
+            let (name, value) = line.rsplit_once(' ').with_context(|| line.to_owned())?;
+            Ok((name.to_owned(), value.parse()?))
+        })
+        .collect()
+}
+
 /// The base of a host's subnet, which is also its address on the overlay device.
 pub fn base(lab: &Lab, host: usize) -> Result<IpAddr> {
     let subnets = lab.status(host)?.subnets;
@@ -117,10 +140,7 @@ pub fn base(lab: &Lab, host: usize) -> Result<IpAddr> {
 
 /// What a health check at port 8081 gets: the code and the body.
 pub fn health(netns: &NetNs, path: &str) -> Result<(u16, String)> {
-    let config = ureq::Agent::config_builder().http_status_as_error(false);
-    let agent = ureq::Agent::from(config.timeout_global(Some(DEADLINE)).build());
-    let response = netns.run(|| agent.get(format!("http://127.0.0.1:8081{path}")).call())??;
-    Ok((response.status().as_u16(), response.into_body().read_to_string()?))
+    http_get(netns, 8081, path, "*/*")
 }
 
 /// Whether a namespace has a device of this name.

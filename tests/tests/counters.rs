@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
-use weft_tests::{bring_up, counter, hosts, plain_wire, until};
+use weft_tests::{bring_up, counter, hosts, metrics, plain_wire, until};
 
 /// Outer IPv4 and UDP headers.
 const OVERHEAD: u64 = 28;
@@ -45,7 +45,7 @@ fn they_agree_with_the_wire_and_with_the_device() -> Result<()> {
         for host in 0..2 {
             count_datagrams(&lab.host(host).netns)?;
         }
-        bring_up(&mut lab, &[io])?;
+        bring_up(&mut lab, &[io, "--healthz-port=8081"])?;
         for (from, to) in [(0, 1), (1, 0)] {
             assert!(lab.transfer(from, to, Bytes(16 << 20))?.intact());
         }
@@ -63,6 +63,26 @@ fn they_agree_with_the_wire_and_with_the_device() -> Result<()> {
             assert_eq!(link(&lab, to, "rx", "packets")?, ours(to, "udp_to_tun_writes")?, "{io}");
             assert_eq!(link(&lab, to, "rx", "bytes")?, ours(to, "udp_to_tun_bytes")?, "{io}");
             assert_eq!(link(&lab, from, "tx", "packets")?, ours(from, "tun_to_udp_reads")?);
+            let told = metrics(&lab.host(to).netns, 8081)?;
+            let of = |name: &str| told.get(name).copied().with_context(|| format!("no {name}"));
+            #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+            let number = |count: u64| count as f64;
+            let direction = r#"{direction="udp_to_tun"}"#;
+            assert_eq!(of(&format!("weft_packets_total{direction}"))?, number(packets), "{io}");
+            for name in ["packets", "bytes"] {
+                let labels = r#"{device="flannel0",way="receive"}"#;
+                let told = of(&format!("weft_device_{name}_total{labels}"))?;
+                assert_eq!(told, number(link(&lab, to, "rx", name)?), "{io} {name}");
+            }
+            // Each packet was in one batch, and in one write.
+            let input = of(&format!("weft_input_packets_total{direction}"))?;
+            assert_eq!(of(&format!("weft_batch_packets_sum{direction}"))?, input, "{io}");
+            let written = of(&format!("weft_segment_packets_sum{direction}"))?;
+            assert_eq!(written, number(packets), "{io}");
+            let batches = number(ours(to, "udp_to_tun_batches")?);
+            assert_eq!(of(&format!("weft_batch_duration_seconds_count{direction}"))?, batches);
+            assert!(of(&format!("weft_batch_duration_seconds_sum{direction}"))? > 0.0);
+
             assert!(ours(to, "udp_to_tun_super_packets")? > 0);
             assert!(ours(to, "udp_to_tun_writes")? < ours(to, "udp_to_tun_packets")?);
         }

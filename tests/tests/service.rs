@@ -6,13 +6,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use serde_json::{Value, json};
 use weft_daemon::lab::{Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{Service, Unit, make_root};
-use weft_tests::{DEADLINE, health, hosts, program, run_weftd, until, write_config};
+use weft_tests::{DEADLINE, health, hosts, http_get, program, run_weftd, until, write_config};
 
 fn unit_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd/weftd.service")
+}
+
+/// What one gets that asks for reasons.
+fn reasons(netns: &NetNs, path: &str) -> Result<(u16, Value)> {
+    let (code, body) = http_get(netns, 8081, path, "application/json")?;
+    Ok((code, serde_json::from_str(&body)?))
 }
 
 #[test]
@@ -35,6 +42,10 @@ fn systemd_and_health_checks_are_told_how_it_is() -> Result<()> {
     assert_eq!(health(netns, "/healthz")?, (200, "flanneld is running".into()));
     assert_eq!(health(netns, "/readyz")?, (503, "flanneld is not ready yet".into()));
     assert_eq!(health(netns, "/other")?.0, 404);
+    assert_eq!(reasons(netns, "/healthz")?, (200, json!({"alive": true, "reasons": []})));
+    let (code, why) = reasons(netns, "/readyz")?;
+    assert_eq!((code, &why["ready"]), (503, &json!(false)));
+    assert!(why["reasons"][0].to_string().contains("waiting for the network config"), "{why}");
     assert!(!service.is_ready()?);
 
     write_config(&lab, r#"{"Network":"10.42.0.0/16"}"#)?;
@@ -67,6 +78,8 @@ fn what_is_missing_shows_in_readyz() -> Result<()> {
     let netns = &lab.host(0).netns;
     assert_eq!(health(netns, "/healthz")?.0, 200);
     assert_eq!(health(netns, "/readyz")?.0, 503);
+    let (_, why) = reasons(netns, "/readyz")?;
+    assert!(why["reasons"][0].to_string().contains("nft"), "{why}");
     // Somebody installs it.
     std::os::unix::fs::symlink("/usr/sbin/nft", nothing.path().join("nft"))?;
     until("it is ready", || Ok(health(netns, "/readyz")?.0 == 200))?;

@@ -1,5 +1,8 @@
 //! The rules, with flannel's meaning: which packet gets which verdict, and in which order.
 
+use std::fmt;
+use std::net::IpAddr;
+
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
 use crate::config::NetworkConfig;
@@ -35,6 +38,39 @@ pub struct Rule {
     /// Bits that are all set in the packet's mark.
     pub mark: Option<u32>,
     pub verdict: Verdict,
+}
+
+impl Rule {
+    /// Whether it takes a packet that nobody has marked.
+    pub fn takes(&self, from: IpAddr, to: IpAddr) -> bool {
+        let is = |side: Option<Side>, ip: IpAddr| match side {
+            None => true,
+            Some(Side::In(network)) => network.contains(ip),
+            Some(Side::Out(network)) => !network.contains(ip),
+        };
+        self.mark.is_none() && is(self.from, from) && is(self.to, to)
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.verdict {
+            Verdict::Return => "leave alone",
+            Verdict::Masquerade => "masquerade",
+            Verdict::Accept => "accept",
+        })?;
+        for (side, word) in [(self.from, "from"), (self.to, "to")] {
+            match side {
+                None => {}
+                Some(Side::In(network)) => write!(f, " {word} {network}")?,
+                Some(Side::Out(network)) => write!(f, " not {word} {network}")?,
+            }
+        }
+        match self.mark {
+            Some(mark) => write!(f, " with mark {mark:#x}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Inside of a network, or outside of it.

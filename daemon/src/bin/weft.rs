@@ -4,16 +4,21 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use weft_daemon::bundle::{self, BundleArgs};
 use weft_daemon::cleanup::{self, CleanupArgs};
 use weft_daemon::cni::{self, CniArgs};
 use weft_daemon::directories::Directories;
 use weft_daemon::docker_opts::{self, DockerOptsArgs};
 use weft_daemon::doctor::{self, DoctorArgs};
+use weft_daemon::generate::{self, GenerateArgs};
 use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, EtcdOptions, MAX_TRANSFER, RunOptions};
+use weft_daemon::log_level_command::{self, LogLevelArgs};
 use weft_daemon::ping_peer::{self, PingPeerArgs};
 use weft_daemon::registry_command::{self, RegistryArgs};
 use weft_daemon::status_command::{self, StatusArgs};
+use weft_daemon::top::{self, TopArgs};
+use weft_daemon::trace::{self, TraceArgs};
 
 /// The operator's command of weft, an overlay network for containers.
 #[derive(Debug, Parser)]
@@ -30,11 +35,17 @@ enum Command {
     Status(StatusArgs),
     Doctor(DoctorArgs),
     PingPeer(PingPeerArgs),
+    Top(TopArgs),
+    Trace(TraceArgs),
+    LogLevel(LogLevelArgs),
+    SupportBundle(BundleArgs),
     Lab(LabArgs),
     Registry(RegistryArgs),
     DockerOpts(DockerOptsArgs),
     Cni(CniArgs),
     Cleanup(CleanupArgs),
+    #[command(hide = true)]
+    Generate(GenerateArgs),
 }
 
 /// Bring up hosts in network namespaces, a weftd on each, and move traffic between all of them.
@@ -83,6 +94,21 @@ fn main() -> ExitCode {
         }
         Command::PingPeer(arguments) => {
             ping_peer::run(&arguments, &directories, &mut io::stdout().lock())
+        }
+        Command::Top(arguments) => {
+            top::run(&arguments, &directories, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Trace(arguments) => trace::run(&arguments, &directories, &mut io::stdout().lock()),
+        Command::LogLevel(arguments) => {
+            log_level_command::run(&arguments, &directories, &mut io::stdout().lock())
+                .map(|()| ExitCode::SUCCESS)
+        }
+        Command::SupportBundle(arguments) => {
+            bundle::run(&arguments, &directories, &mut io::stdout().lock())
+                .map(|()| ExitCode::SUCCESS)
+        }
+        Command::Generate(arguments) => {
+            generate::run(&arguments, Cli::command()).map(|()| ExitCode::SUCCESS)
         }
         Command::Lab(LabArgs { command: Some(LabCommand::Down { id }), .. }) => down(id),
         Command::Lab(arguments) => run_lab(&arguments),

@@ -65,7 +65,8 @@ pub fn one_line(error: &clap::Error) -> String {
     told.join("; ")
 }
 
-pub(super) fn command() -> Command {
+/// The definition of weftd's command line.
+pub fn command() -> Command {
     let version =
         Arg::new("version").long("version").action(ArgAction::Version).help("Print version");
     let command = Command::new(PROGRAM).disable_version_flag(true).arg(version);

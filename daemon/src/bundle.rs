@@ -1,0 +1,286 @@
+//! `weft support-bundle`: what somebody far away needs to know of this host, in one archive without
+//! secrets.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+use clap::Args;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use jiff::Timestamp;
+use regex::bytes::{NoExpand, Regex};
+
+use crate::directories::Directories;
+use crate::node;
+use crate::socket::{self, Request};
+use crate::status::Status;
+use crate::status_command;
+
+/// What stands in place of a secret.
+const STRIPPED: &str = "[stripped]";
+/// A shorter secret would be found in every other word.
+const SECRET_LEN_MIN: usize = 4;
+/// Flags and variables that hold a secret, or name a file that does.
+const SECRET_FLAG: &str = "etcd-password";
+const SECRET_FILE_FLAG: &str = "etcd-password-file";
+
+/// The kernel's state, and how to ask for it.
+const COMMANDS: [(&str, &str); 18] = [
+    ("kernel/uname", "uname -a"),
+    ("kernel/addresses", "ip -details -statistics address show"),
+    ("kernel/rules", "ip rule show"),
+    ("kernel/routes", "ip route show table all"),
+    ("kernel/routes-ipv6", "ip -6 route show table all"),
+    ("kernel/neighbours", "ip neighbour show"),
+    ("kernel/forwarding-database", "bridge fdb show"),
+    ("kernel/sockets", "ss --udp --tcp --all --numeric --processes --memory"),
+    ("kernel/counters", "nstat --zeros --nooutput --json"),
+    (
+        "kernel/sysctl",
+        "sysctl net.ipv4 net.ipv6.conf.all net.bridge net.core kernel.io_uring_disabled",
+    ),
+    ("kernel/modules", "lsmod"),
+    ("kernel/conntrack", "sysctl net.netfilter"),
+    ("firewall/nft", "nft --stateless list ruleset"),
+    ("firewall/iptables", "iptables-save --counters"),
+    ("firewall/ip6tables", "ip6tables-save --counters"),
+    ("kernel/messages", "dmesg --time-format iso --level err,warn"),
+    ("log/journal", "journalctl --unit weftd --lines 2000 --no-pager --output short-iso-precise"),
+    ("log/journal-docker", "journalctl --unit docker --lines 200 --no-pager --output short-iso"),
+];
+
+/// Collect what there is to know of this host's daemons, network and kernel in one archive, without
+/// passwords and keys.
+#[derive(Debug, Args)]
+pub struct BundleArgs {
+    /// The archive to write [default: weft-HOST-TIME.tar.gz here].
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+/// Writes the archive, and says where it is. What cannot be had is missing in it, with the reason.
+///
+/// # Errors
+/// The archive cannot be written.
+pub fn run(
+    arguments: &BundleArgs,
+    directories: &Directories,
+    out: &mut dyn Write,
+) -> anyhow::Result<()> {
+    let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+    let name = format!("weft-{}-{time}", node::host_name());
+    let path = arguments.file.clone().unwrap_or_else(|| format!("{name}.tar.gz").into());
+    let bundle = Bundle::create(&path, name, secrets(directories))
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    bundle.fill(directories).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(writeln!(out, "wrote {}", path.display())?)
+}
+
+/// An archive that is being written.
+struct Bundle {
+    archive: tar::Builder<GzEncoder<File>>,
+    /// The directory that all of it is in.
+    name: String,
+    secrets: BTreeSet<Vec<u8>>,
+    /// What URLs have before the host.
+    user_in_url: Regex,
+}
+
+impl Bundle {
+    fn create(path: &Path, name: String, secrets: BTreeSet<Vec<u8>>) -> io::Result<Self> {
+        // Without secrets it still tells much; it is the owner's to hand on.
+        let mut options = File::options();
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let file = options.write(true).create(true).truncate(true).open(path)?;
+        let archive = tar::Builder::new(GzEncoder::new(file, Compression::default()));
+        let user_in_url = Regex::new("://[^/@\\s\"']+@").map_err(io::Error::other)?;
+        Ok(Self { archive, name, secrets, user_in_url })
+    }
+
+    fn fill(mut self, directories: &Directories) -> io::Result<()> {
+        self.daemons(directories)?;
+        for (name, command) in COMMANDS {
+            self.add(name, &output_of(command))?;
+        }
+        for path in [&directories.state_dir, &directories.run_dir] {
+            self.directory(path)?;
+        }
+        for path in ["/run/flannel/subnet.env", "/etc/os-release", "/proc/net/softnet_stat"] {
+            self.file(path.trim_start_matches('/'), Path::new(path))?;
+        }
+        self.archive.into_inner()?.finish()?.sync_all()
+    }
+
+    /// What each daemon says of itself, and was started with.
+    fn daemons(&mut self, directories: &Directories) -> io::Result<()> {
+        let sockets = socket::sockets(&directories.run_dir).unwrap_or_default();
+        for (number, socket) in sockets.iter().enumerate() {
+            let name = format!("daemon-{}", number + 1);
+            let status = match socket::ask_now::<Status>(socket, &Request::Status) {
+                Ok(status) => status,
+                Err(error) => {
+                    self.add(&format!("{name}/unreachable"), format!("{error:#}\n").as_bytes())?;
+                    continue;
+                }
+            };
+            let json = serde_json::to_vec_pretty(&status)?;
+            self.add(&format!("{name}/status.json"), &json)?;
+            let mut text = Vec::new();
+            status_command::write_text(&status, Timestamp::now(), &mut text)?;
+            self.add(&format!("{name}/status"), &text)?;
+            let metrics = socket::ask_now::<String>(socket, &Request::Metrics);
+            let metrics = metrics.unwrap_or_else(|error| format!("{error:#}\n"));
+            self.add(&format!("{name}/metrics"), metrics.as_bytes())?;
+            for part in ["cmdline", "limits", "status", "cgroup"] {
+                let path = format!("/proc/{}/{part}", status.pid);
+                self.file(&format!("{name}/process-{part}"), Path::new(&path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The files of a directory, but not those below it: among these may be a registry.
+    fn directory(&mut self, path: &Path) -> io::Result<()> {
+        let Ok(entries) = fs::read_dir(path) else { return Ok(()) };
+        for entry in entries.filter_map(Result::ok) {
+            if entry.file_type()?.is_file() {
+                let name = entry.path().to_string_lossy().trim_start_matches('/').to_owned();
+                self.file(&name, &entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, name: &str, path: &Path) -> io::Result<()> {
+        match fs::read(path) {
+            Ok(bytes) => self.add(name, &bytes),
+            Err(error) => self.add(&format!("{name}.missing"), format!("{error}\n").as_bytes()),
+        }
+    }
+
+    fn add(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let bytes = self.strip(bytes);
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        header.set_mtime(u64::try_from(Timestamp::now().as_second()).unwrap_or_default());
+        self.archive.append_data(&mut header, format!("{}/{name}", self.name), &*bytes)
+    }
+
+    /// Takes out every secret, wherever it stands.
+    fn strip(&self, bytes: &[u8]) -> Vec<u8> {
+        let with = format!("://{STRIPPED}@");
+        let mut bytes = self.user_in_url.replace_all(bytes, NoExpand(with.as_bytes())).into_owned();
+        // The longest first: one may be part of another.
+        let mut secrets: Vec<&Vec<u8>> = self.secrets.iter().collect();
+        secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+        for secret in secrets {
+            bytes = replace(&bytes, secret, STRIPPED.as_bytes());
+        }
+        bytes
+    }
+}
+
+fn replace(bytes: &[u8], what: &[u8], with: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut rest = bytes;
+    while let Some(at) = rest.windows(what.len()).position(|window| window == what) {
+        out.extend_from_slice(&rest[..at]);
+        out.extend_from_slice(with);
+        rest = &rest[at + what.len()..];
+    }
+    out.extend_from_slice(rest);
+    out
+}
+
+/// What a command writes, or why it cannot be had.
+fn output_of(command: &str) -> Vec<u8> {
+    let mut words = command.split_whitespace();
+    let Some(program) = words.next() else { return Vec::new() };
+    let mut text = format!("$ {command}\n").into_bytes();
+    match Command::new(program).args(words).stdin(Stdio::null()).output() {
+        Ok(output) => {
+            text.extend(output.stdout);
+            text.extend(output.stderr);
+        }
+        Err(error) => text.extend(format!("{error}\n").into_bytes()),
+    }
+    text
+}
+
+/// The passwords that the daemons of this host were given: by a flag, a variable or a file.
+fn secrets(directories: &Directories) -> BTreeSet<Vec<u8>> {
+    let sockets = socket::sockets(&directories.run_dir).unwrap_or_default();
+    let answers = sockets.iter().filter_map(|it| socket::ask_now(it, &Request::Status).ok());
+    let daemons: Vec<Status> = answers.collect();
+    let mut found = BTreeSet::new();
+    for pid in daemons.iter().map(|status| status.pid) {
+        let read = |part: &str| fs::read(format!("/proc/{pid}/{part}")).unwrap_or_default();
+        let words = [read("cmdline"), read("environ")].concat();
+        let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
+        found.extend(values(&words, SECRET_FLAG));
+        for path in values(&words, SECRET_FILE_FLAG) {
+            let text = fs::read(String::from_utf8_lossy(&path).as_ref()).unwrap_or_default();
+            found.insert(text.trim_ascii().to_owned());
+        }
+    }
+    found.retain(|secret| secret.len() >= SECRET_LEN_MIN);
+    found
+}
+
+/// The values that `--flag value`, `-flag=value` and `FLANNELD_FLAG=value` give.
+fn values(words: &[&[u8]], flag: &str) -> Vec<Vec<u8>> {
+    let variable = flag.to_uppercase().replace('-', "_");
+    let mut values = Vec::new();
+    for (number, word) in words.iter().enumerate() {
+        let mut parts = word.splitn(2, |byte| *byte == b'=');
+        let (name, value) = (parts.next().unwrap_or_default(), parts.next());
+        let name = String::from_utf8_lossy(name);
+        let is_flag = name.starts_with('-') && name.trim_start_matches('-') == flag;
+        let is_variable = ["FLANNELD_", "WEFT_"]
+            .iter()
+            .any(|it| name.strip_prefix(it) == Some(variable.as_str()));
+        match value {
+            Some(value) if is_flag || is_variable => values.push(value.to_owned()),
+            None if is_flag => values.extend(words.get(number + 1).map(|next| next.to_vec())),
+            _ => {}
+        }
+    }
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_found_however_they_are_given() {
+        let words: [&[u8]; 6] = [
+            b"weftd",
+            b"--etcd-password",
+            b"one two",
+            b"-etcd-password=three=",
+            b"FLANNELD_ETCD_PASSWORD=four",
+            b"--etcd-password-file=/etc/five",
+        ];
+        let found: [&[u8]; 3] = [b"one two", b"three=", b"four"];
+        assert_eq!(values(&words, SECRET_FLAG), found);
+        assert_eq!(values(&words, SECRET_FILE_FLAG), [b"/etc/five"]);
+    }
+
+    #[test]
+    fn every_occurrence_goes() {
+        let directory = tempfile::tempdir().unwrap();
+        let secrets = [b"hunter".to_vec(), b"hunter2".to_vec()].into();
+        let bundle = Bundle::create(&directory.path().join("a"), "a".into(), secrets).unwrap();
+        let text = b"a hunter2, hunterhunter; https://me:pw@192.0.2.1:2379/x http://192.0.2.1/";
+        let stripped = String::from_utf8(bundle.strip(text)).unwrap();
+        let wanted = "a [stripped], [stripped][stripped]; https://[stripped]@192.0.2.1:2379/x \
+                      http://192.0.2.1/";
+        assert_eq!(stripped, wanted);
+    }
+}

@@ -1,0 +1,528 @@
+//! `/metrics`: what the board and the kernel know, as OpenMetrics. Every family is here whatever the
+//! daemon does; those that have nothing to say have no samples. `docs/metrics.md` tells of each.
+
+use std::fmt;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+use weft_backends::netlink::{LinkCounters, Netlink};
+use weft_backends::{BUCKETS, Counter, Direction, Distribution, EngineMeter, Histogram};
+
+use crate::board::Board;
+use crate::status::Status;
+use crate::usage::Usage;
+
+/// What an HTTP client is told of the form.
+pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+const PREFIX: &str = "weft";
+const DIRECTIONS: [Direction; 2] = [Direction::TunToUdp, Direction::UdpToTun];
+/// The ways to a peer, so that one without peers is zero and not missing.
+const WAYS: [&str; 2] = ["tunnel", "direct"];
+
+/// All metrics as they are now. Asks the kernel, so it blocks.
+pub(crate) fn read(board: &Board) -> String {
+    let status = board.read();
+    let device = status.device.as_deref().and_then(|name| {
+        let counters = Netlink::open().ok()?.link_counters(name);
+        // It may be gone this instant.
+        counters.inspect_err(|error| tracing::debug!("no counters of {name}: {error}")).ok()
+    });
+    let families = families(&status, board.engine().as_ref(), device, &Usage::now());
+    let mut registry = Registry::with_prefix(PREFIX);
+    registry.register_collector(Box::new(Families(families)));
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = text::encode(&mut text, &registry);
+    text
+}
+
+/// The metrics of one name.
+#[derive(Debug)]
+struct Family {
+    /// Without the prefix, and without what the format puts behind it.
+    name: &'static str,
+    /// The names of the labels that each sample has.
+    labels: &'static [&'static str],
+    help: &'static str,
+    kind: MetricType,
+    samples: Vec<Sample>,
+}
+
+#[derive(Debug)]
+struct Sample {
+    labels: Vec<(&'static str, String)>,
+    value: Value,
+}
+
+#[derive(Debug)]
+enum Value {
+    Gauge(f64),
+    Counter(u64),
+    Seconds(f64),
+    Info,
+    Histogram { buckets: Vec<(f64, u64)>, sum: f64 },
+}
+
+#[derive(Debug)]
+struct Families(Vec<Family>);
+
+impl Collector for Families {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for family in &self.0 {
+            let Family { name, help, kind, samples, .. } = family;
+            let mut encoder = encoder.encode_descriptor(name, help, None, *kind)?;
+            for sample in samples {
+                sample.encode(&mut encoder)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Sample {
+    fn encode(&self, encoder: &mut MetricEncoder<'_>) -> fmt::Result {
+        let labels: &[(&str, String)] = &self.labels;
+        if let Value::Info = self.value {
+            return encoder.encode_info(&labels);
+        }
+        if labels.is_empty() {
+            return self.value.encode(encoder);
+        }
+        self.value.encode(&mut encoder.encode_family(&labels)?)
+    }
+}
+
+impl Value {
+    fn encode(&self, encoder: &mut MetricEncoder<'_>) -> fmt::Result {
+        match self {
+            Self::Gauge(value) => encoder.encode_gauge(value),
+            Self::Counter(count) => encoder.encode_counter::<NoLabelSet, _, u64>(count, None),
+            Self::Seconds(seconds) => encoder.encode_counter::<NoLabelSet, _, u64>(seconds, None),
+            Self::Histogram { buckets, sum } => {
+                let count = buckets.iter().map(|(_, count)| count).sum();
+                encoder.encode_histogram::<NoLabelSet>(*sum, count, buckets, None)
+            }
+            Self::Info => encoder.encode_info(&NoLabelSet),
+        }
+    }
+}
+
+fn gauge(name: &'static str, help: &'static str, value: impl IntoIterator<Item = f64>) -> Family {
+    let sample = |value| Sample { labels: Vec::new(), value: Value::Gauge(value) };
+    let samples = value.into_iter().map(sample).collect();
+    Family { name, labels: &[], help, kind: MetricType::Gauge, samples }
+}
+
+fn counter(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+    samples: Vec<Sample>,
+) -> Family {
+    Family { name, labels, help, kind: MetricType::Counter, samples }
+}
+
+fn counted(labels: &[(&'static str, &str)], count: u64) -> Sample {
+    let labels = labels.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    Sample { labels, value: Value::Counter(count) }
+}
+
+fn yes_or_no(yes: bool) -> f64 {
+    f64::from(u8::from(yes))
+}
+
+/// Whole numbers of any use are far below 2^53, up to which this is exact.
+#[expect(clippy::cast_precision_loss, reason = "see above")]
+fn number(count: u64) -> f64 {
+    count as f64
+}
+
+fn families(
+    status: &Status,
+    engine: Option<&EngineMeter>,
+    device: Option<LinkCounters>,
+    process: &Usage,
+) -> Vec<Family> {
+    let mut families = of_daemon(status);
+    families.extend(of_registry(status));
+    families.extend(of_engine(status, engine));
+    families.extend(of_device(status.device.as_deref(), device));
+    families.extend(of_process(process));
+    families
+}
+
+fn of_daemon(status: &Status) -> Vec<Family> {
+    let way = |way: &str| {
+        let peers = status.peers.iter().filter(|peer| peer.way == way).count();
+        let labels = vec![("way", way.to_owned())];
+        Sample { labels, value: Value::Gauge(number(peers as u64)) }
+    };
+    let once = |count| vec![counted(&[], count)];
+    let version = Sample { labels: vec![("version", status.version.clone())], value: Value::Info };
+    vec![
+        Family {
+            name: "build",
+            labels: &["version"],
+            help: "Which weft it is",
+            kind: MetricType::Info,
+            samples: vec![version],
+        },
+        gauge(
+            "ready",
+            "Whether the daemon forwards and nothing that belongs to it is wrong, as /readyz has it",
+            [yes_or_no(status.ready)],
+        ),
+        gauge(
+            "problems",
+            "What could not be done; `weft status` names them",
+            [number(status.problems.len() as u64)],
+        ),
+        Family {
+            name: "peers",
+            labels: &["way"],
+            help: "Nodes that packets go to",
+            kind: MetricType::Gauge,
+            samples: WAYS.map(way).into(),
+        },
+        gauge(
+            "mtu_bytes",
+            "The largest packet that containers may send",
+            status.mtu.map(f64::from),
+        ),
+        counter(
+            "reconciliations",
+            &[],
+            "Times that everything was compared with what it should be",
+            once(status.reconciliations),
+        ),
+        counter(
+            "repairs",
+            &[],
+            "Times that links or routes that somebody else changed were put right",
+            once(status.repairs),
+        ),
+        gauge(
+            "firewall_in_place",
+            "Whether the firewall's rules are as they should be",
+            status.firewall_in_place.map(yes_or_no),
+        ),
+        counter(
+            "firewall_repairs",
+            &[],
+            "Times that firewall rules that somebody else changed were put back",
+            once(status.firewall_repairs),
+        ),
+    ]
+}
+
+fn of_registry(status: &Status) -> Vec<Family> {
+    let seconds = |at: jiff::Timestamp| at.as_duration().as_secs_f64();
+    vec![
+        gauge(
+            "registry_readable",
+            "Whether the registry can be read; while it cannot, all stays as it was",
+            [yes_or_no(status.registry_readable)],
+        ),
+        gauge(
+            "registry_answered_timestamp_seconds",
+            "When the registry last answered, in seconds since 1970",
+            status.registry_answered.map(seconds),
+        ),
+        gauge(
+            "lease_expiry_timestamp_seconds",
+            "When the lease ends unless it is renewed, in seconds since 1970; missing for a \
+             reservation",
+            status.lease_expires.map(seconds),
+        ),
+    ]
+}
+
+/// The families that counters of the engine are samples of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Engine {
+    Input,
+    Packets,
+    Bytes,
+    Operations,
+    SuperPackets,
+    Refusals,
+    Dropped(&'static str),
+    Fragmented,
+    Stalls,
+    Icmp(&'static str),
+    /// In a histogram already.
+    Nowhere,
+}
+
+/// Where a counter belongs, and its direction.
+fn place(counter: Counter) -> (Engine, Direction) {
+    use Direction::{TunToUdp, UdpToTun};
+    match counter {
+        Counter::TunToUdpReads => (Engine::Input, TunToUdp),
+        Counter::TunToUdpPackets => (Engine::Packets, TunToUdp),
+        Counter::TunToUdpBytes => (Engine::Bytes, TunToUdp),
+        Counter::TunToUdpSends => (Engine::Operations, TunToUdp),
+        Counter::TunToUdpSuperPackets => (Engine::SuperPackets, TunToUdp),
+        Counter::TunToUdpSegmentRefused => (Engine::Refusals, TunToUdp),
+        Counter::TunToUdpBatches => (Engine::Nowhere, TunToUdp),
+        Counter::TunToUdpMalformed => (Engine::Dropped("malformed"), TunToUdp),
+        Counter::TunToUdpNoRoute => (Engine::Dropped("no_route"), TunToUdp),
+        Counter::TunToUdpTtlExpired => (Engine::Dropped("ttl_expired"), TunToUdp),
+        Counter::TunToUdpTooBig => (Engine::Dropped("too_big"), TunToUdp),
+        Counter::TunToUdpFragmented => (Engine::Fragmented, TunToUdp),
+        Counter::TunToUdpStalls => (Engine::Stalls, TunToUdp),
+        Counter::TunToUdpFull => (Engine::Dropped("full"), TunToUdp),
+        Counter::TunToUdpSendFailed => (Engine::Dropped("send_failed"), TunToUdp),
+        Counter::UdpToTunDatagrams => (Engine::Input, UdpToTun),
+        Counter::UdpToTunPackets => (Engine::Packets, UdpToTun),
+        Counter::UdpToTunBytes => (Engine::Bytes, UdpToTun),
+        Counter::UdpToTunWrites => (Engine::Operations, UdpToTun),
+        Counter::UdpToTunSuperPackets => (Engine::SuperPackets, UdpToTun),
+        Counter::UdpToTunCoalesceRefused => (Engine::Refusals, UdpToTun),
+        Counter::UdpToTunBatches => (Engine::Nowhere, UdpToTun),
+        Counter::UdpToTunMalformed => (Engine::Dropped("malformed"), UdpToTun),
+        Counter::UdpToTunOversized => (Engine::Dropped("oversized"), UdpToTun),
+        Counter::UdpToTunUnknownSender => (Engine::Dropped("unknown_sender"), UdpToTun),
+        Counter::UdpToTunForeignSource => (Engine::Dropped("foreign_source"), UdpToTun),
+        Counter::UdpToTunForeignDestination => (Engine::Dropped("foreign_destination"), UdpToTun),
+        Counter::UdpToTunTtlExpired => (Engine::Dropped("ttl_expired"), UdpToTun),
+        Counter::UdpToTunCongestion => (Engine::Dropped("congestion"), UdpToTun),
+        Counter::UdpToTunWriteFailed => (Engine::Dropped("write_failed"), UdpToTun),
+        // Both directions send them.
+        Counter::IcmpSent => (Engine::Icmp("sent"), TunToUdp),
+        Counter::IcmpLimited => (Engine::Icmp("limited"), TunToUdp),
+    }
+}
+
+fn of_engine(status: &Status, engine: Option<&EngineMeter>) -> Vec<Family> {
+    let counters: Vec<(Engine, Direction, u64)> = engine
+        .into_iter()
+        .flat_map(EngineMeter::counters)
+        .map(|(it, count)| (place(it).0, place(it).1, count))
+        .collect();
+    let by_direction = |wanted: Engine| {
+        let of_family = counters.iter().filter(|(it, ..)| *it == wanted);
+        of_family.map(|(_, way, count)| counted(&[("direction", way.name())], *count)).collect()
+    };
+    let dropped = counters.iter().filter_map(|(it, way, count)| {
+        let Engine::Dropped(reason) = *it else { return None };
+        Some(counted(&[("direction", way.name()), ("reason", reason)], *count))
+    });
+    let icmp = counters.iter().filter_map(|(it, _, count)| {
+        let Engine::Icmp(outcome) = *it else { return None };
+        Some(counted(&[("outcome", outcome)], *count))
+    });
+    let offloads = status.offloads.iter().map(|(name, state)| Sample {
+        labels: vec![("offload", name.clone())],
+        value: Value::Gauge(yes_or_no(state == "on")),
+    });
+    let io =
+        status.io.iter().map(|io| Sample { labels: vec![("io", io.clone())], value: Value::Info });
+    vec![
+        Family {
+            name: "engine",
+            labels: &["io"],
+            help: "How the packet engine does input and output: uring or mmsg",
+            kind: MetricType::Info,
+            samples: io.collect(),
+        },
+        Family {
+            name: "offload_in_use",
+            labels: &["offload"],
+            help: "Whether the kernel does this for many packets at once; `weft status` tells why \
+                   not",
+            kind: MetricType::Gauge,
+            samples: offloads.collect(),
+        },
+        counter(
+            "input_packets",
+            &["direction"],
+            "What came in: from the TUN device, where a super-packet is one, and datagrams from \
+             the network",
+            by_direction(Engine::Input),
+        ),
+        counter(
+            "packets",
+            &["direction"],
+            "Packets handed on: sent to peers, and written to the TUN device",
+            by_direction(Engine::Packets),
+        ),
+        counter(
+            "bytes",
+            &["direction"],
+            "Their bytes, without the outer headers; those of joined packets with one set of \
+             headers",
+            by_direction(Engine::Bytes),
+        ),
+        counter(
+            "operations",
+            &["direction"],
+            "Sends and writes that carried them",
+            by_direction(Engine::Operations),
+        ),
+        counter(
+            "super_packets",
+            &["direction"],
+            "Super-packets that were cut, or that packets were joined to",
+            by_direction(Engine::SuperPackets),
+        ),
+        counter(
+            "refused_operations",
+            &["direction"],
+            "Sends and writes of several packets that the kernel refused, and that went packet by \
+             packet",
+            by_direction(Engine::Refusals),
+        ),
+        counter(
+            "dropped_packets",
+            &["direction", "reason"],
+            "Packets dropped, by reason",
+            dropped.collect(),
+        ),
+        counter(
+            "fragmented_packets",
+            &["direction"],
+            "Packets sent in outer fragments, the path being smaller than the MTU",
+            by_direction(Engine::Fragmented),
+        ),
+        counter(
+            "stalls",
+            &["direction"],
+            "Times that sends waited for room in the socket's send buffer",
+            by_direction(Engine::Stalls),
+        ),
+        counter(
+            "icmp_errors",
+            &["outcome"],
+            "ICMP errors owed to senders: sent, or held back by the rate limit",
+            icmp.collect(),
+        ),
+        histogram(
+            "batch_packets",
+            "Packets that a thread found when it woke up",
+            (engine, Distribution::BatchPackets),
+            (0..=8, 1.0),
+        ),
+        histogram(
+            "segment_packets",
+            "Packets that one send to a peer, or one write to the TUN device, carried",
+            (engine, Distribution::SegmentPackets),
+            (0..=7, 1.0),
+        ),
+        histogram(
+            "batch_duration_seconds",
+            "From waking up until all that had come in was handed on",
+            (engine, Distribution::BatchNanos),
+            (10..=25, 1e-9),
+        ),
+    ]
+}
+
+/// `shown` are the powers of two that bound the buckets; `unit` is what one of the engine's numbers
+/// is in the metric's unit.
+fn histogram(
+    name: &'static str,
+    help: &'static str,
+    (engine, distribution): (Option<&EngineMeter>, Distribution),
+    (shown, unit): (std::ops::RangeInclusive<usize>, f64),
+) -> Family {
+    let sample = |direction: Direction| {
+        let Histogram { buckets, sum } = engine?.distribution(direction, distribution);
+        let below: u64 = buckets[..*shown.start()].iter().sum();
+        let above: u64 = buckets[shown.end() + 1..BUCKETS].iter().sum();
+        let mut counts: Vec<(f64, u64)> = shown
+            .clone()
+            .map(|power| (number(1 << power) * unit, buckets[power]))
+            .chain([(f64::MAX, above)])
+            .collect();
+        counts[0].1 += below;
+        Some(Sample {
+            labels: vec![("direction", direction.name().to_owned())],
+            value: Value::Histogram { buckets: counts, sum: number(sum) * unit },
+        })
+    };
+    let samples = DIRECTIONS.into_iter().filter_map(sample).collect();
+    Family { name, labels: &["direction"], help, kind: MetricType::Histogram, samples }
+}
+
+fn of_device(name: Option<&str>, device: Option<LinkCounters>) -> Vec<Family> {
+    let both = |pick: fn(&LinkCounters) -> (u64, u64)| -> Vec<Sample> {
+        let (Some(name), Some(device)) = (name, &device) else { return Vec::new() };
+        let (transmitted, received) = pick(device);
+        let ways = [("transmit", transmitted), ("receive", received)];
+        ways.map(|(way, count)| counted(&[("device", name), ("way", way)], count)).into()
+    };
+    vec![
+        counter(
+            "device_packets",
+            &["device", "way"],
+            "The kernel's count of the overlay device's packets: transmit is from the containers",
+            both(|it| (it.tx_packets, it.rx_packets)),
+        ),
+        counter(
+            "device_bytes",
+            &["device", "way"],
+            "The kernel's count of their bytes",
+            both(|it| (it.tx_bytes, it.rx_bytes)),
+        ),
+        counter(
+            "device_dropped_packets",
+            &["device", "way"],
+            "What the kernel dropped at the device: in transmit, its queue was full",
+            both(|it| (it.tx_dropped, it.rx_dropped)),
+        ),
+    ]
+}
+
+fn of_process(process: &Usage) -> Vec<Family> {
+    let Usage { cpu_millis, resident_bytes, threads, open_files } = *process;
+    let cpu = Sample { labels: Vec::new(), value: Value::Seconds(number(cpu_millis) / 1000.0) };
+    vec![
+        counter("process_cpu_seconds", &[], "CPU time that the daemon has used", vec![cpu]),
+        gauge("process_resident_memory_bytes", "Memory in use", [number(resident_bytes)]),
+        gauge("process_threads", "Threads", [number(threads)]),
+        gauge("process_open_fds", "Open files", [number(open_files)]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The families with their types and meanings, as rows of a table.
+    fn rows() -> Vec<String> {
+        let families = families(&Status::default(), None, None, &Usage::default());
+        let row = |family: &Family| {
+            let behind = match family.kind {
+                MetricType::Counter => "_total",
+                MetricType::Info => "_info",
+                MetricType::Gauge | MetricType::Histogram | MetricType::Unknown => "",
+            };
+            let Family { name, labels, help, kind, .. } = family;
+            let labels = labels.join(", ");
+            format!("| `{PREFIX}_{name}{behind}` | {} | {labels} | {help} |", kind.as_str())
+        };
+        families.iter().map(row).collect()
+    }
+
+    #[test]
+    fn every_metric_is_documented_and_nothing_else() {
+        let document = include_str!("../../docs/metrics.md");
+        let documented: Vec<&str> =
+            document.lines().filter(|line| line.starts_with("| `weft_")).collect();
+        assert_eq!(documented, rows(), "what docs/metrics.md should say:\n{}", rows().join("\n"));
+    }
+
+    #[test]
+    fn every_counter_of_the_engine_is_documented_and_nothing_else() {
+        let document = include_str!("../../docs/metrics.md");
+        let rows = document.lines().filter(|line| !line.starts_with("| `weft_"));
+        let rows = rows.filter_map(|line| line.strip_prefix("| `"));
+        let documented: Vec<&str> = rows.filter_map(|row| row.split('`').next()).collect();
+        let counters: Vec<&str> = Counter::ALL.iter().map(|counter| counter.name()).collect();
+        assert_eq!(documented, counters);
+    }
+}

@@ -1,0 +1,277 @@
+//! Which way a packet would take, found without sending one: from what the daemon knows and what the
+//! kernel would do. `weft trace` asks for it.
+
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use weft_backends::netlink::Netlink;
+use weft_control::firewall::Rules;
+use weft_control::firewall::rules::Rule;
+
+use crate::directories::Directories;
+use crate::output::Output;
+use crate::socket::{self, Request};
+use crate::status::{PeerStatus, Status};
+
+/// Tell which route, peer, backend, MTU and rules a packet to an address would take; sends nothing.
+///
+/// Exit status: 0 if it would be delivered as far as this host can tell, else 1.
+#[derive(Debug, Args)]
+pub struct TraceArgs {
+    /// Where the packet goes.
+    to: IpAddr,
+    /// Where it comes from [default: an address of this host's subnet].
+    #[arg(long, value_name = "IP")]
+    from: Option<IpAddr>,
+    /// How it is written; json is an array with one object a daemon.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// Where a packet ends up, as far as one daemon is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// A container of this host.
+    Local,
+    /// A container of a peer.
+    Peer,
+    /// An address of the overlay that no peer has.
+    Nobody,
+    /// What the overlay has nothing to do with.
+    Outside,
+}
+
+/// The way of one packet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trace {
+    pub to: IpAddr,
+    pub from: Option<IpAddr>,
+    pub target: Target,
+    /// Who gets it, if a peer does.
+    pub peer: Option<PeerStatus>,
+    pub backend: Option<String>,
+    /// The device that the kernel would send it out of.
+    pub device: Option<String>,
+    /// The largest packet that goes through.
+    pub mtu: Option<u32>,
+    /// What weft's firewall rules do with it, chain by chain.
+    pub rules: Vec<String>,
+    /// Why it would not arrive.
+    pub problems: Vec<String>,
+}
+
+/// Asks each daemon and writes the answers.
+///
+/// # Errors
+/// No daemon runs, or one does not answer.
+pub fn run(
+    arguments: &TraceArgs,
+    directories: &Directories,
+    out: &mut dyn Write,
+) -> anyhow::Result<ExitCode> {
+    let request = Request::Trace { to: arguments.to, from: arguments.from };
+    let traces: Vec<Trace> = socket::ask_all(&directories.run_dir, &request)?;
+    match arguments.output {
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&traces)?)?,
+        Output::Table => traces.iter().try_for_each(|trace| write_text(trace, out))?,
+    }
+    let arrives = traces.iter().any(|trace| trace.problems.is_empty());
+    Ok(if arrives { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn write_text(trace: &Trace, out: &mut dyn Write) -> io::Result<()> {
+    let from = trace.from.map(|from| format!("{from} → ")).unwrap_or_default();
+    let target = match (trace.target, &trace.peer) {
+        (Target::Peer, Some(peer)) => {
+            let subnets: Vec<String> = peer.subnets.iter().map(ToString::to_string).collect();
+            let name = peer.name.as_ref().map(|name| format!(" ({name})")).unwrap_or_default();
+            format!("{} of the peer {}{name}, {}", subnets.join(" "), peer.public_ip, peer.way)
+        }
+        (Target::Local, _) => "a container of this host".into(),
+        (Target::Nobody, _) | (Target::Peer, None) => "the overlay, but no peer has it".into(),
+        (Target::Outside, _) => "outside of the overlay".into(),
+    };
+    writeln!(out, "{from}{}: {target}", trace.to)?;
+    let mtu = trace.mtu.map(|mtu| mtu.to_string());
+    for (name, value) in [("backend", &trace.backend), ("device", &trace.device), ("MTU", &mtu)] {
+        if let Some(value) = value {
+            writeln!(out, "  {name:<8} {value}")?;
+        }
+    }
+    trace.rules.iter().try_for_each(|rule| writeln!(out, "  {:<8} {rule}", "rule"))?;
+    trace.problems.iter().try_for_each(|problem| writeln!(out, "  {:<8} {problem}", "PROBLEM"))
+}
+
+/// Finds the way. Asks the kernel, so it blocks.
+///
+/// # Errors
+/// netlink failed.
+pub(crate) fn trace(
+    status: &Status,
+    rules: Option<&Rules>,
+    to: IpAddr,
+    from: Option<IpAddr>,
+) -> anyhow::Result<Trace> {
+    let netlink = Netlink::open().context("cannot open a netlink socket")?;
+    let device = match netlink.way_to(to) {
+        Ok((Some(index), _)) => {
+            netlink.links()?.into_iter().find(|link| link.index == index).map(|link| link.name)
+        }
+        // Not even a default route.
+        Ok((None, _)) | Err(_) => None,
+    };
+    Ok(follow(status, rules, to, from, device))
+}
+
+/// `device` is what the kernel would send the packet out of.
+fn follow(
+    status: &Status,
+    rules: Option<&Rules>,
+    to: IpAddr,
+    from: Option<IpAddr>,
+    device: Option<String>,
+) -> Trace {
+    let own = status.subnets.iter().find(|subnet| subnet.is_ipv6() == to.is_ipv6());
+    let from = from.or(own.map(|subnet| subnet.network()));
+    let (target, peer) = target(status, to);
+    let expected = match (target, &peer) {
+        (Target::Peer, Some(peer)) if peer.way == "direct" => status.interface.clone(),
+        (Target::Peer, _) => status.device.clone(),
+        (Target::Local | Target::Nobody | Target::Outside, _) => None,
+    };
+    let mut problems = Vec::new();
+    if status.state != "forwarding" {
+        problems.push(format!("the daemon does not forward: {}", status.state));
+    }
+    if target == Target::Nobody {
+        problems.push(format!(
+            "no lease that this host knows covers {to}; `weft registry show` lists all of them, and \
+             `weft status` says what is wrong with some"
+        ));
+    }
+    match (&expected, &device) {
+        (_, None) => problems.push(format!("the kernel has no route to {to}")),
+        (Some(expected), Some(device)) if expected != device => problems.push(format!(
+            "the kernel sends it out of {device}, not {expected}: another route comes first; see `ip \
+             route get {to}`"
+        )),
+        _ => {}
+    }
+    let rules = match (rules, from) {
+        (Some(rules), Some(from)) if from.is_ipv6() == to.is_ipv6() => {
+            let family = rules.family(to.is_ipv6());
+            let chains = [("forward", &family.forward), ("postrouting", &family.postrouting)];
+            chains.map(|(chain, rules)| verdict(chain, rules, from, to)).into()
+        }
+        _ => Vec::new(),
+    };
+    let mtu = match &peer {
+        Some(_) => status.mtu,
+        None => None,
+    };
+    let backend = peer.as_ref().and_then(|_| status.backend.clone());
+    Trace { to, from, target, peer, backend, device, mtu, rules, problems }
+}
+
+/// By the longest prefix, as the packet engine and the kernel do it.
+fn target(status: &Status, to: IpAddr) -> (Target, Option<PeerStatus>) {
+    let peers = status.peers.iter().flat_map(|peer| {
+        let covering = peer.subnets.iter().filter(|subnet| subnet.contains(to));
+        covering.map(move |subnet| (subnet.prefix(), Some(peer)))
+    });
+    let own = status.subnets.iter().filter(|subnet| subnet.contains(to));
+    let own = own.map(|subnet| (subnet.prefix(), None));
+    match peers.chain(own).max_by_key(|(prefix, _)| *prefix) {
+        Some((_, Some(peer))) => (Target::Peer, Some(peer.clone())),
+        Some((_, None)) => (Target::Local, None),
+        None if status.networks.iter().any(|network| network.contains(to)) => {
+            (Target::Nobody, None)
+        }
+        None => (Target::Outside, None),
+    }
+}
+
+/// What the first rule of a chain that the packet matches does with it.
+fn verdict(chain: &str, rules: &[Rule], from: IpAddr, to: IpAddr) -> String {
+    match rules.iter().find(|rule| rule.takes(from, to)) {
+        Some(rule) => format!("{chain}: {rule}"),
+        None => format!("{chain}: none of weft's takes it"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weft_control::NetworkConfig;
+    use weft_control::firewall::rules::Switches;
+    use weft_control::lease::LeaseKey;
+
+    use super::*;
+
+    fn status() -> Status {
+        let peer = |public: &str, subnet: &str, way: &str| PeerStatus {
+            subnets: vec![subnet.parse().unwrap()],
+            public_ip: public.parse().unwrap(),
+            way: way.into(),
+            name: None,
+            version: None,
+        };
+        Status {
+            state: "forwarding".into(),
+            networks: vec!["10.42.0.0/16".parse().unwrap()],
+            subnets: vec!["10.42.1.0/24".parse().unwrap()],
+            device: Some("flannel.1".into()),
+            interface: Some("eth0".into()),
+            mtu: Some(1450),
+            peers: vec![
+                peer("192.0.2.2", "10.42.2.0/24", "tunnel"),
+                peer("192.0.2.3", "10.42.3.0/24", "direct"),
+            ],
+            ..Status::default()
+        }
+    }
+
+    fn traced(to: &str, device: &str) -> Trace {
+        let config: NetworkConfig = r#"{"Network":"10.42.0.0/16"}"#.parse().unwrap();
+        let key: LeaseKey = "10.42.1.0-24".parse().unwrap();
+        let switches = Switches { masquerade: true, forward: true, random_fully: true };
+        let rules = Rules::new(&config, &key, switches);
+        let device = (!device.is_empty()).then(|| device.to_owned());
+        follow(&status(), Some(&rules), to.parse().unwrap(), None, device)
+    }
+
+    #[test]
+    fn each_target_has_its_way() {
+        let tunnel = traced("10.42.2.9", "flannel.1");
+        assert_eq!(tunnel.target, Target::Peer);
+        assert_eq!(tunnel.peer.unwrap().public_ip, IpAddr::from([192, 0, 2, 2]));
+        assert_eq!(tunnel.problems, Vec::<String>::new());
+        assert_eq!(tunnel.mtu, Some(1450));
+        let accepted = [
+            "forward: accept from 10.42.0.0/16",
+            "postrouting: leave alone from \
+            10.42.1.0/24 to 10.42.0.0/16",
+        ];
+        assert_eq!(tunnel.rules, accepted);
+        assert_eq!(traced("10.42.3.9", "eth0").problems, Vec::<String>::new());
+        assert_eq!(traced("10.42.1.9", "docker0").target, Target::Local);
+        let outside = traced("8.8.8.8", "eth0");
+        assert_eq!(outside.target, Target::Outside);
+        assert_eq!(
+            outside.rules[1],
+            "postrouting: masquerade from 10.42.0.0/16 not to 224.0.0.0/4"
+        );
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_told() {
+        let first = |trace: Trace| trace.problems[0].clone();
+        assert!(first(traced("10.42.9.9", "flannel.1")).contains("no lease"));
+        assert!(first(traced("10.42.2.9", "eth1")).contains("out of eth1, not flannel.1"));
+        assert!(first(traced("10.42.2.9", "")).contains("no route to 10.42.2.9"));
+    }
+}

@@ -1,0 +1,49 @@
+//! What this process uses of the machine (proc(5)).
+
+use std::fs;
+
+/// It at one moment.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) cpu_millis: u64,
+    pub(crate) resident_bytes: u64,
+    pub(crate) threads: u64,
+    pub(crate) open_files: u64,
+}
+
+impl Usage {
+    pub(crate) fn now() -> Self {
+        let read = fs::read_to_string("/proc/self/stat").ok();
+        let usage = read.and_then(|text| Self::parse(&text)).unwrap_or_default();
+        let open_files = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count) as u64;
+        Self { open_files, ..usage }
+    }
+
+    /// Reads `/proc/self/stat`.
+    fn parse(text: &str) -> Option<Self> {
+        // The name, in parentheses, may hold anything.
+        let (_, fields) = text.rsplit_once(')')?;
+        let fields: Vec<&str> = fields.split_whitespace().collect();
+        // Numbered as in proc_pid_stat(5), where the first one behind the name is 3.
+        let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+        Some(Self {
+            cpu_millis: (field(14)? + field(15)?) * 1000 / rustix::param::clock_ticks_per_second(),
+            threads: field(20)?,
+            resident_bytes: field(24)? * rustix::param::page_size() as u64,
+            open_files: 0,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_with_a_bad_name_is_read() {
+        let fields: Vec<String> = (3..=52).map(|number| number.to_string()).collect();
+        let usage = Usage::parse(&format!("1 (a) b (c)) {}\n", fields.join(" "))).unwrap();
+        assert_eq!((usage.threads, usage.cpu_millis), (20, 290));
+        assert_eq!(Usage::parse("1 (a) S"), None);
+    }
+}

@@ -1,0 +1,211 @@
+//! The commands by which an operator looks into a running daemon, and what `make install` puts in
+//! place for them.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use weft_daemon::lab::{Bytes, Lab};
+use weft_daemon::netns::NetNs;
+use weft_tests::{bring_up, hosts, program, until};
+
+const PASSWORD: &str = "hunter2hunter2";
+
+/// What `weft` with these arguments answers about a host's daemon: whether it succeeded, and all that
+/// it wrote.
+fn weft(lab: &Lab, arguments: &[&str]) -> Result<(bool, String)> {
+    let host = lab.host(0);
+    let mut command = Command::new(program("weft")?);
+    command.args(arguments).arg("--run-dir").arg(&host.run_dir);
+    let output = host.netns.output(command.arg("--state-dir").arg(&host.state_dir))?;
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    Ok((output.status.success(), text))
+}
+
+#[test]
+fn an_operator_sees_ways_rates_levels_and_takes_all_of_it_away() -> Result<()> {
+    let mut lab = hosts(2)?;
+    let password = format!("--etcd-password={PASSWORD}");
+    bring_up(&mut lab, &["--etcd-username=weft", &password, "--ip-masq"])?;
+    assert!(lab.transfer(0, 1, Bytes(1 << 20))?.intact());
+    ways(&lab)?;
+    rates(&lab)?;
+    levels(&lab)?;
+    bundle(&lab)?;
+    lab.remove()
+}
+
+fn ways(lab: &Lab) -> Result<()> {
+    let to = lab.container(1)?.address()?.to_string();
+    let (ok, text) = weft(lab, &["trace", &to])?;
+    ensure!(ok, "{text}");
+    for part in [
+        &format!("of the peer {}", lab.host(1).address),
+        "backend  udp-tun",
+        "device   flannel0",
+        "MTU      1472",
+        "forward: accept from 10.42.0.0/16",
+        "postrouting: leave alone",
+    ] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let (ok, text) = weft(lab, &["trace", "10.42.0.1", "-o", "json"])?;
+    assert!(!ok);
+    assert_eq!(serde_json::from_str::<Value>(&text)?[0]["target"], "nobody");
+    let own = lab.container(0)?.address()?.to_string();
+    let (ok, text) = weft(lab, &["trace", &own])?;
+    assert!(ok && text.contains("a container of this host"), "{text}");
+
+    // Another route comes first.
+    let netns = &lab.host(0).netns;
+    netns.ip(&["route", "add", &to, "dev", "eth0"])?;
+    let (ok, text) = weft(lab, &["trace", &to])?;
+    assert!(
+        !ok && text.contains("PROBLEM  the kernel sends it out of eth0, not flannel0"),
+        "{text}"
+    );
+    netns.ip(&["route", "del", &to])?;
+    Ok(())
+}
+
+fn rates(lab: &Lab) -> Result<()> {
+    let (ok, text) = weft(lab, &["top", "--once", "--sort", "total"])?;
+    ensure!(ok, "{text}");
+    assert_eq!(text.lines().count(), 24, "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    for part in ["forwarding", "udp-tun", "direction", "tun_to_udp_bytes", "10.168.0.95"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let (ok, text) = weft(lab, &["top"])?;
+    assert!(!ok && text.contains("--once writes text"), "{text}");
+    Ok(())
+}
+
+fn levels(lab: &Lab) -> Result<()> {
+    assert_eq!(weft(lab, &["log-level"])?, (true, "info\n".into()));
+    assert!(!weft(lab, &["log-level", "loud"])?.0);
+    assert!(!fs::read_to_string(&lab.host(0).log)?.contains(" TRACE "));
+    assert_eq!(weft(lab, &["log-level", "trace"])?, (true, "trace\n".into()));
+    until("more is logged", || {
+        weft(lab, &["trace", "10.42.0.1"])?;
+        Ok(fs::read_to_string(&lab.host(0).log)?.contains("TRACE"))
+    })?;
+    assert_eq!(weft(lab, &["log-level", "info"])?.1, "info\n");
+    Ok(())
+}
+
+fn bundle(lab: &Lab) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let archive = directory.path().join("bundle.tar.gz");
+    let archive_name = archive.to_str().context("a path that is no text")?;
+    let (ok, text) = weft(lab, &["support-bundle", archive_name])?;
+    ensure!(ok, "{text}");
+    let tar = Command::new("tar").arg("-xzf").arg(&archive).current_dir(&directory).status()?;
+    ensure!(tar.success());
+    fs::remove_file(&archive)?;
+    let root = fs::read_dir(&directory)?.next().context("an empty archive")??.path();
+    let read = |name: &str| {
+        fs::read_to_string(root.join(name)).with_context(|| format!("no {name} in the bundle"))
+    };
+    let status: Value = serde_json::from_str(&read("daemon-1/status.json")?)?;
+    assert_eq!(status["state"], "forwarding");
+    assert!(read("daemon-1/metrics")?.contains("weft_build_info"));
+    assert!(read("kernel/routes")?.contains("10.42.0.0/16 dev flannel0 proto 119"));
+    assert!(read("firewall/iptables")?.contains("10.42.0.0/16"));
+    assert!(read("daemon-1/process-cmdline")?.contains("--etcd-password=[stripped]"));
+    let found = Command::new("grep").args(["--recursive", PASSWORD]).arg(&root).output()?;
+    assert_eq!(found.status.code(), Some(1), "{}", String::from_utf8_lossy(&found.stdout));
+    Ok(())
+}
+
+#[test]
+fn a_log_of_json_is_one_object_a_line() -> Result<()> {
+    let mut lab = hosts(1)?;
+    bring_up(&mut lab, &["--log-format=json"])?;
+    let log = fs::read_to_string(&lab.host(0).log)?;
+    let lines: Vec<Value> =
+        log.lines().map(serde_json::from_str).collect::<serde_json::Result<_>>()?;
+    let forwarding = lines.iter().find(|line| line["message"] == "forwarding");
+    let forwarding = forwarding.with_context(|| log.clone())?;
+    assert_eq!((&forwarding["level"], &forwarding["backend"]), (&"INFO".into(), &"udp-tun".into()));
+    lab.remove()
+}
+
+fn shell(shell: &str, script: &str, directory: &Path) -> Result<String> {
+    let output = Command::new(shell).args(["-c", script]).current_dir(directory).output()?;
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    ensure!(output.status.success(), "{shell}: {text}");
+    Ok(text)
+}
+
+#[test]
+fn make_install_puts_pages_and_completions_in_place() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    let programs = program("weft")?;
+    let programs = programs.parent().context("no directory")?;
+    let mut make = Command::new("make");
+    make.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    // It is built already.
+    make.args(["--old-file=build", "install", "PREFIX=/usr"]);
+    make.arg(format!("DESTDIR={}", root.path().display()));
+    let output = make.arg(format!("BIN={}", programs.display())).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    let usr = root.path().join("usr");
+    for file in [
+        "bin/weftd",
+        "lib/systemd/system/weftd.service",
+        "share/weft/docker-weft.conf",
+        "share/weft/weft-dashboard.json",
+        "share/weft/weft-alerts.yml",
+    ] {
+        assert!(usr.join(file).is_file(), "no {file}");
+    }
+    let man = "MANWIDTH=80 man --local-file --warnings share/man/";
+    let page = shell("sh", &format!("{man}man1/weft-trace.1"), &usr)?;
+    assert!(page.contains("Tell which route") && !page.contains("warning"), "{page}");
+    let page = shell("sh", &format!("{man}man8/weftd.8"), &usr)?;
+    assert!(page.contains("--etcd-endpoints"), "{page}");
+
+    let bash = "source share/bash-completion/completions/weft.bash
+        COMP_WORDS=(weft tr) COMP_CWORD=1; _weft weft tr weft; echo ${COMPREPLY[@]}";
+    assert_eq!(shell("bash", bash, &usr)?, "trace\n");
+    let fish = "source share/fish/vendor_completions.d/weft.fish; complete --do-complete 'weft tr'";
+    assert!(shell("fish", fish, &usr)?.starts_with("trace\t"));
+    let zsh = "fpath=($PWD/share/zsh/site-functions $fpath); autoload -U compinit; compinit -D -u
+        echo ${_comps[weft]} ${_comps[weftd]}; autoload +X _weft && echo loads";
+    assert_eq!(shell("zsh", zsh, &usr)?, "_weft _weftd\nloads\n");
+    Ok(())
+}
+
+/// The journal gets the fields, where stderr leads there.
+#[test]
+fn the_journal_gets_fields() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    weft_tests::service::make_root(root.path())?;
+    let directory = root.path().join("run/systemd/journal");
+    fs::create_dir_all(&directory)?;
+    let journal = std::os::unix::net::UnixDatagram::bind(directory.join("socket"))?;
+    journal.set_nonblocking(true)?;
+    let netns = NetNs::create(format!("weft-journal-{}", std::process::id()))?;
+    let weftd = program("weftd")?.display().to_string();
+    // What systemd sets for a service whose stderr it has connected to the journal.
+    let script = "exec 2>/run/stderr; export JOURNAL_STREAM=$(stat -L -c %d:%i /run/stderr); \
+                  exec \"$0\" --registry=dir:/var/lib/weft/r --iface=nowhere --network=10.42.0.0/16";
+    let words = ["sh", "-c", script, &weftd].map(str::to_owned);
+    let mut command = weft_tests::service::enter(root.path(), &words);
+    weft_tests::run_to_end(&netns, &mut command)?;
+    let mut heard = String::new();
+    let mut message = [0; 8192];
+    while let Ok(len) = journal.recv(&mut message) {
+        heard += &String::from_utf8_lossy(&message[..len]);
+    }
+    assert!(heard.contains("SYSLOG_IDENTIFIER=weftd\n"), "{heard}");
+    assert!(
+        heard.contains("PRIORITY=3\n") && heard.contains("no such network interface"),
+        "{heard}"
+    );
+    netns.remove()
+}
