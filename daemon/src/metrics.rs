@@ -72,7 +72,8 @@ struct Families(Vec<Family>);
 impl Collector for Families {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         for family in &self.0 {
-            let Family { name, help, kind, samples, .. } = family;
+            let Family { name, labels, help, kind, samples } = family;
+            debug_assert!(samples.iter().all(|sample| sample.has(labels)), "{family:?}");
             let mut encoder = encoder.encode_descriptor(name, help, None, *kind)?;
             for sample in samples {
                 sample.encode(&mut encoder)?;
@@ -83,6 +84,11 @@ impl Collector for Families {
 }
 
 impl Sample {
+    /// Whether its labels are just these.
+    fn has(&self, labels: &[&str]) -> bool {
+        self.labels.iter().map(|(name, _)| *name).eq(labels.iter().copied())
+    }
+
     fn encode(&self, encoder: &mut MetricEncoder<'_>) -> fmt::Result {
         let labels: &[(&str, String)] = &self.labels;
         if let Value::Info = self.value {
@@ -105,7 +111,7 @@ impl Value {
                 let count = buckets.iter().map(|(_, count)| count).sum();
                 encoder.encode_histogram::<NoLabelSet>(*sum, count, buckets, None)
             }
-            Self::Info => encoder.encode_info(&NoLabelSet),
+            Self::Info => encoder.encode_info(&[("", ""); 0]),
         }
     }
 }

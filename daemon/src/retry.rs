@@ -1,43 +1,63 @@
-//! Saying things once.
+//! Saying things once, and again only after a while.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::health::Health;
+
+/// How long after a line was said it may be said again, if it is still so.
+const REMINDER: Duration = Duration::from_secs(600);
 
 /// Keeps a loop from saying the same thing at every turn.
 #[derive(Debug, Default)]
 pub(crate) struct Repeats {
     last: String,
+    said: Option<Instant>,
+    /// How often the last line came since it was said.
+    times: u64,
     health: Option<Health>,
 }
 
 impl Repeats {
     /// Has `health` know what the loop waits for.
     pub(crate) fn told_to(health: &Health) -> Self {
-        Self { last: String::new(), health: Some(health.clone()) }
+        Self { health: Some(health.clone()), ..Self::default() }
     }
 
-    /// Whether `line` is news.
-    pub(crate) fn is_new(&mut self, line: &str) -> bool {
-        let new = self.last != line;
-        if new {
+    /// Whether to say `line` now, and how often it came since it was last said.
+    fn news(&mut self, line: &str) -> Option<u64> {
+        self.times += 1;
+        let is_old = self.last == line;
+        if is_old && self.said.is_some_and(|at| at.elapsed() < REMINDER) {
+            return None;
+        }
+        if !is_old {
             line.clone_into(&mut self.last);
+            self.times = 1;
             if let Some(health) = &self.health {
                 health.waits(line);
             }
         }
-        new
+        self.said = Some(Instant::now());
+        Some(std::mem::take(&mut self.times))
     }
 
-    /// Logs `line` as an error unless it was the last one.
+    /// Logs `line` as an error unless it was the last one, and not long ago.
     pub(crate) fn error(&mut self, line: &str) {
-        if self.is_new(line) {
-            tracing::error!("{line}");
+        match self.news(line) {
+            None => {}
+            Some(1) => tracing::error!("{line}"),
+            Some(times) => tracing::error!(times, "{line}"),
         }
     }
 
-    /// Logs `line` unless it was the last one.
+    /// Logs `line` unless it was the last one, and not long ago.
     pub(crate) fn warn(&mut self, line: &str) {
-        if self.is_new(line) {
-            tracing::warn!("{line}");
+        match self.news(line) {
+            None => {}
+            Some(1) => tracing::warn!("{line}"),
+            Some(times) => tracing::warn!(times, "{line}"),
         }
     }
 }
@@ -46,12 +66,18 @@ impl Repeats {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_same_line_is_no_news() {
+    #[tokio::test(start_paused = true)]
+    async fn the_same_line_is_said_again_after_a_while_with_how_often_it_came() {
         let mut repeats = Repeats::default();
-        assert!(repeats.is_new("a"));
-        assert!(!repeats.is_new("a"));
-        assert!(repeats.is_new("b"));
-        assert!(repeats.is_new("a"));
+        assert_eq!(repeats.news("a"), Some(1));
+        assert_eq!(repeats.news("a"), None);
+        assert_eq!(repeats.news("b"), Some(1));
+        assert_eq!(repeats.news("a"), Some(1));
+        for _ in 0..3 {
+            assert_eq!(repeats.news("a"), None);
+        }
+        tokio::time::advance(REMINDER).await;
+        assert_eq!(repeats.news("a"), Some(4));
+        assert_eq!(repeats.news("a"), None);
     }
 }
