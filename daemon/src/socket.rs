@@ -244,6 +244,7 @@ async fn answer(mut stream: tokio::net::UnixStream, board: &Board) -> anyhow::Re
 }
 
 async fn carry_out(request: Request, board: Board) -> anyhow::Result<Value> {
+    tracing::debug!(?request, "somebody asks");
     match request {
         Request::Status => Ok(serde_json::to_value(board.read())?),
         // Both ask the kernel.

@@ -30,7 +30,9 @@ fn code(text: &str) -> impl Iterator<Item = &str> {
 /// The commands in a document, block by block and within its sentences.
 fn commands(text: &str) -> Vec<String> {
     let inline = Regex::new(r"`(weftd? [^`]+)`").expect("an expression");
-    let joined = text.replace('\n', " ");
+    // Errors, in the headings, begin with a program's name, too.
+    let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    let joined = lines.join(" ");
     let inline = inline.captures_iter(&joined).map(|found| found[1].to_owned());
     let own = |line: &&str| line.starts_with("weft ") || line.starts_with("weftd ");
     let blocks = code(text).filter(own).map(|line| {

@@ -1,7 +1,9 @@
 //! The commands by which an operator looks into a running daemon, and what `make install` puts in
 //! place for them.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 
@@ -9,7 +11,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
-use weft_tests::{bring_up, hosts, program, until};
+use weft_tests::service::{enter, make_root};
+use weft_tests::{bring_up, hosts, program, run_to_end, until};
 
 const PASSWORD: &str = "hunter2hunter2";
 
@@ -86,11 +89,13 @@ fn rates(lab: &Lab) -> Result<()> {
 fn levels(lab: &Lab) -> Result<()> {
     assert_eq!(weft(lab, &["log-level"])?, (true, "info\n".into()));
     assert!(!weft(lab, &["log-level", "loud"])?.0);
-    assert!(!fs::read_to_string(&lab.host(0).log)?.contains(" TRACE "));
-    assert_eq!(weft(lab, &["log-level", "trace"])?, (true, "trace\n".into()));
+    let asked =
+        || -> Result<bool> { Ok(fs::read_to_string(&lab.host(0).log)?.contains("somebody asks")) };
+    assert!(!asked()?);
+    assert_eq!(weft(lab, &["log-level", "debug"])?, (true, "debug\n".into()));
     until("more is logged", || {
         weft(lab, &["trace", "10.42.0.1"])?;
-        Ok(fs::read_to_string(&lab.host(0).log)?.contains("TRACE"))
+        asked()
     })?;
     assert_eq!(weft(lab, &["log-level", "info"])?.1, "info\n");
     Ok(())
@@ -180,32 +185,56 @@ fn make_install_puts_pages_and_completions_in_place() -> Result<()> {
     Ok(())
 }
 
-/// The journal gets the fields, where stderr leads there.
+/// The fields of an entry for the journal (systemd.io/JOURNAL_NATIVE_PROTOCOL): `KEY=value`, or the
+/// key, the length of the value in eight bytes, and the value.
+fn entry(mut message: &[u8]) -> Option<BTreeMap<String, String>> {
+    let mut fields = BTreeMap::new();
+    while !message.is_empty() {
+        let end = message.iter().position(|byte| *byte == b'\n')?;
+        let line = String::from_utf8_lossy(&message[..end]).into_owned();
+        message = &message[end + 1..];
+        if let Some((key, value)) = line.split_once('=') {
+            fields.insert(key.to_owned(), value.to_owned());
+            continue;
+        }
+        let (len, rest) = message.split_first_chunk()?;
+        let len = usize::try_from(u64::from_le_bytes(*len)).ok()?;
+        fields.insert(line, String::from_utf8_lossy(rest.get(..len)?).into_owned());
+        message = rest.get(len + 1..)?;
+    }
+    Some(fields)
+}
+
 #[test]
-fn the_journal_gets_fields() -> Result<()> {
+fn the_journal_gets_levels_and_fields() -> Result<()> {
     let root = tempfile::tempdir()?;
-    weft_tests::service::make_root(root.path())?;
+    make_root(root.path())?;
     let directory = root.path().join("run/systemd/journal");
     fs::create_dir_all(&directory)?;
-    let journal = std::os::unix::net::UnixDatagram::bind(directory.join("socket"))?;
+    let journal = UnixDatagram::bind(directory.join("socket"))?;
     journal.set_nonblocking(true)?;
     let netns = NetNs::create(format!("weft-journal-{}", std::process::id()))?;
+    netns.ip(&["link", "set", "lo", "up"])?;
     let weftd = program("weftd")?.display().to_string();
-    // What systemd sets for a service whose stderr it has connected to the journal.
-    let script = "exec 2>/run/stderr; export JOURNAL_STREAM=$(stat -L -c %d:%i /run/stderr); \
-                  exec \"$0\" --registry=dir:/var/lib/weft/r --iface=nowhere --network=10.42.0.0/16";
+    // What systemd sets for a service whose stderr it has connected to the journal. The interface
+    // ends the daemon.
+    let script = "exec 2>/run/stderr; export JOURNAL_STREAM=$(stat -L -c %d:%i /run/stderr); exec \
+                  \"$0\" --registry=dir:/var/lib/weft/r --network=10.42.0.0/16 --iface=nowhere \
+                  --healthz-port=8081";
     let words = ["sh", "-c", script, &weftd].map(str::to_owned);
-    let mut command = weft_tests::service::enter(root.path(), &words);
-    weft_tests::run_to_end(&netns, &mut command)?;
-    let mut heard = String::new();
+    run_to_end(&netns, &mut enter(root.path(), &words))?;
+    let mut entries = Vec::new();
     let mut message = [0; 8192];
     while let Ok(len) = journal.recv(&mut message) {
-        heard += &String::from_utf8_lossy(&message[..len]);
+        entries.push(entry(&message[..len]).context("an entry that cannot be read")?);
     }
-    assert!(heard.contains("SYSLOG_IDENTIFIER=weftd\n"), "{heard}");
-    assert!(
-        heard.contains("PRIORITY=3\n") && heard.contains("no such network interface"),
-        "{heard}"
-    );
+    let with = |text: &str| {
+        let found = entries.iter().find(|entry| entry["MESSAGE"].contains(text));
+        found.with_context(|| format!("no {text:?} in {entries:?}"))
+    };
+    let answering = with("answering health checks")?;
+    assert_eq!(answering["WEFT_ADDRESS"], "127.0.0.1:8081");
+    assert_eq!(answering["SYSLOG_IDENTIFIER"], "weftd");
+    assert_eq!(with("no such network interface")?["PRIORITY"], "3");
     netns.remove()
 }

@@ -22,7 +22,7 @@ use weft_daemon::trace::{self, TraceArgs};
 
 /// The operator's command of weft, an overlay network for containers.
 #[derive(Debug, Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(name = "weft", version, arg_required_else_help = true)]
 struct Cli {
     #[command(flatten)]
     directories: Directories,
