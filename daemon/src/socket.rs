@@ -64,7 +64,11 @@ pub fn ask<T: DeserializeOwned>(
     within: Duration,
 ) -> anyhow::Result<T> {
     let context = || format!("weftd does not answer at {}", socket.display());
-    let answer = exchange(socket, request, within).with_context(context)?;
+    let answer = exchange(socket, request, within);
+    if answer.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
+        bail!("only root and the group {GROUP} may ask the weftd at {}", socket.display());
+    }
+    let answer = answer.with_context(context)?;
     match answer {
         Answer::Ok(value) => serde_json::from_value(value).with_context(context),
         Answer::Error(reason) => bail!("weftd at {}: {reason}", socket.display()),
@@ -112,13 +116,15 @@ pub fn ask_all<T: DeserializeOwned>(run_dir: &Path, request: &Request) -> anyhow
     Ok(answers)
 }
 
-/// The sockets there, in the order of their names.
+/// The sockets there, in the order of their names; none where there is no such directory.
 ///
 /// # Errors
 /// The directory cannot be read.
 pub fn sockets(run_dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let context = || format!("no weftd runs with --run-dir {}", run_dir.display());
-    let entries = fs::read_dir(run_dir).with_context(context)?;
+    let entries = match fs::read_dir(run_dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("cannot read {}", run_dir.display()))?,
+    };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let mut sockets: Vec<PathBuf> =
         paths.filter(|path| path.extension().is_some_and(|ext| ext == "sock")).collect();
