@@ -168,7 +168,7 @@ fn make_install_puts_pages_and_completions_in_place() -> Result<()> {
     ] {
         assert!(usr.join(file).is_file(), "no {file}");
     }
-    let man = "MANWIDTH=80 man --local-file --warnings share/man/";
+    let man = "MANWIDTH=100 man --local-file --warnings --no-justification share/man/";
     let page = shell("sh", &format!("{man}man1/weft-trace.1"), &usr)?;
     assert!(page.contains("Tell which route") && !page.contains("warning"), "{page}");
     let page = shell("sh", &format!("{man}man8/weftd.8"), &usr)?;
