@@ -103,9 +103,15 @@ impl Bundle {
 
     fn fill(mut self, directories: &Directories) -> io::Result<()> {
         self.daemons(directories)?;
-        for (name, command) in COMMANDS {
-            self.add(name, &output_of(command))?;
+        for (name, line) in COMMANDS {
+            let mut words = line.split_whitespace();
+            let mut command = Command::new(words.next().unwrap_or_default());
+            self.add(name, &output_of(line, command.args(words)))?;
         }
+        let mut doctor = Command::new(std::env::current_exe()?);
+        doctor.arg("doctor").arg("--run-dir").arg(&directories.run_dir);
+        doctor.arg("--state-dir").arg(&directories.state_dir);
+        self.add("doctor", &output_of("weft doctor", &mut doctor))?;
         for path in [&directories.state_dir, &directories.run_dir] {
             self.directory(path)?;
         }
@@ -198,11 +204,9 @@ fn replace(bytes: &[u8], what: &[u8], with: &[u8]) -> Vec<u8> {
 }
 
 /// What a command writes, or why it cannot be had.
-fn output_of(command: &str) -> Vec<u8> {
-    let mut words = command.split_whitespace();
-    let Some(program) = words.next() else { return Vec::new() };
-    let mut text = format!("$ {command}\n").into_bytes();
-    match Command::new(program).args(words).stdin(Stdio::null()).output() {
+fn output_of(line: &str, command: &mut Command) -> Vec<u8> {
+    let mut text = format!("$ {line}\n").into_bytes();
+    match command.stdin(Stdio::null()).output() {
         Ok(output) => {
             text.extend(output.stdout);
             text.extend(output.stderr);

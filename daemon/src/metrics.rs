@@ -166,6 +166,8 @@ fn of_daemon(status: &Status) -> Vec<Family> {
         let labels = vec![("way", way.to_owned())];
         Sample { labels, value: Value::Gauge(number(peers as u64)) }
     };
+    let unreachable =
+        status.peers.iter().filter(|peer| peer.probe.reachable == Some(false)).count();
     let once = |count| vec![counted(&[], count)];
     let version = Sample { labels: vec![("version", status.version.clone())], value: Value::Info };
     vec![
@@ -193,6 +195,11 @@ fn of_daemon(status: &Status) -> Vec<Family> {
             kind: MetricType::Gauge,
             samples: WAYS.map(way).into(),
         },
+        gauge(
+            "peers_unreachable",
+            "Nodes that do not answer probes; `weft status` names them",
+            [number(unreachable as u64)],
+        ),
         gauge(
             "mtu_bytes",
             "The largest packet that containers may send",

@@ -288,15 +288,26 @@ fn peer_table(view: &View<'_>) -> Table<'static> {
     let rows = view.now.into_iter().flat_map(|now| &now.peers).map(|peer| {
         let subnets: Vec<String> = peer.subnets.iter().map(ToString::to_string).collect();
         let name = peer.name.clone().unwrap_or_default();
-        Row::new([peer.public_ip.to_string(), name, peer.way.clone(), subnets.join(" ")])
+        let rtt = peer.probe.rtt_us.map(|micros| format!("{:.2} ms", float(micros) / 1000.0));
+        let loss = peer.probe.loss_percent.map(|percent| format!("{percent} %"));
+        Row::new([
+            peer.public_ip.to_string(),
+            name,
+            peer.way.clone(),
+            rtt.unwrap_or_default(),
+            loss.unwrap_or_default(),
+            subnets.join(" "),
+        ])
     });
     let widths = [
-        Constraint::Length(16),
-        Constraint::Length(16),
-        Constraint::Length(7),
-        Constraint::Min(20),
+        Constraint::Length(15),
+        Constraint::Length(12),
+        Constraint::Length(6),
+        Constraint::Length(9),
+        Constraint::Length(5),
+        Constraint::Min(18),
     ];
-    let header = Row::new(["peer", "name", "way", "subnets"]).style(Modifier::BOLD);
+    let header = Row::new(["peer", "name", "way", "RTT", "loss", "subnets"]).style(Modifier::BOLD);
     Table::new(rows, widths).header(header)
 }
 

@@ -211,6 +211,7 @@ mod tests {
     use weft_control::lease::LeaseKey;
 
     use super::*;
+    use crate::status::ProbeStatus;
 
     fn status() -> Status {
         let peer = |public: &str, subnet: &str, way: &str| PeerStatus {
@@ -219,6 +220,7 @@ mod tests {
             way: way.into(),
             name: None,
             version: None,
+            probe: ProbeStatus::default(),
         };
         Status {
             state: "forwarding".into(),

@@ -117,6 +117,7 @@ fn bundle(lab: &Lab) -> Result<()> {
     let status: Value = serde_json::from_str(&read("daemon-1/status.json")?)?;
     assert_eq!(status["state"], "forwarding");
     assert!(read("daemon-1/metrics")?.contains("weft_build_info"));
+    assert!(read("doctor")?.contains("ip_forward"));
     assert!(read("kernel/routes")?.contains("10.42.0.0/16 dev flannel0 proto 119"));
     assert!(read("firewall/iptables")?.contains("10.42.0.0/16"));
     assert!(read("daemon-1/process-cmdline")?.contains("--etcd-password=[stripped]"));
