@@ -1,6 +1,7 @@
 //! Ways to carry overlay packets between hosts: one trait, one module for each way.
 
 mod direct;
+mod ethtool;
 mod host_gw;
 mod kernel_events;
 mod mac;
@@ -55,14 +56,24 @@ pub trait Backend: Send + fmt::Debug {
     /// them by stays: the next start adopts it.
     fn stop(&mut self);
 
-    /// Does without what cuts large packets, since such packets get lost on the way to a peer; says
-    /// what that was, or nothing if there is nothing to do without.
-    fn give_up_offload(&mut self) -> Option<&'static str> {
+    /// Does without an offload that loses packets on the way to a peer; says which that was, or
+    /// nothing if there is nothing to do without.
+    fn give_up(&mut self, offload: Offload) -> Option<&'static str> {
+        let _ = offload;
         None
     }
 
     /// What the backend does now.
     fn status(&self) -> BackendStatus;
+}
+
+/// What a network card or the kernel does for packets, and may do wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offload {
+    /// Cutting large packets.
+    Segmentation,
+    /// Filling in checksums.
+    Checksum,
 }
 
 /// The backends by name.

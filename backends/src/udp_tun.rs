@@ -25,7 +25,7 @@ use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
 use crate::{
     Backend, BackendError, BackendEvent, BackendStatus, Basis, Desired, DesiredPeer,
-    ExternalInterface, MTU_MIN, Opened, Options, PeerWay, Report, Started, Way,
+    ExternalInterface, MTU_MIN, Offload, Opened, Options, PeerWay, Report, Started, Way,
 };
 
 /// The name that flannel's device has; the kernel puts the next free number.
@@ -169,7 +169,10 @@ impl Backend for UdpTun {
         }
     }
 
-    fn give_up_offload(&mut self) -> Option<&'static str> {
+    fn give_up(&mut self, offload: Offload) -> Option<&'static str> {
+        if offload != Offload::Segmentation {
+            return None;
+        }
         let running = self.running.as_ref()?;
         running.engine.give_up(Feature::UdpSegment).then_some(Feature::UdpSegment.name())
     }

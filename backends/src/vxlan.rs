@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use weft_control::{ConfigError, Lease, LeaseAttrs, LeaseKey, NetworkConfig};
 
 use crate::direct::{self, Direct};
+use crate::ethtool;
 use crate::mac::Mac;
 use crate::netlink::{
     FdbEntry, GatewayRoute, Link, LinkSettings, Neighbour, Netlink, NetlinkError, VxlanShape,
@@ -26,9 +27,11 @@ use crate::peer_routes::PeerRoutes;
 use crate::reconcile::{Changes, Territory};
 use crate::{
     Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
-    ExternalInterface, MTU_MIN, Opened, PeerWay, Report, Started, Way,
+    ExternalInterface, MTU_MIN, Offload, Opened, PeerWay, Report, Started, Way,
 };
 
+/// Checksums of inner packets are left to the network card, and some fill in wrong ones.
+const TX_CHECKSUM: &str = "tx-checksum-ip-generic";
 /// What the wrapping takes: Ethernet, VXLAN, UDP and an IPv4 header.
 const OVERHEAD_IPV4: u32 = 50;
 /// The same with an IPv6 header.
@@ -166,6 +169,17 @@ impl Backend for Vxlan {
     }
 
     fn stop(&mut self) {}
+
+    fn give_up(&mut self, offload: Offload) -> Option<&'static str> {
+        if offload != Offload::Checksum {
+            return None;
+        }
+        let mut was_on = false;
+        for device in &self.devices {
+            was_on |= ethtool::switch_off(&device.name, TX_CHECKSUM);
+        }
+        was_on.then_some(TX_CHECKSUM)
+    }
 
     fn status(&self) -> BackendStatus {
         BackendStatus { peers: self.peers.clone(), ..BackendStatus::default() }

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, Interval};
 use weft_backends::{
     BackendEvent, BackendKind, Basis, Desired, DesiredPeer, ExternalInterface, KernelEvents,
-    Started,
+    Offload, Started,
 };
 use weft_control::keeper::{self, Identity, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
@@ -28,7 +28,7 @@ use crate::leasing::{self, Claim};
 use crate::node;
 use crate::overlay::Overlay;
 use crate::place::Place;
-use crate::probe::{self, Found, Path, Prober, Target};
+use crate::probe::{self, Found, Path, Prober, Reach, Target};
 use crate::repairs::Repairs;
 use crate::state_file::{LastKnown, StateFile};
 
@@ -488,16 +488,20 @@ impl Forwarding<'_> {
         }
     }
 
-    /// Where packets that are cut on the way get lost, does without that, and sees whether it helps.
+    /// Where an offload loses packets, does without it, and sees whether that helps.
     async fn give_up_offload(&self, overlay: &mut Overlay, turn: &mut Turn) -> anyhow::Result<()> {
         let Some(prober) = &turn.prober else { return Ok(()) };
-        let is_broken = |(_, (_, found)): &(IpAddr, (Target, Found))| found.path == Path::NoOffload;
-        let Some((peer, _)) = prober.findings().all().into_iter().find(is_broken) else {
+        let broken = |(peer, (_, found)): (IpAddr, (Target, Found))| match found {
+            Found { path: Path::NoOffload, .. } => Some((peer, Offload::Segmentation)),
+            Found { reach: Reach::EchoOnly, .. } => Some((peer, Offload::Checksum)),
+            Found { .. } => None,
+        };
+        let Some((peer, offload)) = prober.findings().all().into_iter().find_map(broken) else {
             return Ok(());
         };
-        if let Some(what) = overlay.call(|backend| backend.give_up_offload()).await? {
+        if let Some(what) = overlay.call(move |backend| backend.give_up(offload)).await? {
             let line = format!(
-                "{what} is given up: packets that it cuts get lost on the way to {peer}; see \
+                "{what} is given up: packets get lost by it on the way to {peer}; see \
                  `ethtool -k {}`, and start weftd again when that is mended",
                 turn.interface.name
             );

@@ -122,6 +122,25 @@ fn an_offload_that_loses_what_it_cuts() -> Result<()> {
 }
 
 #[test]
+fn a_checksum_offload_that_loses_udp() -> Result<()> {
+    let vxlan = LabOptions { hosts: 2, backend: "vxlan".into(), ..LabOptions::default() };
+    let mut lab = Lab::new(vxlan)?;
+    bring_up(&mut lab, &[])?;
+    probed(&lab)?;
+    // Behind UDP, VXLAN and Ethernet: the protocol in the inner IPv4 header.
+    drop_on_the_wire(&lab, "ether type ip udp dport 8472 @th,312,8 17")?;
+    named(&lab, "offloads", "WARN", "tx-checksum-ip-generic")?;
+    until("the device does without", || {
+        let listed = lab.host(0).netns.tool("ethtool", &["-k", "flannel.1"])?;
+        Ok(listed.contains("tx-checksum-ip-generic: off"))
+    })?;
+    let is_told = |status: weft_daemon::status::Status| {
+        status.problems.iter().any(|it| it.starts_with("tx-checksum-ip-generic is given up"))
+    };
+    until("status says so", || lab.status(0).map(is_told))
+}
+
+#[test]
 fn etcd_that_is_gone() -> Result<()> {
     let mut lab = etcd::hosts(1, 1)?;
     bring_up(&mut lab, &[])?;
@@ -143,7 +162,7 @@ fn an_address_that_two_nodes_have() -> Result<()> {
     named(&lab, "PublicIP", "FAIL", "10.168.0.94")?;
     // A second node waits, and says for what.
     let second = lab.add_host()?;
-    lab.start_daemon(second, &["--public-ip=10.168.0.94"])?;
+    lab.start_daemon(second, &["--iface=eth0", "--public-ip=10.168.0.94"])?;
     finds(&lab, second, "daemon", "FAIL", "lives with our public address")
 }
 

@@ -96,11 +96,24 @@ pub(super) fn offloads(seen: &Seen) -> Check {
         let cure = format!("ethtool -K {interface} {kinds}   # here, or on {}", peer.public_ip);
         return Check::fail(NAME, describe(peer), cure);
     }
+    if let Some(peer) = find(status, &["echo-only"]) {
+        let device = status.device.as_deref().unwrap_or_default();
+        let ip = peer.public_ip;
+        let cure = if status.backend.as_deref() == Some("vxlan") {
+            format!("ethtool -K {device} tx-checksum-ip-generic off   # here and on {ip}")
+        } else {
+            format!("iptables -I INPUT -i {device} -p udp -j ACCEPT   # on {ip}")
+        };
+        return Check::warn(NAME, describe(peer), cure);
+    }
+    let given_up = status.problems.iter().find(|problem| problem.contains(" is given up: "));
+    if let Some(problem) = given_up {
+        return Check::warn(NAME, problem, format!("ethtool -k {interface}"));
+    }
     let name = Feature::UdpSegment.name();
     let state = status.offloads.get(name).map_or("on", String::as_str);
     if [FeatureState::Lossy, FeatureState::Refused].iter().any(|bad| bad.name() == state) {
-        let reason = status.problems.iter().find(|problem| problem.starts_with(name));
-        let what = reason.cloned().unwrap_or_else(|| format!("{name} is not in use: {state}"));
+        let what = format!("{name} is not in use: {state}");
         let cure = format!("ethtool -K {interface} tx-udp-segmentation off");
         return Check::warn(NAME, what, cure);
     }

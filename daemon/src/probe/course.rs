@@ -54,8 +54,9 @@ pub(super) enum Send {
 pub(crate) enum Reach {
     #[default]
     Unknown,
-    /// By a probe, or by an ICMP echo where probes stay without an answer.
     Reachable,
+    /// Its address on the overlay answers ICMP echoes, but no probes.
+    EchoOnly,
     /// Its host says that nothing listens on the backend's port; a firewall may say so, too.
     Refused,
     /// Its host answers at its outer address, but nothing gets there through the overlay.
@@ -147,6 +148,7 @@ struct ReachRound {
     small: Vec<(u64, Instant)>,
     echoes: Vec<u64>,
     outer_echoes: Vec<u64>,
+    echo_answers: bool,
     outer_answers: bool,
     refused: bool,
 }
@@ -175,6 +177,7 @@ impl Course {
                 small: Vec::new(),
                 echoes: Vec::new(),
                 outer_echoes: Vec::new(),
+                echo_answers: false,
                 outer_answers: false,
                 refused: false,
             },
@@ -240,7 +243,7 @@ impl Course {
             round.small.clear();
             round.echoes.clear();
             round.outer_echoes.clear();
-            (round.outer_answers, round.refused) = (false, false);
+            (round.echo_answers, round.outer_answers, round.refused) = (false, false, false);
             round.next = now + INTERVAL;
         } else {
             self.found.count(false);
@@ -272,6 +275,7 @@ impl Course {
     fn unreachable(&self) -> Reach {
         match self.reach {
             _ if !self.knows_probes => Reach::Unknown,
+            ReachRound { echo_answers: true, .. } => Reach::EchoOnly,
             ReachRound { refused: true, .. } => Reach::Refused,
             ReachRound { outer_answers: true, .. } => Reach::Blocked,
             ReachRound { .. } => Reach::Silent,
@@ -348,8 +352,8 @@ impl Course {
             self.reach.small.retain(|(it, _)| *it != nonce);
             self.found.count_rtt(rtt);
             self.reached(now);
-        } else if self.reach.echoes.contains(&nonce) {
-            self.reached(now);
+        } else {
+            self.reach.echo_answers |= self.reach.echoes.contains(&nonce);
         }
         self.answered_path(nonce, intact, now);
     }
@@ -500,7 +504,7 @@ mod tests {
         for (wire, expected) in [
             (nothing as fn(&Send) -> Vec<u64>, Reach::Silent),
             (|it| if matches!(it, Send::OuterEcho(_)) { all(it) } else { vec![] }, Reach::Blocked),
-            (|it| if matches!(it, Send::Echo(_)) { all(it) } else { vec![] }, Reach::Reachable),
+            (|it| if matches!(it, Send::Echo(_)) { all(it) } else { vec![] }, Reach::EchoOnly),
         ] {
             let mut world = World::new(true);
             world.pass(MINUTE, all);

@@ -29,8 +29,8 @@ use self::packet::Packet;
 use self::socket::ProbeSocket;
 use crate::status::ProbeStatus;
 
-pub(crate) use self::course::{Found, Path};
-use self::course::{RTT_BOUNDS_US, Reach};
+use self::course::RTT_BOUNDS_US;
+pub(crate) use self::course::{Found, Path, Reach};
 
 /// Payload bytes of a small probe: an odd number, which checksums have a special case for.
 pub(crate) const SMALL_LEN: usize = packet::LEN_MIN + 5;
@@ -390,7 +390,7 @@ pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
     let bounds = RTT_BOUNDS_US.into_iter().chain([u64::MAX]);
     let (fault, problem) = match found.reach {
         Reach::Reachable => (found.path.fault(), found.path.problem()),
-        Reach::Unknown | Reach::Refused | Reach::Blocked | Reach::Silent => {
+        Reach::Unknown | Reach::EchoOnly | Reach::Refused | Reach::Blocked | Reach::Silent => {
             (found.reach.fault(), found.reach.problem().map(str::to_owned))
         }
     };
@@ -398,7 +398,7 @@ pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
         address: target.port.map(|port| SocketAddr::new(target.inner, port)),
         reachable: match found.reach {
             Reach::Unknown => None,
-            Reach::Reachable => Some(true),
+            Reach::Reachable | Reach::EchoOnly => Some(true),
             Reach::Refused | Reach::Blocked | Reach::Silent => Some(false),
         },
         fault: fault.map(str::to_owned),
@@ -418,6 +418,7 @@ impl Reach {
     fn fault(self) -> Option<&'static str> {
         match self {
             Self::Unknown | Self::Reachable => None,
+            Self::EchoOnly => Some("echo-only"),
             Self::Refused => Some("refused"),
             Self::Blocked => Some("blocked"),
             Self::Silent => Some("silent"),
@@ -428,6 +429,10 @@ impl Reach {
     fn problem(self) -> Option<&'static str> {
         match self {
             Self::Unknown | Self::Reachable => None,
+            Self::EchoOnly => Some(
+                "answers pings through the overlay, but no probes by UDP: a checksum offload is \
+                 broken, or a firewall there drops them",
+            ),
             Self::Refused => Some(
                 "cannot be reached: its host refuses the backend's port; weftd does not run there, or \
                  a firewall rejects it",
