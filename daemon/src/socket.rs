@@ -1,6 +1,8 @@
 //! The Unix socket in the run directory: one request, a line of JSON, and one document as its answer.
 //!
-//!     echo '{"request":"status"}' | socat - UNIX-CONNECT:/run/weft/weftd-0123456789ab.sock
+//! ```text
+//! echo '{"request":"status"}' | socat - UNIX-CONNECT:/run/weft/weftd-0123456789ab.sock
+//! ```
 //!
 //! Root may ask, and the group `weft` where there is one.
 

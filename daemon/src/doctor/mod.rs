@@ -1,6 +1,6 @@
 //! `weft doctor`: what keeps this host's part of the overlay from working, and how to mend it.
 //!
-//! First everything is seen ([`seen`]), then each check judges what was seen and touches nothing.
+//! First everything is seen (`seen.rs`), then each check judges what was seen and touches nothing.
 
 mod check;
 mod firewall;
