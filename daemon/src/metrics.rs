@@ -310,6 +310,12 @@ fn place(counter: Counter) -> (Engine, Direction) {
     }
 }
 
+/// Whether the counter of this name counts packets that were dropped.
+pub(crate) fn is_drop(name: &str) -> bool {
+    let counter = Counter::ALL.iter().find(|counter| counter.name() == name);
+    counter.is_some_and(|counter| matches!(place(*counter).0, Engine::Dropped(_)))
+}
+
 fn of_engine(status: &Status, engine: Option<&EngineMeter>) -> Vec<Family> {
     let counters: Vec<(Engine, Direction, u64)> = engine
         .into_iter()

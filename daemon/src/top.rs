@@ -17,27 +17,12 @@ use ratatui::text::Line;
 use ratatui::widgets::{Paragraph, Row, Table};
 
 use crate::directories::Directories;
+use crate::metrics;
 use crate::status::{self, Status};
 
 /// What is shown where there is no terminal, and must do in one.
 const WIDTH: u16 = 80;
 const HEIGHT: u16 = 24;
-/// Parts of a packet's name that tell that it was dropped: everything that is none of these.
-const NO_DROPS: [&str; 13] = [
-    "reads",
-    "datagrams",
-    "packets",
-    "bytes",
-    "sends",
-    "writes",
-    "super_packets",
-    "segment_refused",
-    "coalesce_refused",
-    "batches",
-    "fragmented",
-    "stalls",
-    "sent",
-];
 
 /// Show packets and bits a second, drops, batches and CPU of the packet engine, as they change.
 ///
@@ -174,7 +159,7 @@ impl<'a> View<'a> {
     /// The counters that are not zero, which are drops or else.
     fn counters(&self, drops: bool, order: Order) -> Vec<(&'a str, f64, u64)> {
         let names = self.now.into_iter().flat_map(|now| now.counters.keys());
-        let of_kind = names.filter(|name| is_drop(name) == drops);
+        let of_kind = names.filter(|name| metrics::is_drop(name) == drops);
         let mut rows: Vec<_> = of_kind
             .map(|name| (name.as_str(), self.rate(name), self.total(name)))
             .filter(|(_, _, total)| *total > 0)
@@ -200,11 +185,6 @@ impl<'a> View<'a> {
             }
         }
     }
-}
-
-fn is_drop(name: &str) -> bool {
-    let bare = ["tun_to_udp_", "udp_to_tun_", "icmp_"].iter().find_map(|it| name.strip_prefix(it));
-    !NO_DROPS.contains(&bare.unwrap_or(name))
 }
 
 fn draw(frame: &mut Frame<'_>, view: &View<'_>, order: Order) {
@@ -363,6 +343,7 @@ mod tests {
             ("tun_to_udp_sends", 200),
             ("tun_to_udp_no_route", 9),
             ("udp_to_tun_malformed", 1),
+            ("icmp_limited", 1),
         ];
         let now = look(begin + Duration::from_secs(2), &counters, 300);
         let view = View::of(&before, &now, 0);
