@@ -92,11 +92,14 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
 
 /// Lists everything, however long it takes.
 async fn list<S: Source>(source: &S, sender: &watch::Sender<View>) -> (Entries, S::Mark) {
-    if let Ok(listed) = source.list().await {
-        return listed;
+    let begun = Instant::now();
+    let mut outcome = source.list().await;
+    // Whoever took longer to fail has been waited for.
+    if outcome.is_err() && begun.elapsed() < ELECTION {
+        tokio::time::sleep(ELECTION).await;
+        outcome = source.list().await;
     }
-    tokio::time::sleep(ELECTION).await;
-    match source.list().await {
+    match outcome {
         Ok(listed) => listed,
         Err(error) => wait_until_it_lists(source, sender, &error).await,
     }
