@@ -195,11 +195,13 @@ impl TunToUdp {
             // has its own answer.
             Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO) if several => {
                 self.context.stats.add(Counter::TunToUdpSegmentRefused, 1);
-                if error.raw_os_error() != Some(libc::EMSGSIZE) {
-                    self.context.fall(Feature::UdpSegment, &error);
-                }
+                let mut one_passed = false;
                 for packet in packets.chunks(transmit.segment_len) {
-                    self.send_one(routes, packet, transmit);
+                    one_passed |= self.send_one(routes, packet, transmit);
+                }
+                // Where none passes, as while our address is gone, it is not the cutting.
+                if one_passed && error.raw_os_error() != Some(libc::EMSGSIZE) {
+                    self.context.fall(Feature::UdpSegment, &error);
                 }
             }
             Some(libc::EMSGSIZE) => self.too_big(routes, packets),
@@ -217,12 +219,15 @@ impl TunToUdp {
         self.context.stats.add(Counter::TunToUdpBytes, bytes as u64);
     }
 
-    fn send_one(&mut self, routes: &RouteTable, packet: &[u8], transmit: &Transmit) {
+    /// Says whether the kernel took it.
+    fn send_one(&mut self, routes: &RouteTable, packet: &[u8], transmit: &Transmit) -> bool {
         let one =
             Transmit { packets: 0..packet.len(), segment_len: packet.len(), ..transmit.clone() };
         let socket = &self.context.sockets[one.outer.socket];
         let result = sys::send(socket, packet, &one);
+        let is_sent = result.is_ok();
         self.finish(routes, packet, &one, result);
+        is_sent
     }
 
     /// The path to the peer is smaller than our MTU. A sender that forbids fragments is told what

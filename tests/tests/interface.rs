@@ -7,10 +7,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use weft_daemon::lab::{Bytes, EtcdOptions, Lab, LabOptions, PingOptions, ping};
+use weft_daemon::lab::{
+    Bytes, Cancel, EtcdOptions, Lab, LabOptions, Patience, PingOptions, ping, transfer,
+};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status::Status;
-use weft_tests::{bring_up, etcd, until};
+use weft_tests::{DEADLINE, bring_up, counter, etcd, until};
 
 /// Two seconds are what is promised; the machine is busy with other tests.
 const OUTAGE_MAX: Duration = Duration::from_secs(6);
@@ -169,5 +171,31 @@ fn further_addresses_interrupt_nothing() -> Result<()> {
         })
     })?;
     assert!(lost.is_zero(), "packets were lost for {lost:?}");
+    lab.remove()
+}
+
+/// The kernel refuses what is sent from an address that is gone, batch by batch. That is no reason to
+/// give up batches.
+#[test]
+fn an_address_that_is_gone_for_a_moment_costs_no_feature() -> Result<()> {
+    let lab = weft_tests::overlay(2)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let before = lab.status(0)?;
+    let [from, to] = [lab.container(0)?, lab.container(1)?];
+    let moved = thread::scope(|scope| {
+        let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
+        let moving = scope.spawn(move || {
+            transfer(&from.netns, &to.netns, to.address()?, Bytes(512 << 20), &patience)
+        });
+        until("some of it has moved", || Ok(counter(&lab, 0, "tun_to_udp_packets")? > 1_000))?;
+        host.ip(&["address", "del", "10.168.0.94/24", "dev", "eth0"])?;
+        until("the kernel refuses it", || Ok(counter(&lab, 0, "tun_to_udp_send_failed")? > 0))?;
+        host.ip(&["address", "add", "10.168.0.94/24", "dev", "eth0"])?;
+        host.ip(&["route", "add", "default", "dev", "eth0"])?;
+        moving.join().expect("the transfer panicked")
+    })?;
+    assert!(moved.intact());
+    assert_eq!(lab.status(0)?.offloads, before.offloads);
+    assert_eq!(lab.status(0)?.device, before.device);
     lab.remove()
 }

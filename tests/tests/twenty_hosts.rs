@@ -49,3 +49,8 @@ fn twenty_hosts_of_udp_tun_reach_each_other() -> Result<()> {
 fn twenty_hosts_of_host_gw_reach_each_other() -> Result<()> {
     all_pairs("host-gw")
 }
+
+#[test]
+fn twenty_hosts_of_vxlan_reach_each_other() -> Result<()> {
+    all_pairs("vxlan")
+}
