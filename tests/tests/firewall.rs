@@ -47,15 +47,24 @@ impl Mode {
     }
 }
 
+/// Makes iptables in a directory of programs one of this kind.
+fn choose_kind(dir: &Path, kind: &str) -> Result<()> {
+    for program in ["iptables", "ip6tables"] {
+        for work in ["", "-save", "-restore"] {
+            let link = dir.join(format!("{program}{work}"));
+            if link.is_symlink() {
+                fs::remove_file(&link)?;
+            }
+            symlink(format!("/usr/sbin/{program}-{kind}{work}"), link)?;
+        }
+    }
+    Ok(())
+}
+
 /// A directory of programs: all but iptables as they are, and iptables of one kind.
 fn programs(kind: &str) -> Result<TempDir> {
     let dir = tempfile::tempdir()?;
-    for program in ["iptables", "ip6tables"] {
-        for work in ["", "-save", "-restore"] {
-            let target = format!("/usr/sbin/{program}-{kind}{work}");
-            symlink(target, dir.path().join(format!("{program}{work}")))?;
-        }
-    }
+    choose_kind(dir.path(), kind)?;
     for work in ["-save", "-restore"] {
         for program in ["iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"] {
             let name = format!("{program}{work}");
@@ -381,6 +390,13 @@ fn the_older_tables_are_looked_at_from_time_to_time() -> Result<()> {
     bring_up(&mut lab, &["--ip-masq", "--firewall=iptables", "--iptables-resync=1"])?;
     lab.host(0).netns.tool("iptables-legacy", &["-t", "nat", "-F"])?;
     is_flannels(&lab, 0, Mode::Legacy)?;
+    // The host's iptables becomes one of the newer kind: nothing of ours is left in the older tables.
+    lab.stop_daemon(0)?;
+    choose_kind(programs.path(), "nft")?;
+    lab.start_daemon(0, &["--ip-masq", "--firewall=iptables"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    is_flannels(&lab, 0, Mode::Nft)?;
+    until("nothing is left", || Ok(listed(&lab.host(0).netns, Mode::Legacy, false)?.is_empty()))?;
     lab.remove()
 }
 
