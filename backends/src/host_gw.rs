@@ -82,7 +82,7 @@ impl Backend for HostGw {
         let outcome = match self.routes.reconcile(&self.netlink, &routes, &territory, basis) {
             Ok(outcome) => outcome,
             Err(error) => {
-                report.problems.push(error.to_string());
+                report.failures.push(error.to_string());
                 return report;
             }
         };

@@ -214,6 +214,8 @@ pub struct Report {
     pub neighbours_of: Vec<u32>,
     /// What could not be done, one line each, with the object and the cure.
     pub problems: Vec<String>,
+    /// The same, where it concerns all peers: our device, its addresses, or the routes as a whole.
+    pub failures: Vec<String>,
 }
 
 /// What happened that the daemon must act on.

@@ -136,7 +136,7 @@ impl Backend for UdpTun {
         if basis == Basis::Kernel {
             match self.configure(&running.device, &desired.lease) {
                 Ok(changed) => report.changed = changed,
-                Err(error) => report.problems.push(error.to_string()),
+                Err(error) => report.failures.push(error.to_string()),
             }
         }
         let direct = self.route_directly(desired, basis, &mut report);
@@ -233,7 +233,7 @@ impl UdpTun {
                     report.problems.push(error.to_string());
                 }
             }
-            Err(error) => report.problems.push(error.to_string()),
+            Err(error) => report.failures.push(error.to_string()),
         }
         direct
     }

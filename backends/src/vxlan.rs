@@ -162,7 +162,7 @@ impl Backend for Vxlan {
         if let Err(error) = self.bring_about(desired, basis, &mut report) {
             // Half of it may be done.
             self.is_known = false;
-            report.problems.push(error.to_string());
+            report.failures.push(error.to_string());
         }
         report.neighbours_of = self.devices.iter().map(|device| device.index).collect();
         report

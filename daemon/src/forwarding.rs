@@ -74,6 +74,8 @@ struct Turn {
     interface: ExternalInterface,
     /// Why the external interface cannot be followed to what it is now.
     stuck: Option<String>,
+    /// What kept our own part in forwarding from being right, at the last reconciliation.
+    failures: Vec<String>,
     /// What our lease is to say of us.
     identity: Identity,
     lease: Lease,
@@ -109,6 +111,7 @@ impl Turn {
             config,
             interface: place.interface.clone(),
             stuck: None,
+            failures: Vec::new(),
             identity: place.identity.clone(),
             former: (lease.attrs != *attrs).then(|| lease.attrs.clone()),
             lease,
@@ -378,23 +381,25 @@ impl Forwarding<'_> {
         turn.rival = Self::rival(snapshot, turn);
         problems.extend(turn.config_problem.iter().chain(&turn.rival).cloned());
         problems.extend(turn.renewals.problem().into_iter().chain(turn.records.problem()));
-        problems.extend(turn.stuck.iter().map(|reason| {
+        let report = overlay.call(move |backend| backend.reconcile(&desired, basis)).await?;
+        problems.extend(report.problems);
+        turn.failures = report.failures;
+        self.kernel.hear_neighbours_of(report.neighbours_of);
+        report.attrs.into_iter().for_each(|attrs| turn.describe(attrs));
+        turn.failures.extend(turn.stuck.iter().map(|reason| {
             format!(
                 "the external interface cannot be followed ({reason}); it stays {}",
                 turn.interface
             )
         }));
-        let report = overlay.call(move |backend| backend.reconcile(&desired, basis)).await?;
-        problems.extend(report.problems);
-        self.kernel.hear_neighbours_of(report.neighbours_of);
-        report.attrs.into_iter().for_each(|attrs| turn.describe(attrs));
         if turn.repairs.is_fight() {
-            problems.insert(
+            turn.failures.push(
                 "another program keeps changing links or routes of weft's; they are put right every \
                  30 s only"
                     .into(),
             );
         }
+        problems.extend(turn.failures.iter().cloned());
         for problem in problems.difference(&turn.problems) {
             tracing::warn!("{problem}");
         }
@@ -419,10 +424,12 @@ impl Forwarding<'_> {
     }
 
     /// Without the firewall's rules packets move, but containers do not get far; with another node at
-    /// our address some get lost; without subnet.env containers do not get their addresses.
+    /// our address some get lost, as with a device or routes that are not as they should be; without
+    /// subnet.env containers do not get their addresses.
     fn tell_health(&self, turn: &Turn) {
         if turn.subnet_file_written {
-            let problems = self.firewall.state().problem.into_iter().chain(turn.rival.clone());
+            let firewall = self.firewall.state().problem;
+            let problems = firewall.iter().chain(&turn.rival).chain(&turn.failures).cloned();
             self.health.forwards(problems.collect(), turn.config_problem.iter().cloned().collect());
         } else {
             self.health.waits("subnet.env is not written yet");

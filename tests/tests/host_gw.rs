@@ -11,7 +11,7 @@ use serde_json::Value;
 use weft_daemon::lab::{Bytes, Cancel, Lab, LabOptions, Patience, PingOptions, ping, transfer};
 use weft_daemon::netns::NetNs;
 use weft_tests::{
-    DEADLINE, all_acquainted, bring_up, dual_stack, hosts, overlay, until, write_config,
+    DEADLINE, all_acquainted, bring_up, dual_stack, health, hosts, overlay, until, write_config,
 };
 
 /// Two hops, both in kernels.
@@ -138,7 +138,7 @@ fn routes_that_somebody_removes_come_back() -> Result<()> {
 #[test]
 fn a_fight_is_given_up_and_told() -> Result<()> {
     let mut lab = lab(2)?;
-    bring_up(&mut lab, &[])?;
+    bring_up(&mut lab, &["--healthz-port=8081"])?;
     let host = NetNs::open(lab.host(0).netns.name());
     let given_up = || {
         let problems = lab.status(0)?.problems;
@@ -149,6 +149,7 @@ fn a_fight_is_given_up_and_told() -> Result<()> {
         let _ = host.ip(&["route", "flush", "proto", "119"]);
         given_up()
     })?;
+    assert_eq!(health(&host, "/readyz")?.0, 503);
     // From now on only the slow timer puts it right.
     let log = fs::read_to_string(&lab.host(0).log)?;
     assert_eq!(log.matches("somebody changed links or routes").count(), REPAIRS_MAX, "{log}");
