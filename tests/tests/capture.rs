@@ -59,25 +59,39 @@ fn check_all(
     }
 }
 
-/// One packet of TCP from container to container, right in every field.
-fn inner_place(packet: &[u8]) -> Result<Place> {
+/// A packet of the overlay, right in every field; where it is in its stream, if it is TCP's. What else
+/// there is are the daemons' probes.
+fn inner_place(packet: &[u8]) -> Result<Option<Place>> {
     let sliced = SlicedPacket::from_ip(packet)?;
     let Some(NetSlice::Ipv4(ip)) = &sliced.net else { bail!("not IPv4") };
     let header = ip.header().to_header();
     ensure!(header.calc_header_checksum() == header.header_checksum, "IPv4 checksum");
     ensure!(usize::from(header.total_len) == packet.len(), "length");
-    let Some(TransportSlice::Tcp(tcp)) = &sliced.transport else { bail!("not TCP") };
-    let sum = tcp.to_header().calc_checksum_ipv4(&header, tcp.payload())?;
+    let (sum, found, place) = match &sliced.transport {
+        Some(TransportSlice::Tcp(tcp)) => {
+            let place = Place {
+                id: header.identification,
+                sequence: tcp.sequence_number(),
+                len: tcp.payload().len(),
+            };
+            let sum = tcp.to_header().calc_checksum_ipv4(&header, tcp.payload())?;
+            (sum, tcp.checksum(), Some(place))
+        }
+        Some(TransportSlice::Udp(udp)) => {
+            let sum = udp.to_header().calc_checksum_ipv4(&header, udp.payload())?;
+            (sum, udp.checksum(), None)
+        }
+        Some(TransportSlice::Icmpv4(icmp)) => {
+            (icmp.icmp_type().calc_checksum(icmp.payload()), icmp.checksum(), None)
+        }
+        other => bail!("neither TCP nor a probe: {other:?}"),
+    };
     // Linux writes zero, one packet in 65,536, as its other form: CSUM_MANGLED_0 in
     // skb_checksum_help() (net/core/dev.c) makes no difference between UDP and TCP. Receivers see
     // none either.
-    let zeros = (sum, tcp.checksum()) == (0, 0xffff);
-    ensure!(sum == tcp.checksum() || zeros, "TCP checksum {:04x}, not {sum:04x}", tcp.checksum());
-    Ok(Place {
-        id: header.identification,
-        sequence: tcp.sequence_number(),
-        len: tcp.payload().len(),
-    })
+    let zeros = (sum, found) == (0, 0xffff);
+    ensure!(sum == found || zeros, "transport checksum {found:04x}, not {sum:04x}");
+    Ok(place)
 }
 
 /// The packet in a datagram whose own checksums are right.
@@ -99,7 +113,7 @@ fn every_packet_is_right(net: &Topology) -> Result<()> {
     let mut last: Option<Place> = None;
     let steps = AtomicUsize::new(0);
     let on_the_wire = |packet: &[u8]| {
-        let place = inner_place(&datagram_content(packet)?)?;
+        let Some(place) = inner_place(&datagram_content(packet)?)? else { return Ok(()) };
         // Data that follows data, and is no retransmission, has the next id.
         if let Some(before) = last.filter(|it| it.len > 0 && place.len > 0) {
             let follows = place.sequence.wrapping_sub(before.sequence);
