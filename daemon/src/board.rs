@@ -16,7 +16,7 @@ use weft_control::lease::NodeRecord;
 use crate::firewall::FirewallState;
 use crate::health::{Health, Phase};
 use crate::log::Log;
-use crate::probe::{self, Findings};
+use crate::probe::{self, Findings, Totals};
 use crate::status::{PeerStatus, ProbeStatus, SCHEMA, Status};
 use crate::usage::Usage;
 
@@ -93,6 +93,11 @@ impl Board {
     /// Says where the findings of probes are.
     pub(crate) fn probes(&self, findings: Option<Findings>) {
         self.facts().probes = findings;
+    }
+
+    /// What all probes came to since the backend started.
+    pub(crate) fn probe_totals(&self) -> Totals {
+        self.facts().probes.as_ref().map(Findings::totals).unwrap_or_default()
     }
 
     /// The packet engine, where it carries the packets.

@@ -11,6 +11,7 @@ use weft_backends::netlink::{LinkCounters, Netlink};
 use weft_backends::{BUCKETS, Counter, Direction, Distribution, EngineMeter, Histogram};
 
 use crate::board::Board;
+use crate::probe::{FAULTS, RTT_BOUNDS_US, Totals};
 use crate::status::Status;
 use crate::usage::Usage;
 
@@ -30,7 +31,8 @@ pub(crate) fn read(board: &Board) -> String {
         // It may be gone this instant.
         counters.inspect_err(|error| tracing::debug!("no counters of {name}: {error}")).ok()
     });
-    let families = families(&status, board.engine().as_ref(), device, &Usage::now());
+    let mut families = families(&status, board.engine().as_ref(), device, &Usage::now());
+    families.extend(of_probes(&status, &board.probe_totals()));
     let mut registry = Registry::with_prefix(PREFIX);
     registry.register_collector(Box::new(Families(families)));
     let mut text = String::new();
@@ -250,6 +252,44 @@ fn of_registry(status: &Status) -> Vec<Family> {
              reservation",
             status.lease_expires.map(seconds),
         ),
+    ]
+}
+
+fn of_probes(status: &Status, totals: &Totals) -> Vec<Family> {
+    let fault = |fault: &str| {
+        let peers = status.peers.iter().filter(|peer| peer.probe.fault.as_deref() == Some(fault));
+        let value = Value::Gauge(number(peers.count() as u64));
+        Sample { labels: vec![("fault", fault.to_owned())], value }
+    };
+    let bounds = RTT_BOUNDS_US.map(|us| number(us) * 1e-6).into_iter().chain([f64::MAX]);
+    let rtt = Value::Histogram {
+        buckets: bounds.zip(totals.rtt_counts).collect(),
+        sum: totals.rtt_total.as_secs_f64(),
+    };
+    vec![
+        Family {
+            name: "peers_faulty",
+            labels: &["fault"],
+            help: "Nodes that probes find something wrong with; `weft status` names them",
+            kind: MetricType::Gauge,
+            samples: FAULTS.map(fault).into(),
+        },
+        counter(
+            "probes",
+            &["outcome"],
+            "Small probes of peers, by what became of them",
+            vec![
+                counted(&[("outcome", "answered")], totals.answered),
+                counted(&[("outcome", "lost")], totals.lost),
+            ],
+        ),
+        Family {
+            name: "probe_round_trip_seconds",
+            labels: &[],
+            help: "Round trips of small probes through the overlay",
+            kind: MetricType::Histogram,
+            samples: vec![Sample { labels: Vec::new(), value: rtt }],
+        },
     ]
 }
 

@@ -124,6 +124,26 @@ impl Found {
     }
 }
 
+/// What the small probes of many peers came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Totals {
+    pub(crate) answered: u64,
+    pub(crate) lost: u64,
+    pub(crate) rtt_total: Duration,
+    pub(crate) rtt_counts: RttCounts,
+}
+
+impl Totals {
+    pub(super) fn add(&mut self, found: &Found) {
+        self.answered += found.answered;
+        self.lost += found.sent - found.answered;
+        self.rtt_total += found.rtt_total;
+        for (total, count) in self.rtt_counts.iter_mut().zip(found.rtt_counts) {
+            *total += count;
+        }
+    }
+}
+
 /// The probing of one peer.
 #[derive(Debug)]
 pub(super) struct Course {

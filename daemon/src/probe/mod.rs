@@ -29,8 +29,7 @@ use self::packet::Packet;
 use self::socket::ProbeSocket;
 use crate::status::ProbeStatus;
 
-use self::course::RTT_BOUNDS_US;
-pub(crate) use self::course::{Found, Path, Reach};
+pub(crate) use self::course::{Found, Path, RTT_BOUNDS_US, Reach, Totals};
 
 /// Payload bytes of a small probe: an odd number, which checksums have a special case for.
 pub(crate) const SMALL_LEN: usize = packet::LEN_MIN + 5;
@@ -64,7 +63,14 @@ pub(crate) struct Prober {
 
 /// What probes found, to be read at any time.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Findings(Arc<Mutex<Peers>>);
+pub(crate) struct Findings(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    peers: Peers,
+    /// Of peers that are peers no more.
+    left: Totals,
+}
 
 /// All peers, by their addresses on the overlay.
 type Peers = HashMap<IpAddr, Peer>;
@@ -134,8 +140,12 @@ impl Prober {
     /// Has the paths that are not known to be whole probed at once.
     pub(crate) fn probe_paths(&self) {
         let now = Instant::now();
-        for peer in
-            self.findings.lock().values_mut().filter(|it| it.course.found().path != Path::Full)
+        for peer in self
+            .findings
+            .lock()
+            .peers
+            .values_mut()
+            .filter(|it| it.course.found().path != Path::Full)
         {
             peer.course.probe_path_soon(now);
         }
@@ -206,8 +216,15 @@ impl Work {
     /// Goes on with those that are known, and spreads those that are new.
     fn aim(&self, targets: &[Target]) {
         let now = Instant::now();
-        let mut peers = self.findings.lock();
-        peers.retain(|inner, _| targets.iter().any(|target| target.inner == *inner));
+        let mut known = self.findings.lock();
+        let Known { peers, left } = &mut *known;
+        peers.retain(|inner, peer| {
+            let stays = targets.iter().any(|target| target.inner == *inner);
+            if !stays {
+                left.add(peer.course.found());
+            }
+            stays
+        });
         let count = u32::try_from(targets.len()).unwrap_or(u32::MAX).max(SPREAD_PEERS);
         let mut distance = Duration::ZERO;
         for target in targets {
@@ -220,7 +237,8 @@ impl Work {
                 }
                 _ => {
                     let course = Course::new(target.port.is_some(), self.mtu, now + distance);
-                    peers.insert(target.inner, Peer { target: *target, course });
+                    let former = peers.insert(target.inner, Peer { target: *target, course });
+                    former.iter().for_each(|former| left.add(former.course.found()));
                     distance += INTERVAL / count;
                 }
             }
@@ -232,8 +250,8 @@ impl Work {
     fn step(&self) -> Instant {
         let now = Instant::now();
         let mut next = now + INTERVAL;
-        let mut peers = self.findings.lock();
-        for peer in peers.values_mut() {
+        let mut known = self.findings.lock();
+        for peer in known.peers.values_mut() {
             if peer.course.due() <= now {
                 let before = *peer.course.found();
                 for send in peer.course.step(now, || fastrand::u64(..)) {
@@ -272,8 +290,8 @@ impl Work {
     fn received(&self, datagram: &[u8], from: SocketAddr) -> Option<Instant> {
         let understood = packet::read(datagram)?;
         let now = Instant::now();
-        let mut peers = self.findings.lock();
-        let peer = peers.get_mut(&from.ip())?;
+        let mut known = self.findings.lock();
+        let peer = known.peers.get_mut(&from.ip())?;
         match understood {
             Packet::Probe { nonce, intact } => {
                 self.socket.send(&packet::answer(nonce, intact), from);
@@ -289,7 +307,8 @@ impl Work {
     }
 
     fn heard(&self, heard: Heard) -> Option<Instant> {
-        let mut peers = self.findings.lock();
+        let mut known = self.findings.lock();
+        let peers = &mut known.peers;
         match heard {
             Heard::Answer { from, nonce } => {
                 if let Some(peer) = peers.get_mut(&from) {
@@ -334,12 +353,21 @@ impl Work {
 impl Findings {
     /// Of all peers, by their outer addresses.
     pub(crate) fn all(&self) -> HashMap<IpAddr, (Target, Found)> {
-        let peers = self.lock();
-        let known = peers.values().map(|it| (it.target.outer, (it.target, *it.course.found())));
-        known.collect()
+        let known = self.lock();
+        let found =
+            known.peers.values().map(|it| (it.target.outer, (it.target, *it.course.found())));
+        found.collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Peers> {
+    /// What all probes came to.
+    pub(crate) fn totals(&self) -> Totals {
+        let known = self.lock();
+        let mut totals = known.left;
+        known.peers.values().for_each(|peer| totals.add(peer.course.found()));
+        totals
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -413,8 +441,12 @@ pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
     }
 }
 
+/// The words for all that may be wrong with a peer.
+pub(crate) const FAULTS: [&str; 7] =
+    ["echo-only", "refused", "blocked", "silent", "narrow", "no-offload", "damaged"];
+
 impl Reach {
-    /// In one word.
+    /// In one word, of [`FAULTS`].
     fn fault(self) -> Option<&'static str> {
         match self {
             Self::Unknown | Self::Reachable => None,
@@ -449,7 +481,7 @@ impl Reach {
 }
 
 impl Path {
-    /// In one word.
+    /// In one word, of [`FAULTS`].
     fn fault(self) -> Option<&'static str> {
         match self {
             Self::Unknown | Self::Full => None,
@@ -494,6 +526,16 @@ mod tests {
 
     const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
     const MANY: usize = 1_000;
+
+    #[test]
+    fn every_fault_is_one_of_the_words() {
+        use Path::{Damaged, NoOffload, UpTo};
+        use Reach::{Blocked, EchoOnly, Refused, Silent};
+        let reach = [EchoOnly, Refused, Blocked, Silent].map(Reach::fault);
+        let path = [UpTo(1400), NoOffload, Damaged].map(Path::fault);
+        let words: Vec<&str> = reach.into_iter().chain(path).flatten().collect();
+        assert_eq!(words, FAULTS);
+    }
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
