@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 
 /// How often a peer is probed.
 pub(super) const INTERVAL: Duration = Duration::from_secs(10);
+/// How far probes of different peers lie apart at least: 1,000 peers have their turn in an interval,
+/// more of them less often.
+pub(super) const DISTANCE: Duration = Duration::from_millis(10);
 /// How long an answer may take before the probe is repeated.
 const PATIENCE: Duration = Duration::from_millis(750);
 const REPEATS: u8 = 3;
@@ -109,6 +112,11 @@ impl Found {
         u8::try_from((lost * 100).checked_div(known)?).ok()
     }
 
+    /// Whether it may be an offload that loses packets.
+    pub(super) fn blames_offload(&self) -> bool {
+        self.path == Path::NoOffload || self.reach == Reach::EchoOnly
+    }
+
     fn count(&mut self, answered: bool) {
         self.sent += 1;
         self.answered += u64::from(answered);
@@ -151,6 +159,7 @@ pub(super) struct Course {
     knows_probes: bool,
     /// Bytes of the largest packet that containers send.
     mtu: u16,
+    reach_interval: Duration,
     path_interval: Duration,
     found: Found,
     reach: ReachRound,
@@ -188,6 +197,7 @@ impl Course {
         Self {
             knows_probes,
             mtu,
+            reach_interval: INTERVAL,
             path_interval: INTERVAL,
             found: Found::default(),
             reach: ReachRound {
@@ -217,7 +227,9 @@ impl Course {
 
     /// Says how many peers there are, which the pace depends on.
     pub(super) fn set_pace(&mut self, peers: usize) {
-        let turns = u32::try_from(peers).unwrap_or(u32::MAX).saturating_mul(1_000) / PATHS_A_SECOND;
+        let peers = u32::try_from(peers).unwrap_or(u32::MAX);
+        self.reach_interval = INTERVAL.max(DISTANCE.saturating_mul(peers));
+        let turns = peers.saturating_mul(1_000) / PATHS_A_SECOND;
         self.path_interval = INTERVAL.max(Duration::from_millis(turns.into()));
     }
 
@@ -264,7 +276,7 @@ impl Course {
             round.echoes.clear();
             round.outer_echoes.clear();
             (round.echo_answers, round.outer_answers, round.refused) = (false, false, false);
-            round.next = now + INTERVAL;
+            round.next = now + self.reach_interval;
         } else {
             self.found.count(false);
             if round.tries > REPEATS {
@@ -517,6 +529,14 @@ mod tests {
         world.pass(MINUTE * 4, all);
         let pairs = world.sends.iter().filter(|send| matches!(send, Send::Pair(..))).count();
         assert_eq!(pairs, 3, "one in 100 s, the first after 90");
+        let small = |world: &World| {
+            world.sends.iter().filter(|send| matches!(send, Send::Small(_))).count()
+        };
+        let before = small(&world);
+        world.course.set_pace(6_000);
+        world.pass(MINUTE * 10, all);
+        let more = small(&world) - before;
+        assert!((10..=11).contains(&more), "one in 60 s, not {more} in 600 s");
     }
 
     #[test]

@@ -9,7 +9,7 @@ mod icmp;
 pub(crate) mod packet;
 pub(crate) mod socket;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
@@ -23,7 +23,7 @@ use weft_backends::{BackendKind, DesiredPeer};
 use weft_control::Lease;
 use weft_control::lease::NodeRecord;
 
-use self::course::{Course, INTERVAL, Send};
+use self::course::{Course, DISTANCE, INTERVAL, Send};
 use self::icmp::{Heard, Icmp};
 use self::packet::Packet;
 use self::socket::ProbeSocket;
@@ -33,8 +33,6 @@ pub(crate) use self::course::{Found, Path, RTT_BOUNDS_US, Reach, Totals};
 
 /// Payload bytes of a small probe: an odd number, which checksums have a special case for.
 pub(crate) const SMALL_LEN: usize = packet::LEN_MIN + 5;
-/// Peers up to so many are probed at a distance of 10 ms from each other.
-const SPREAD_PEERS: u32 = 1_000;
 /// What is due within so little is done together: waking up costs as much as a probe.
 const TICK: Duration = Duration::from_millis(50);
 /// Datagrams that are taken in before anybody else of the daemon has a turn.
@@ -129,7 +127,7 @@ impl Prober {
         &self.findings
     }
 
-    /// Waits until a peer comes or goes, or its path becomes another. Cancel safe.
+    /// Waits until something is found that an offload may be to blame for. Cancel safe.
     pub(crate) async fn changed(&mut self) {
         if self.changes.changed().await.is_err() {
             // Only a panic ends the work; that is in the log.
@@ -218,14 +216,14 @@ impl Work {
         let now = Instant::now();
         let mut known = self.findings.lock();
         let Known { peers, left } = &mut *known;
+        let wanted: HashSet<IpAddr> = targets.iter().map(|target| target.inner).collect();
         peers.retain(|inner, peer| {
-            let stays = targets.iter().any(|target| target.inner == *inner);
+            let stays = wanted.contains(inner);
             if !stays {
                 left.add(peer.course.found());
             }
             stays
         });
-        let count = u32::try_from(targets.len()).unwrap_or(u32::MAX).max(SPREAD_PEERS);
         let mut distance = Duration::ZERO;
         for target in targets {
             match peers.get_mut(&target.inner) {
@@ -239,7 +237,7 @@ impl Work {
                     let course = Course::new(target.port.is_some(), self.mtu, now + distance);
                     let former = peers.insert(target.inner, Peer { target: *target, course });
                     former.iter().for_each(|former| left.add(former.course.found()));
-                    distance += INTERVAL / count;
+                    distance += DISTANCE;
                 }
             }
         }
@@ -338,6 +336,10 @@ impl Work {
         if found.reach != before.reach {
             match found.reach.problem() {
                 Some(problem) => tracing::warn!(peer = %outer, "{inner} {problem}"),
+                // That a peer works is news only of one that did not.
+                None if before.reach == Reach::Unknown => {
+                    tracing::debug!(peer = %outer, "{inner} answers");
+                }
                 None => tracing::info!(peer = %outer, "{inner} answers"),
             }
         }
@@ -346,7 +348,9 @@ impl Work {
         {
             tracing::warn!(peer = %outer, "{problem}");
         }
-        self.changed.send_modify(|count| *count += 1);
+        if found.blames_offload() {
+            self.changed.send_modify(|count| *count += 1);
+        }
     }
 }
 
