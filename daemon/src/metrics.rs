@@ -31,8 +31,8 @@ pub(crate) fn read(board: &Board) -> String {
         // It may be gone this instant.
         counters.inspect_err(|error| tracing::debug!("no counters of {name}: {error}")).ok()
     });
-    let mut families = families(&status, board.engine().as_ref(), device, &Usage::now());
-    families.extend(of_probes(&status, &board.probe_totals()));
+    let (engine, probes) = (board.engine(), board.probe_totals());
+    let families = families(&status, &probes, engine.as_ref(), device, &Usage::now());
     let mut registry = Registry::with_prefix(PREFIX);
     registry.register_collector(Box::new(Families(families)));
     let mut text = String::new();
@@ -150,11 +150,13 @@ fn number(count: u64) -> f64 {
 
 fn families(
     status: &Status,
+    probes: &Totals,
     engine: Option<&EngineMeter>,
     device: Option<LinkCounters>,
     process: &Usage,
 ) -> Vec<Family> {
     let mut families = of_daemon(status);
+    families.extend(of_probes(status, probes));
     families.extend(of_registry(status));
     families.extend(of_engine(status, engine));
     families.extend(of_device(status.device.as_deref(), device));
@@ -553,7 +555,8 @@ mod tests {
 
     /// The families with their types and meanings, as rows of a table.
     fn rows() -> Vec<String> {
-        let families = families(&Status::default(), None, None, &Usage::default());
+        let families =
+            families(&Status::default(), &Totals::default(), None, None, &Usage::default());
         let row = |family: &Family| {
             let behind = match family.kind {
                 MetricType::Counter => "_total",
