@@ -577,7 +577,9 @@ fn two_daemons_on_a_host_leave_each_others_state_alone() -> Result<()> {
     };
     let daemons = [start(&lab, 0)?, start(&lab, 1)?];
     let host = NetNs::open(lab.host(0).netns.name());
-    until("the second overlay is up", || Ok(second(&lab, 0)?.peers.len() == 1))?;
+    until("the second overlay is up", || {
+        Ok(second(&lab, 0)?.peers.len() == 1 && !second(&lab, 1)?.subnets.is_empty())
+    })?;
     let theirs = second(&lab, 1)?.subnets[0];
     let far = lab.host(1).address.to_string();
     let has_both = |lab: &Lab| {
