@@ -131,7 +131,14 @@ pub fn client<T: Send, F: Future<Output = Result<T>>>(
     lab: &Lab,
     work: impl FnOnce(Client) -> F + Send,
 ) -> Result<T> {
-    let urls = lab.etcd_urls();
+    client_of(lab, lab.etcd_urls(), work)
+}
+
+fn client_of<T: Send, F: Future<Output = Result<T>>>(
+    lab: &Lab,
+    urls: Vec<String>,
+    work: impl FnOnce(Client) -> F + Send,
+) -> Result<T> {
     inside(&lab.host(0).netns, || async move {
         let options = ConnectOptions::new().with_timeout(Duration::from_secs(5));
         work(Client::connect(urls, Some(options)).await?).await
@@ -234,6 +241,20 @@ pub fn put(lab: &Lab, path: &str, value: impl Into<String>) -> Result<()> {
     }
     let key = format!("{PREFIX}/{path}");
     client(lab, |mut client| async move {
+        client.put(key, value, Some(PutOptions::new())).await?;
+        Ok(())
+    })
+}
+
+/// The same by way of the other members: etcd's client goes to any, and one that hangs takes its time.
+pub fn put_without(lab: &Lab, member: usize, path: &str, value: &str) -> Result<()> {
+    if is_v2() {
+        return put(lab, path, value);
+    }
+    let mut urls = lab.etcd_urls();
+    urls.remove(member);
+    let (key, value) = (format!("{PREFIX}/{path}"), value.to_owned());
+    client_of(lab, urls, |mut client| async move {
         client.put(key, value, Some(PutOptions::new())).await?;
         Ok(())
     })

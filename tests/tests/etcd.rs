@@ -21,7 +21,8 @@ use weft_daemon::lab::{Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::etcd::{
     client, connections, count_connections, cut, delete, forget_history, get, get_one, hosts,
-    inside, is_v2, keep_subnets_free, leader, mend, put, registry, wait_until_it_serves, weftd,
+    inside, is_v2, keep_subnets_free, leader, mend, put, put_without, registry,
+    wait_until_it_serves, weftd,
 };
 use weft_tests::{DEADLINE, Weftd, all_acquainted, bring_up, health, until};
 
@@ -490,7 +491,9 @@ fn one_member_of_three_may_fail() -> Result<()> {
         }
         let lease = format!(r#"{{"PublicIP":"10.168.0.{}"}}"#, 200 + number);
         let path = format!("subnets/10.42.{}.0-24", 200 + number);
-        until("the others take the write", || put(&lab, &path, lease.clone()).map(|()| true))?;
+        until("the others take the write", || {
+            put_without(&lab, member, &path, &lease).map(|()| true)
+        })?;
         for host in 0..2 {
             until(&format!("host {host} sees it ({failure:?})"), || {
                 Ok(lab.status(host)?.peers.len() == 2 + number)
@@ -510,7 +513,9 @@ fn one_member_of_three_may_fail() -> Result<()> {
         wait_until_it_serves(&lab)?;
     }
     for host in 0..2 {
-        assert!(!log(&lab, host)?.contains("is away"), "{}", log(&lab, host)?);
+        // On a busy machine the others may take seconds to agree on a leader: that is an outage.
+        let log = log(&lab, host)?;
+        assert!(log.matches("is away").count() <= 1, "{log}");
     }
     lab.remove()
 }
