@@ -513,9 +513,7 @@ fn one_member_of_three_may_fail() -> Result<()> {
         wait_until_it_serves(&lab)?;
     }
     for host in 0..2 {
-        // On a busy machine the others may take seconds to agree on a leader: that is an outage.
-        let log = log(&lab, host)?;
-        assert!(log.matches("is away").count() <= 1, "{log}");
+        assert!(!log(&lab, host)?.contains("is away"), "{}", log(&lab, host)?);
     }
     lab.remove()
 }

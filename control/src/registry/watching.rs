@@ -18,8 +18,9 @@ use crate::lease::Snapshot;
 const RELIST_INTERVAL: Duration = Duration::from_secs(300);
 /// Following that ended sooner was not worth much: the next time waits.
 const FOLLOWED_SHORTLY: Duration = Duration::from_secs(5);
-/// While a cluster chooses another leader, it refuses for a moment; that is no outage.
-const ELECTION: Duration = Duration::from_millis(1500);
+/// How long nobody may answer before that is an outage: a cluster that chooses another leader refuses
+/// for a second or two, and once more where members have split their votes.
+const ELECTIONS: Duration = Duration::from_secs(5);
 
 /// What a source calls when something has changed.
 pub(super) type Publish<'a> = dyn Fn(&Entries) + Send + Sync + 'a;
@@ -90,47 +91,37 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
     }
 }
 
-/// Lists everything, however long it takes.
+/// Lists everything, however long it takes. Says once that nobody answers, looks from time to time, and
+/// says when everything could be listed again.
 async fn list<S: Source>(source: &S, sender: &watch::Sender<View>) -> (Entries, S::Mark) {
-    let begun = Instant::now();
-    let mut outcome = source.list().await;
-    // Whoever took longer to fail has been waited for.
-    if outcome.is_err() && begun.elapsed() < ELECTION {
-        tokio::time::sleep(ELECTION).await;
-        outcome = source.list().await;
-    }
-    match outcome {
-        Ok(listed) => listed,
-        Err(error) => wait_until_it_lists(source, sender, &error).await,
-    }
-}
-
-/// Says once that nobody answers, looks from time to time, and says when everything could be listed
-/// again.
-async fn wait_until_it_lists<S: Source>(
-    source: &S,
-    sender: &watch::Sender<View>,
-    error: &RegistryError,
-) -> (Entries, S::Mark) {
-    tracing::error!("{} is away, going on with what was last read: {error}", source.describe());
-    sender.send_if_modified(|view| std::mem::take(&mut view.readable));
-    source.away().store(true, Ordering::Relaxed);
     let (since, mut looks, mut backoff) = (Instant::now(), 0_u32, Backoff::default());
     let mut begun = since;
-    let listed = loop {
+    let mut outcome = source.list().await;
+    loop {
+        let error = match outcome {
+            Ok(listed) => {
+                if source.away().swap(false, Ordering::Relaxed) {
+                    let seconds = since.elapsed().as_secs();
+                    let name = source.describe();
+                    tracing::warn!("{name} is back after {seconds} s and {looks} tries");
+                }
+                return listed;
+            }
+            Err(error) => error,
+        };
+        if since.elapsed() >= ELECTIONS && !source.away().swap(true, Ordering::Relaxed) {
+            let name = source.describe();
+            tracing::error!("{name} is away, going on with what was last read: {error}");
+            sender.send_if_modified(|view| std::mem::take(&mut view.readable));
+        }
         backoff.wait_since(begun).await;
         begun = Instant::now();
         looks += 1;
-        if source.probe().await.is_ok()
-            && let Ok(listed) = source.list().await
-        {
-            break listed;
-        }
-    };
-    source.away().store(false, Ordering::Relaxed);
-    let seconds = since.elapsed().as_secs();
-    tracing::warn!("{} is back after {seconds} s and {looks} tries", source.describe());
-    listed
+        outcome = match source.probe().await {
+            Ok(()) => source.list().await,
+            Err(error) => Err(error),
+        };
+    }
 }
 
 fn publish(sender: &watch::Sender<View>, entries: &Entries) {
@@ -147,8 +138,8 @@ fn publish(sender: &watch::Sender<View>, entries: &Entries) {
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
-    use std::sync::Mutex;
     use std::sync::atomic::AtomicUsize;
+    use std::sync::{Mutex, OnceLock};
 
     use super::super::entries::Entry;
     use super::*;
@@ -161,8 +152,9 @@ mod tests {
     #[derive(Default)]
     struct Deaf {
         lists: AtomicUsize,
-        /// Which lists fail.
+        /// Which lists fail, and when the first did.
         failing: Range<usize>,
+        failed: OnceLock<Instant>,
         /// How many probes fail, and when each began.
         probes_failing: usize,
         probes: Mutex<Vec<Instant>>,
@@ -185,6 +177,7 @@ mod tests {
             let mut entries = Entries::default();
             let last = self.lists.fetch_add(1, Ordering::Relaxed);
             if self.failing.contains(&last) {
+                self.failed.get_or_init(Instant::now);
                 return Err(RegistryError::Away("no leader".into()));
             }
             for number in 0..=last {
@@ -235,22 +228,23 @@ mod tests {
             let view = receiver.borrow_and_update().clone();
             assert_eq!((view.snapshot.leases.len(), view.readable), (leases, true));
         }
-        assert!(source.probes.lock().unwrap().is_empty());
+        assert_eq!(source.probes.lock().unwrap().len(), 1);
     }
 
     /// From the first pause of 100 ms on, no more than five seconds lie between two looks, so that no
     /// more pass before somebody who is back is noticed.
     #[tokio::test(start_paused = true)]
     async fn whoever_is_away_is_looked_for_every_five_seconds_at_least() {
-        let source = Arc::new(Deaf { failing: 1..4, probes_failing: 12, ..Deaf::default() });
+        let source = Arc::new(Deaf { failing: 1..3, probes_failing: 12, ..Deaf::default() });
         let mut receiver = watch(Arc::clone(&source), Snapshot::default());
         receiver.wait_for(|view| view.readable).await.unwrap();
         receiver.wait_for(|view| !view.readable).await.unwrap();
-        let begun = Instant::now();
+        let begun = *source.failed.get().unwrap();
+        assert!(begun.elapsed() >= ELECTIONS);
         assert!(source.refuse_while_away().is_err());
         let view = receiver.wait_for(|view| view.readable).await.unwrap().clone();
         // The first list after a probe that got through failed, which is not being back.
-        assert_eq!(view.snapshot.leases.len(), 5);
+        assert_eq!(view.snapshot.leases.len(), 4);
         assert!(source.refuse_while_away().is_ok());
         let probes = source.probes.lock().unwrap();
         assert_eq!(probes.len(), 14);
