@@ -163,6 +163,7 @@ impl Failing {
     fn note<T>(&mut self, what: &str, outcome: &Result<T, RegistryError>) {
         match outcome {
             Ok(_) => *self = Self::default(),
+            Err(RegistryError::NotAsked) => {}
             Err(error) => {
                 self.times += 1;
                 self.why = format!("cannot {what}, trying again: {error}");

@@ -121,6 +121,9 @@ pub enum RegistryError {
     /// No server answers, or none of them can.
     #[error("{0}")]
     Away(String),
+    /// Nothing was asked: no server answered a moment ago, and whoever watches looks for one.
+    #[error("nobody answers just now")]
+    NotAsked,
     /// A server answered with no.
     #[error("{endpoint} refuses: {reason}")]
     Refused { endpoint: String, reason: String },

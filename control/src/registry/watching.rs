@@ -40,7 +40,7 @@ pub(super) trait Source: Send + Sync + 'static {
     /// Spares a request that would find nobody.
     fn refuse_while_away(&self) -> Result<(), RegistryError> {
         if self.away().load(Ordering::Relaxed) {
-            return Err(RegistryError::Away("etcd is away".into()));
+            return Err(RegistryError::NotAsked);
         }
         Ok(())
     }
@@ -91,28 +91,28 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
     }
 }
 
-/// Lists everything, however long it takes. Says once that nobody answers, looks from time to time, and
-/// says when everything could be listed again.
+/// Lists everything, however long it takes: looks from time to time. Says once that nobody answers, when
+/// that is an outage, and when everything could be listed again.
 async fn list<S: Source>(source: &S, sender: &watch::Sender<View>) -> (Entries, S::Mark) {
     let (since, mut looks, mut backoff) = (Instant::now(), 0_u32, Backoff::default());
-    let mut begun = since;
+    let (mut begun, mut is_told, name) = (since, false, source.describe());
     let mut outcome = source.list().await;
     loop {
-        let error = match outcome {
+        source.away().store(outcome.is_err(), Ordering::Relaxed);
+        match outcome {
             Ok(listed) => {
-                if source.away().swap(false, Ordering::Relaxed) {
+                if is_told {
                     let seconds = since.elapsed().as_secs();
-                    let name = source.describe();
                     tracing::warn!("{name} is back after {seconds} s and {looks} tries");
                 }
                 return listed;
             }
-            Err(error) => error,
-        };
-        if since.elapsed() >= ELECTIONS && !source.away().swap(true, Ordering::Relaxed) {
-            let name = source.describe();
-            tracing::error!("{name} is away, going on with what was last read: {error}");
-            sender.send_if_modified(|view| std::mem::take(&mut view.readable));
+            Err(error) if !is_told && since.elapsed() >= ELECTIONS => {
+                tracing::error!("{name} is away, going on with what was last read: {error}");
+                sender.send_if_modified(|view| std::mem::take(&mut view.readable));
+                is_told = true;
+            }
+            Err(_) => {}
         }
         backoff.wait_since(begun).await;
         begun = Instant::now();
