@@ -9,8 +9,6 @@ use std::collections::HashSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::{self, UnboundedSender};
@@ -35,9 +33,6 @@ const DEFAULT_PORT: u16 = 8285;
 /// As many packets may wait in the device for the engine: flannel's 500 lose bursts of a single TCP
 /// stream.
 const SETTINGS: LinkSettings = LinkSettings { mtu: None, queue_len: Some(10_000) };
-
-/// How long a device may take to go; it does no harm beside the next one.
-const GONE_WITHIN: Duration = Duration::from_millis(500);
 
 /// The udp-tun backend.
 #[derive(Debug)]
@@ -163,10 +158,7 @@ impl Backend for UdpTun {
     }
 
     fn stop(&mut self) {
-        if let Some(Running { engine, device, .. }) = self.running.take() {
-            drop(engine);
-            self.wait_until_gone(&device);
-        }
+        self.running = None;
     }
 
     fn give_up(&mut self, offload: Offload) -> Option<&'static str> {
@@ -281,15 +273,6 @@ impl UdpTun {
             }
         }
         Ok(changed)
-    }
-
-    /// io_uring lets go of the device some moments after the threads have ended; who starts again
-    /// meanwhile gets one of another name.
-    fn wait_until_gone(&self, device: &str) {
-        let deadline = Instant::now() + GONE_WITHIN;
-        while Instant::now() < deadline && self.link(device).is_ok() {
-            thread::sleep(Duration::from_millis(5));
-        }
     }
 
     fn link(&self, device: &str) -> Result<Link, BackendError> {

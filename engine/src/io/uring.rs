@@ -378,6 +378,10 @@ impl Drop for Ring {
             // The kernel may still write there: better lost than written to by surprise.
             mem::forget(mem::replace(&mut self.pool, BufferPool::new(0, 1)));
         }
+        // A ring is torn down some 20 to 80 ms after it is closed, and would hold its files open until
+        // then: the next engine could not have a device of the same name. What was cancelled holds
+        // them until its completion has been run. Where either fails, they are held for that long.
+        let _ = self.ring.submit_and_wait(0).and_then(|_| self.ring.submitter().unregister_files());
     }
 }
 
