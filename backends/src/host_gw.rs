@@ -66,7 +66,7 @@ impl Backend for HostGw {
     fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {
         let mut report = Report::default();
         self.peers.clear();
-        let mut routes = Vec::new();
+        let (mut routes, mut problems) = (Vec::new(), Vec::new());
         for peer in &desired.peers {
             match self.routes_to(peer) {
                 Ok(found) => {
@@ -75,9 +75,10 @@ impl Backend for HostGw {
                     self.peers.extend(found.first().map(|route| way(route.gateway)));
                     routes.extend(found);
                 }
-                Err(problem) => report.problems.push(problem),
+                Err(problem) => problems.push(problem),
             }
         }
+        report.tell(problems);
         let territory = Territory { networks: self.networks.clone(), links: Vec::new() };
         let outcome = match self.routes.reconcile(&self.netlink, &routes, &territory, basis) {
             Ok(outcome) => outcome,
@@ -87,14 +88,14 @@ impl Backend for HostGw {
             }
         };
         report.changed = outcome.changed;
-        report.problems.extend(outcome.problems);
+        report.tell(outcome.problems);
         let refused: HashSet<IpNetwork> =
             outcome.refused.iter().map(|(route, _)| route.destination).collect();
         for peer in &mut self.peers {
             peer.subnets.retain(|subnet| !refused.contains(subnet));
         }
         self.peers.retain(|peer| !peer.subnets.is_empty());
-        report.problems.extend(outcome.refused.iter().map(|(route, error)| {
+        report.tell(outcome.refused.iter().map(|(route, error)| {
             format!(
                 "{error}; the node {} must be on the same link as {} for host-gw",
                 route.gateway, self.interface.name

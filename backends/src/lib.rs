@@ -29,6 +29,8 @@ pub use weft_engine::{
 
 /// The smallest MTU of an IPv4 link (RFC 791).
 const MTU_MIN: u32 = 68;
+/// More problems of one kind tell an operator nothing.
+const PROBLEMS_MAX: usize = 20;
 
 /// One way to carry overlay packets between hosts.
 ///
@@ -216,6 +218,17 @@ pub struct Report {
     pub problems: Vec<String>,
     /// The same, where it concerns all peers: our device, its addresses, or the routes as a whole.
     pub failures: Vec<String>,
+}
+
+impl Report {
+    /// Takes in problems of one kind, but no thousands of them.
+    pub(crate) fn tell(&mut self, problems: impl IntoIterator<Item = String>) {
+        let mut problems = problems.into_iter();
+        self.problems.extend(problems.by_ref().take(PROBLEMS_MAX));
+        if let Some(next) = problems.next() {
+            self.problems.push(format!("{next}; and {} more like that", problems.count()));
+        }
+    }
 }
 
 /// What happened that the daemon must act on.

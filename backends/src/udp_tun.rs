@@ -135,17 +135,18 @@ impl Backend for UdpTun {
             }
         }
         let direct = self.route_directly(desired, basis, &mut report);
-        let mut peers = Vec::new();
+        let (mut peers, mut problems) = (Vec::new(), Vec::new());
         for desired in &desired.peers {
             match peer(desired, underlay, self.port) {
                 Some(peer) => peers.push(peer),
-                None => report.problems.push(format!(
+                None => problems.push(format!(
                     "the node of {} publishes no address of {underlay}'s family, so nothing can \
                      be sent to it",
                     desired.lease.key
                 )),
             }
         }
+        report.tell(problems);
         if let Some(running) = &mut self.running {
             running.peers = peers.iter().map(|peer| way_to(peer, &direct)).collect();
             if running.published.as_ref() != Some(desired) {
@@ -219,11 +220,11 @@ impl UdpTun {
         match self.routes.reconcile(&self.netlink, &routes, &territory, basis) {
             Ok(outcome) => {
                 report.changed |= outcome.changed;
-                report.problems.extend(outcome.problems);
-                for (route, error) in outcome.refused {
+                report.tell(outcome.problems);
+                for (route, _) in &outcome.refused {
                     direct.remove(&route.destination);
-                    report.problems.push(error.to_string());
                 }
+                report.tell(outcome.refused.iter().map(|(_, error)| error.to_string()));
             }
             Err(error) => report.failures.push(error.to_string()),
         }
