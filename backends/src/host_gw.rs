@@ -71,7 +71,8 @@ impl Backend for HostGw {
             match self.routes_to(peer) {
                 Ok(found) => {
                     let subnets = found.iter().map(|route| route.destination).collect();
-                    let way = |public_ip| PeerWay { public_ip, subnets, way: Way::Direct };
+                    let way =
+                        |public_ip| PeerWay { public_ip, subnets, way: Way::Direct, traffic: None };
                     self.peers.extend(found.first().map(|route| way(route.gateway)));
                     routes.extend(found);
                 }

@@ -14,6 +14,7 @@ mod vxlan;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -23,8 +24,8 @@ use weft_engine::EngineError;
 pub use kernel_events::KernelEvents;
 pub use mac::{BadMac, Mac};
 pub use weft_engine::{
-    BUCKETS, Counter, Direction, Distribution, DscpMode, EngineMeter, Feature, FeatureState,
-    GuardMode, Histogram, IoKind, SOCKET_BUFFER_LEN, SourcePort, Tuning,
+    Amount, BUCKETS, Counter, Direction, Distribution, DscpMode, EngineMeter, Feature,
+    FeatureState, GuardMode, Histogram, IoKind, SOCKET_BUFFER_LEN, SourcePort, Traffic, Tuning,
 };
 
 /// The smallest MTU of an IPv4 link (RFC 791).
@@ -248,13 +249,15 @@ pub struct BackendStatus {
 }
 
 /// How packets go to one peer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct PeerWay {
     /// Where they are sent.
     pub public_ip: IpAddr,
     /// What lies there.
     pub subnets: Vec<IpNetwork>,
     pub way: Way,
+    /// What was carried, where the packet engine does it; else only the kernel knows.
+    pub traffic: Option<Arc<Traffic>>,
 }
 
 /// Whether packets are wrapped.

@@ -5,16 +5,16 @@
 //! The device carries the whole overlay: its address is the base of our subnet, and one route for
 //! each Network leads into it. Which peer a packet goes to is the engine's business.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::{self, UnboundedSender};
-use weft_control::{Lease, LeaseAttrs, NetworkConfig};
+use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig};
 use weft_engine::{
-    EcnMode, Engine, EngineConfig, EngineHandle, Feature, Peer, RouteTable, overhead,
+    EcnMode, Engine, EngineConfig, EngineHandle, Feature, Peer, RouteTable, Traffic, overhead,
 };
 
 use crate::direct::{Direct, loosen_filter, strict_filter};
@@ -48,6 +48,8 @@ struct UdpTun {
     direct: Option<Direct>,
     routes: PeerRoutes,
     running: Option<Running>,
+    /// Of each peer, for as long as it is one.
+    traffic: HashMap<LeaseKey, Arc<Traffic>>,
 }
 
 #[derive(Debug)]
@@ -78,6 +80,7 @@ pub(crate) fn open(
         direct: direct.then(Direct::default),
         routes: PeerRoutes::default(),
         running: None,
+        traffic: HashMap::new(),
     };
     Ok((Box::new(backend), receiver))
 }
@@ -136,13 +139,16 @@ impl Backend for UdpTun {
         }
         let direct = self.route_directly(desired, basis, &mut report);
         let (mut peers, mut problems) = (Vec::new(), Vec::new());
+        let known = std::mem::take(&mut self.traffic);
         for desired in &desired.peers {
-            match peer(desired, underlay, self.port) {
+            let key = desired.lease.key;
+            let traffic = known.get(&key).map(Arc::clone).unwrap_or_default();
+            self.traffic.insert(key, Arc::clone(&traffic));
+            match peer(desired, underlay, self.port, traffic) {
                 Some(peer) => peers.push(peer),
                 None => problems.push(format!(
-                    "the node of {} publishes no address of {underlay}'s family, so nothing can \
-                     be sent to it",
-                    desired.lease.key
+                    "the node of {key} publishes no address of {underlay}'s family, so nothing can \
+                     be sent to it"
                 )),
             }
         }
@@ -304,11 +310,16 @@ fn accept_own_address(device: &str) {
 fn way_to(peer: &Peer, direct: &HashSet<IpNetwork>) -> PeerWay {
     let is_direct = peer.subnets.iter().all(|subnet| direct.contains(subnet));
     let way = if is_direct { Way::Direct } else { Way::Tunnel };
-    PeerWay { public_ip: peer.endpoint.ip(), subnets: peer.subnets.clone(), way }
+    PeerWay {
+        public_ip: peer.endpoint.ip(),
+        subnets: peer.subnets.clone(),
+        way,
+        traffic: Some(Arc::clone(&peer.traffic)),
+    }
 }
 
 /// `None` where the peer has no address of our underlay's family.
-fn peer(desired: &DesiredPeer, underlay: IpAddr, port: u16) -> Option<Peer> {
+fn peer(desired: &DesiredPeer, underlay: IpAddr, port: u16, traffic: Arc<Traffic>) -> Option<Peer> {
     let public: Vec<IpAddr> = desired.lease.attrs.public_addresses().collect();
     let endpoint = public.iter().find(|ip| ip.is_ipv4() == underlay.is_ipv4())?;
     let mut outer = public.clone();
@@ -319,5 +330,6 @@ fn peer(desired: &DesiredPeer, underlay: IpAddr, port: u16) -> Option<Peer> {
         subnets: desired.lease.key.networks().collect(),
         // flannel would lose the marks.
         ecn: if desired.is_weft { EcnMode::Normal } else { EcnMode::Compatibility },
+        traffic,
     })
 }

@@ -13,6 +13,7 @@ pub mod summary;
 pub mod topology;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 
 use ipnetwork::{IpNetwork, Ipv4Network};
 use weft_engine::offload::segment::Cut;
@@ -52,6 +53,7 @@ pub fn route_table(peers: u32) -> RouteTable {
         outer: vec![outer_address(host)],
         subnets: vec![subnet(host)],
         ecn: EcnMode::Compatibility,
+        traffic: Arc::default(),
     };
     RouteTable::new(&[subnet(0)], (1..=peers).map(peer).collect())
 }

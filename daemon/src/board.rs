@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
-use weft_backends::{BackendStatus, EngineMeter, PeerWay};
+use weft_backends::{BackendStatus, EngineMeter, PeerWay, Traffic};
 use weft_control::firewall::Rules;
 use weft_control::lease::NodeRecord;
 
@@ -17,7 +17,7 @@ use crate::firewall::FirewallState;
 use crate::health::{Health, Phase};
 use crate::log::Log;
 use crate::probe::{self, Findings, Totals};
-use crate::status::{PeerStatus, ProbeStatus, SCHEMA, Status};
+use crate::status::{PeerStatus, ProbeStatus, SCHEMA, Status, TrafficStatus};
 use crate::usage::Usage;
 
 /// How long one turn of the loop may take: some work waits for slow servers, and for the kernel.
@@ -35,6 +35,8 @@ pub(crate) struct Board {
 struct Facts {
     status: Status,
     engine: Option<EngineMeter>,
+    /// Of the peers in the status, in their order.
+    traffic: Vec<Option<Arc<Traffic>>>,
     firewall: Option<watch::Receiver<FirewallState>>,
     probes: Option<Findings>,
     /// When the loop that forwards last came round.
@@ -68,20 +70,23 @@ impl Board {
         let by_address =
             nodes.iter().flat_map(|node| node.public_addresses().map(move |ip| (ip, node)));
         let by_address: HashMap<IpAddr, &NodeRecord> = by_address.collect();
-        let peers = backend.peers.into_iter().map(|PeerWay { public_ip, subnets, way }| {
+        let peers = backend.peers.into_iter().map(|peer| {
+            let PeerWay { public_ip, subnets, way, traffic } = peer;
             let node = by_address.get(&public_ip);
-            PeerStatus {
+            let peer = PeerStatus {
                 subnets,
                 public_ip,
                 way: way.name().into(),
                 name: node.map(|node| node.name.clone()),
                 version: node.map(|node| node.version.clone()),
+                traffic: None,
                 probe: ProbeStatus::default(),
-            }
+            };
+            (peer, traffic)
         });
-        let peers = peers.collect();
+        let (peers, traffic) = peers.unzip();
         let mut facts = self.facts();
-        facts.status.peers = peers;
+        (facts.status.peers, facts.traffic) = (peers, traffic);
         facts.engine = backend.engine;
     }
 
@@ -143,6 +148,9 @@ impl Board {
                 .collect();
             status.counters =
                 engine.counters().map(|(it, count)| (it.name().into(), count)).collect();
+        }
+        for (peer, traffic) in status.peers.iter_mut().zip(&facts.traffic) {
+            peer.traffic = traffic.as_deref().map(TrafficStatus::from);
         }
         if let Some(probes) = &facts.probes {
             let found = probes.all();

@@ -8,6 +8,7 @@ use anyhow::bail;
 use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use weft_backends::{Direction, Traffic};
 
 use crate::log::LogLine;
 use crate::socket::{self, Request};
@@ -101,9 +102,33 @@ pub struct PeerStatus {
     pub name: Option<String>,
     /// weft's version there; absent for a flannel node.
     pub version: Option<String>,
+    /// What was carried; absent where not the packet engine does it, but the kernel.
+    pub traffic: Option<TrafficStatus>,
     /// What probes of it found.
     #[serde(default)]
     pub probe: ProbeStatus,
+}
+
+/// What one peer was sent, and what was delivered from it; bytes without the outer headers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficStatus {
+    pub sent_packets: u64,
+    pub sent_bytes: u64,
+    pub received_packets: u64,
+    pub received_bytes: u64,
+}
+
+impl From<&Traffic> for TrafficStatus {
+    fn from(traffic: &Traffic) -> Self {
+        let [sent, received] =
+            [Direction::TunToUdp, Direction::UdpToTun].map(|it| traffic.read(it));
+        Self {
+            sent_packets: sent.packets,
+            sent_bytes: sent.bytes,
+            received_packets: received.packets,
+            received_bytes: received.bytes,
+        }
+    }
 }
 
 /// What probes of a peer found.
@@ -182,11 +207,14 @@ mod tests {
             way: String::new(),
             name: None,
             version: None,
+            traffic: Some(TrafficStatus::default()),
             probe: ProbeStatus::default(),
         };
         let mut fields = names("", &serde_json::to_value(Status::default()).unwrap());
         let probe = serde_json::to_value(&peer.probe).unwrap();
         fields.extend(names("peers[].probe.", &probe));
+        let traffic = serde_json::to_value(peer.traffic).unwrap();
+        fields.extend(names("peers[].traffic.", &traffic));
         fields.extend(names("peers[].", &serde_json::to_value(peer).unwrap()));
         fields.extend(names("changes[].", &serde_json::to_value(line).unwrap()));
         let document = include_str!("../../docs/status.md");

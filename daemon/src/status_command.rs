@@ -9,8 +9,8 @@ use comfy_table::{Table, presets};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::directories::Directories;
-use crate::output::Output;
-use crate::status::{self, PeerStatus, ProbeStatus, Status};
+use crate::output::{Output, float, short};
+use crate::status::{self, PeerStatus, ProbeStatus, Status, TrafficStatus};
 
 /// What stands where there is nothing to say.
 const NONE: &str = "-";
@@ -148,14 +148,22 @@ fn firewall(daemon: &Status) -> Option<String> {
 fn peers(peers: &[PeerStatus]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    table.set_header(["peer", "address", "subnets", "way", "version", "answers", "RTT", "loss"]);
+    table.set_header([
+        "peer", "address", "subnets", "way", "sent", "received", "version", "answers", "RTT",
+        "loss",
+    ]);
     for peer in peers {
         let subnets: Vec<String> = peer.subnets.iter().map(ToString::to_string).collect();
         let name = peer.name.as_deref().unwrap_or(NONE);
         let version = peer.version.as_deref().unwrap_or(NONE);
         let [answers, rtt, loss] = probe(&peer.probe);
         let (address, subnets) = (peer.public_ip.to_string(), subnets.join(" "));
-        let row = [name, &address, &subnets, &peer.way, version, &answers, &rtt, &loss];
+        let bytes = |of: fn(&TrafficStatus) -> u64| {
+            peer.traffic.as_ref().map_or_else(|| NONE.into(), |it| short(float(of(it))) + "B")
+        };
+        let (sent, received) = (bytes(|it| it.sent_bytes), bytes(|it| it.received_bytes));
+        let row =
+            [name, &address, &subnets, &peer.way, &sent, &received, version, &answers, &rtt, &loss];
         table.add_row(row);
     }
     table

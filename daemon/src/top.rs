@@ -1,12 +1,14 @@
 //! `weft top`: what the packet engine of one daemon does, second by second.
 
 use std::cmp::Reverse;
+use std::collections::HashMap;
 use std::io::{self, IsTerminal, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
+use ipnetwork::IpNetwork;
 use ratatui::Frame;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
@@ -18,13 +20,24 @@ use ratatui::widgets::{Paragraph, Row, Table};
 
 use crate::directories::Directories;
 use crate::metrics;
-use crate::status::{self, Status};
+use crate::output::{float, short};
+use crate::status::{self, PeerStatus, Status, TrafficStatus};
 
-/// What is shown where there is no terminal, and must do in one.
+/// What must do in a terminal, and is taken where there is none.
 const WIDTH: u16 = 80;
-const HEIGHT: u16 = 24;
+/// Lines above and below the counters and the peers.
+const HEADING: u16 = 2;
+const TRAFFIC: u16 = 4;
+const KEYS: u16 = 1;
+/// Of text: some 500 peers.
+const LINES_MAX: u16 = 600;
+/// What comes in.
+const INPUTS: [&str; 2] = ["tun_to_udp_reads", "udp_to_tun_datagrams"];
+/// The longest name of a drop, and two numbers.
+const DROPS_WIDTH: u16 = 44;
 
-/// Show packets and bits a second, drops, batches and CPU of the packet engine, as they change.
+/// Show packets and bits a second by direction and by peer, drops, batches and CPU of the packet
+/// engine, as they change.
 ///
 /// Keys: q ends; n, r and t sort by name, rate and total; tab shows the next daemon of this host.
 #[derive(Debug, Args)]
@@ -36,7 +49,7 @@ pub struct TopArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=60))]
     interval: u64,
-    /// How counters are sorted.
+    /// How counters and peers are sorted.
     #[arg(long, value_enum, default_value_t = Order::Rate)]
     sort: Order,
 }
@@ -84,12 +97,14 @@ fn live(
 ) -> anyhow::Result<()> {
     let mut daemon = 0;
     let (mut before, mut now) = (look()?, look()?);
+    // A daemon that starts again is back in a moment.
+    let look = || look().unwrap_or_else(|_| Look { at: Instant::now(), daemons: Vec::new() });
     loop {
         let view = View::of(&before, &now, daemon);
         terminal.draw(|frame| draw(frame, &view, order))?;
         let left = (now.at + interval).saturating_duration_since(Instant::now());
         if !event::poll(left)? {
-            before = std::mem::replace(&mut now, look()?);
+            before = std::mem::replace(&mut now, look());
             continue;
         }
         let Event::Key(key) = event::read()? else { continue };
@@ -102,7 +117,7 @@ fn live(
             return Ok(());
         }
         if key.code == KeyCode::Tab {
-            daemon = (daemon + 1) % now.daemons.len();
+            daemon = (daemon + 1) % now.daemons.len().max(1);
         }
         let orders = [('n', Order::Name), ('r', Order::Rate), ('t', Order::Total)];
         let wanted = orders.into_iter().find(|(letter, _)| is(*letter));
@@ -156,18 +171,42 @@ impl<'a> View<'a> {
         }
     }
 
-    /// The counters that are not zero, which are drops or else.
+    /// The counters that tell something, which are drops or else.
     fn counters(&self, drops: bool, order: Order) -> Vec<(&'a str, f64, u64)> {
         let names = self.now.into_iter().flat_map(|now| now.counters.keys());
         let of_kind = names.filter(|name| metrics::is_drop(name) == drops);
+        // That nothing comes in is worth a line.
+        let is_shown = |name: &str, total| total > 0 || INPUTS.contains(&name);
         let mut rows: Vec<_> = of_kind
             .map(|name| (name.as_str(), self.rate(name), self.total(name)))
-            .filter(|(_, _, total)| *total > 0)
+            .filter(|(name, _, total)| is_shown(name, *total))
             .collect();
         match order {
             Order::Name => {}
             Order::Rate => rows.sort_by(|a, b| b.1.total_cmp(&a.1)),
             Order::Total => rows.sort_by_key(|row| Reverse(row.2)),
+        }
+        rows
+    }
+
+    /// What went to each peer and came from it a second, sorted as counters are, by bytes.
+    fn peers(&self, order: Order) -> Vec<(&'a PeerStatus, Option<Rates>)> {
+        let peers = |status: &'a Status| status.peers.iter();
+        let before: HashMap<&[IpNetwork], &PeerStatus> =
+            self.before.into_iter().flat_map(peers).map(|it| (&it.subnets[..], it)).collect();
+        let rates = |peer: &'a PeerStatus| {
+            let former = before.get(&peer.subnets[..]).and_then(|it| it.traffic);
+            Some(Rates::of(peer.traffic?, former.unwrap_or_default(), self.seconds))
+        };
+        let mut rows: Vec<_> =
+            self.now.into_iter().flat_map(peers).map(|peer| (peer, rates(peer))).collect();
+        let total = |peer: &PeerStatus| {
+            peer.traffic.map_or(0, |it| it.sent_bytes.saturating_add(it.received_bytes))
+        };
+        match order {
+            Order::Name => rows.sort_by_key(|(peer, _)| (&peer.name, peer.public_ip)),
+            Order::Rate => rows.sort_by(|a, b| bits(b.1.as_ref()).total_cmp(&bits(a.1.as_ref()))),
+            Order::Total => rows.sort_by_key(|(peer, _)| Reverse(total(peer))),
         }
         rows
     }
@@ -187,22 +226,50 @@ impl<'a> View<'a> {
     }
 }
 
+/// What a peer was sent and what came from it, a second.
+struct Rates {
+    sent_packets: f64,
+    sent_bits: f64,
+    received_packets: f64,
+    received_bits: f64,
+}
+
+impl Rates {
+    fn of(now: TrafficStatus, before: TrafficStatus, seconds: f64) -> Self {
+        let rate = |now: u64, before: u64| float(now.saturating_sub(before)) / seconds;
+        Self {
+            sent_packets: rate(now.sent_packets, before.sent_packets),
+            sent_bits: rate(now.sent_bytes, before.sent_bytes) * 8.0,
+            received_packets: rate(now.received_packets, before.received_packets),
+            received_bits: rate(now.received_bytes, before.received_bytes) * 8.0,
+        }
+    }
+
+    fn numbers(&self) -> [f64; 4] {
+        [self.sent_packets, self.sent_bits, self.received_packets, self.received_bits]
+    }
+}
+
+fn bits(rates: Option<&Rates>) -> f64 {
+    rates.map_or(0.0, |rates| rates.sent_bits + rates.received_bits)
+}
+
 fn draw(frame: &mut Frame<'_>, view: &View<'_>, order: Order) {
     let areas = Layout::vertical([
-        Constraint::Length(2),
-        Constraint::Length(4),
-        Constraint::Min(5),
-        Constraint::Max(peer_rows(view)),
-        Constraint::Length(1),
+        Constraint::Length(HEADING),
+        Constraint::Length(TRAFFIC),
+        Constraint::Min(0),
+        Constraint::Length(peer_lines(view, order, frame.area().height)),
+        Constraint::Length(KEYS),
     ]);
     let [head, traffic, counters, peers, keys] = areas.areas(frame.area());
     frame.render_widget(Paragraph::new(heading(view)), head);
     frame.render_widget(traffic_table(view), traffic);
     let [drops, rest] =
-        Layout::horizontal([Constraint::Ratio(1, 2), Constraint::Ratio(1, 2)]).areas(counters);
+        Layout::horizontal([Constraint::Length(DROPS_WIDTH), Constraint::Min(0)]).areas(counters);
     frame.render_widget(counter_table("dropped", view.counters(true, order)), drops);
     frame.render_widget(counter_table("counted", view.counters(false, order)), rest);
-    frame.render_widget(peer_table(view), peers);
+    frame.render_widget(peer_table(view, order), peers);
     let sorted = match order {
         Order::Name => "name",
         Order::Rate => "rate",
@@ -254,46 +321,49 @@ fn counter_table(title: &'static str, counters: Vec<(&str, f64, u64)>) -> Table<
         .into_iter()
         .map(|(name, rate, total)| Row::new([name.to_owned(), short(rate), short(float(total))]));
     let header = Row::new([title, "per s", "total"]).style(Modifier::BOLD);
-    Table::new(rows, [Constraint::Min(24), Constraint::Length(7), Constraint::Length(7)])
+    Table::new(rows, [Constraint::Min(24), Constraint::Length(5), Constraint::Length(5)])
         .header(header)
 }
 
-/// A third of a small terminal at most: the counters are why one looks.
-fn peer_rows(view: &View<'_>) -> u16 {
-    let peers = view.now.map_or(0, |now| now.peers.len());
-    u16::try_from(peers).unwrap_or(u16::MAX).min(7) + 1
+/// Of counters with their heading.
+fn counter_lines(view: &View<'_>, order: Order) -> u16 {
+    let rows = [true, false].map(|drops| view.counters(drops, order).len());
+    lines(rows[0].max(rows[1]))
 }
 
-fn peer_table(view: &View<'_>) -> Table<'static> {
-    let rows = view.now.into_iter().flat_map(|now| &now.peers).map(|peer| {
-        let subnets: Vec<String> = peer.subnets.iter().map(ToString::to_string).collect();
+/// Of peers with their heading: what the counters leave, and a third at least.
+fn peer_lines(view: &View<'_>, order: Order, height: u16) -> u16 {
+    let left = height.saturating_sub(HEADING + TRAFFIC + counter_lines(view, order) + KEYS);
+    lines(view.now.map_or(0, |now| now.peers.len())).min(left.max(height / 3))
+}
+
+fn lines(rows: usize) -> u16 {
+    u16::try_from(rows + 1).unwrap_or(u16::MAX)
+}
+
+fn peer_table(view: &View<'_>, order: Order) -> Table<'static> {
+    let rows = view.peers(order).into_iter().map(|(peer, rates)| {
         let name = peer.name.clone().unwrap_or_default();
         let rtt = peer.probe.rtt_us.map(|micros| format!("{:.2} ms", float(micros) / 1000.0));
         let loss = peer.probe.loss_percent.map(|percent| format!("{percent} %"));
-        Row::new([
-            peer.public_ip.to_string(),
-            name,
-            peer.way.clone(),
-            rtt.unwrap_or_default(),
-            loss.unwrap_or_default(),
-            subnets.join(" "),
-        ])
+        let rates = rates.map_or([const { String::new() }; 4], |it| it.numbers().map(short));
+        let known = [peer.public_ip.to_string(), name, peer.way.clone()];
+        let probed = [rtt.unwrap_or_default(), loss.unwrap_or_default()];
+        Row::new(known.into_iter().chain(rates).chain(probed))
     });
-    let widths = [
-        Constraint::Length(15),
-        Constraint::Length(12),
-        Constraint::Length(6),
-        Constraint::Length(9),
-        Constraint::Length(5),
-        Constraint::Min(18),
-    ];
-    let header = Row::new(["peer", "name", "way", "RTT", "loss", "subnets"]).style(Modifier::BOLD);
-    Table::new(rows, widths).header(header)
+    let header = ["peer", "name", "way", "out p/s", "out b/s", "in p/s", "in b/s", "RTT", "loss"];
+    let widths = [15, 9, 6, 7, 7, 7, 7, 9, 5].map(Constraint::Length);
+    Table::new(rows, widths).header(Row::new(header).style(Modifier::BOLD))
 }
 
-/// The same picture, as lines.
+/// The same picture, as lines: all counters and peers.
 fn text(view: &View<'_>, order: Order) -> String {
-    let Ok(mut terminal) = Terminal::new(TestBackend::new(WIDTH, HEIGHT));
+    let lists = counter_lines(view, order).saturating_add(peer_lines(view, order, LINES_MAX));
+    picture(view, order, (HEADING + TRAFFIC + KEYS).saturating_add(lists).min(LINES_MAX))
+}
+
+fn picture(view: &View<'_>, order: Order, height: u16) -> String {
+    let Ok(mut terminal) = Terminal::new(TestBackend::new(WIDTH, height));
     let Ok(_) = terminal.draw(|frame| draw(frame, view, order));
     let buffer = terminal.backend().buffer();
     let mut lines = String::new();
@@ -305,27 +375,10 @@ fn text(view: &View<'_>, order: Order) -> String {
     lines
 }
 
-/// Three digits and a unit.
-fn short(number: f64) -> String {
-    const UNITS: [(f64, &str); 4] = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
-    match UNITS.into_iter().find(|(unit, _)| number >= *unit) {
-        Some((unit, letter)) => {
-            let digits = number / unit;
-            let places = usize::from(digits < 10.0) + usize::from(digits < 100.0);
-            format!("{digits:.places$}{letter}")
-        }
-        None => format!("{number:.0}"),
-    }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-fn float(number: u64) -> f64 {
-    number as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::ProbeStatus;
 
     fn look(at: Instant, counters: &[(&str, u64)], cpu_millis: u64) -> Look {
         let counters = counters.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
@@ -333,35 +386,77 @@ mod tests {
         Look { at, daemons: vec![status] }
     }
 
+    fn peer(name: &str, sent_bytes: u64, received_bytes: u64) -> PeerStatus {
+        let traffic =
+            TrafficStatus { sent_bytes, received_bytes, sent_packets: 10, received_packets: 0 };
+        PeerStatus {
+            subnets: vec![format!("10.42.{}.0/24", name.len()).parse().unwrap()],
+            public_ip: [192, 0, 2, 1].into(),
+            way: "tunnel".into(),
+            name: Some(name.into()),
+            version: None,
+            traffic: Some(traffic),
+            probe: ProbeStatus::default(),
+        }
+    }
+
+    #[test]
+    fn peers_are_sorted_by_what_they_move() {
+        let begin = Instant::now();
+        let mut before = look(begin, &[], 0);
+        before.daemons[0].peers = vec![peer("c", 5_000, 0), peer("bb", 0, 0)];
+        let mut now = look(begin + Duration::from_secs(2), &[], 0);
+        now.daemons[0].peers =
+            vec![peer("c", 6_000, 0), peer("bb", 1_000, 2_000), peer("aaa", 0, 0)];
+        let view = View::of(&before, &now, 0);
+        let names = |order| -> Vec<&str> {
+            view.peers(order).iter().map(|(peer, _)| peer.name.as_deref().unwrap()).collect()
+        };
+        assert_eq!(names(Order::Name), ["aaa", "bb", "c"]);
+        assert_eq!(names(Order::Rate), ["bb", "c", "aaa"]);
+        assert_eq!(names(Order::Total), ["c", "bb", "aaa"]);
+        let text = text(&view, Order::Total);
+        let row = text.lines().find(|line| line.contains(" c ")).unwrap();
+        let words: Vec<&str> = row.split_whitespace().collect();
+        assert_eq!(words, ["192.0.2.1", "c", "tunnel", "0", "4.00k", "0", "0"]);
+    }
+
     #[test]
     fn what_happened_in_between_is_shown_on_a_small_terminal() {
         let begin = Instant::now();
-        let before = look(begin, &[("tun_to_udp_packets", 1000), ("tun_to_udp_no_route", 5)], 100);
+        let before = [
+            ("tun_to_udp_packets", 1000),
+            ("tun_to_udp_no_route", 5),
+            ("udp_to_tun_malformed", 100),
+            ("icmp_limited", 1),
+        ];
+        let before = look(begin, &before, 100);
         let counters = [
             ("tun_to_udp_packets", 3000),
             ("tun_to_udp_bytes", 2_000_000),
             ("tun_to_udp_sends", 200),
             ("tun_to_udp_no_route", 9),
-            ("udp_to_tun_malformed", 1),
+            ("udp_to_tun_foreign_destination", 50),
+            ("udp_to_tun_malformed", 100),
             ("icmp_limited", 1),
         ];
         let now = look(begin + Duration::from_secs(2), &counters, 300);
         let view = View::of(&before, &now, 0);
         let text = text(&view, Order::Total);
-        assert_eq!(text.lines().count(), usize::from(HEIGHT));
         let line = |start: &str| text.lines().find(|line| line.starts_with(start)).unwrap();
         let words = |start: &str| line(start).split_whitespace().collect::<Vec<_>>();
         assert_eq!(words("tun_to_udp "), ["tun_to_udp", "1.00k", "8.00M", "-", "10.0"]);
         assert!(text.contains("CPU 0.10 cores, 100.00 µs a packet"), "{text}");
         assert_eq!(words("tun_to_udp_no_route")[..3], ["tun_to_udp_no_route", "2", "9"]);
         let drops = |order| view.counters(true, order).iter().map(|row| row.0).collect::<Vec<_>>();
-        assert_eq!(drops(Order::Total), ["tun_to_udp_no_route", "udp_to_tun_malformed"]);
-        assert_eq!(drops(Order::Name), ["tun_to_udp_no_route", "udp_to_tun_malformed"]);
-    }
-
-    #[test]
-    fn numbers_are_short() {
-        let written = [0.0, 999.4, 1000.0, 12_345.0, 999_900.0, 1.5e9].map(short);
-        assert_eq!(written, ["0", "999", "1.00k", "12.3k", "1000k", "1.50G"]);
+        let [route, foreign, malformed] =
+            ["tun_to_udp_no_route", "udp_to_tun_foreign_destination", "udp_to_tun_malformed"];
+        assert_eq!(drops(Order::Total), [malformed, foreign, route]);
+        assert_eq!(drops(Order::Rate), [foreign, route, malformed]);
+        assert_eq!(drops(Order::Name), [route, foreign, malformed]);
+        assert!(text.contains(foreign), "{text}");
+        let small = picture(&view, Order::Total, 24);
+        assert_eq!(small.lines().count(), 24);
+        assert!(small.contains("sorted by total") && small.contains(malformed), "{small}");
     }
 }

@@ -220,6 +220,7 @@ mod tests {
             way: way.into(),
             name: None,
             version: None,
+            traffic: None,
             probe: ProbeStatus::default(),
         };
         Status {

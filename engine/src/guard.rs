@@ -71,8 +71,8 @@ impl Guard {
         if !packet.header_is_intact() {
             return Verdict::Malformed;
         }
-        if self.mode != GuardMode::Off && routes.lookup(packet.destination()) != Some(Target::Local)
-        {
+        let is_ours = || matches!(routes.lookup(packet.destination()), Some(Target::Local));
+        if self.mode != GuardMode::Off && !is_ours() {
             return Verdict::ForeignDestination;
         }
         if self.mode == GuardMode::Strict && !may_come_from(routes, packet.source(), sender) {
@@ -95,6 +95,7 @@ fn may_come_from(routes: &RouteTable, source: IpAddr, sender: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
+    use std::sync::Arc;
 
     use super::*;
     use crate::ecn::EcnMode;
@@ -109,6 +110,7 @@ mod tests {
             outer: vec![public.parse().unwrap(), other.parse().unwrap()],
             subnets: vec![subnet.parse().unwrap()],
             ecn: EcnMode::Compatibility,
+            traffic: Arc::default(),
         };
         RouteTable::new(
             &["10.42.1.0/24".parse().unwrap()],

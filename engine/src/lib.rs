@@ -36,6 +36,7 @@ pub mod routes;
 pub mod stats;
 #[expect(unsafe_code, reason = "the fence: system calls that no crate wraps safely")]
 mod sys;
+mod traffic;
 mod tun;
 mod tun_to_udp;
 mod udp;
@@ -62,6 +63,7 @@ pub use io::Direction;
 pub use meter::EngineMeter;
 pub use routes::{Peer, RouteTable};
 pub use stats::{BUCKETS, Counter, Distribution, Histogram};
+pub use traffic::{Amount, Traffic};
 pub use udp::SOCKET_BUFFER_LEN;
 // For the benchmarks, which compare forwarders on one and the same device.
 #[doc(hidden)]

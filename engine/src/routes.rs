@@ -4,13 +4,15 @@
 //! lengths are, so a lookup is the search for one range.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
 use crate::ecn::EcnMode;
+use crate::traffic::Traffic;
 
 /// A remote host.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Peer {
     /// Where its datagrams are sent.
     pub endpoint: SocketAddr,
@@ -20,6 +22,8 @@ pub struct Peer {
     pub subnets: Vec<IpNetwork>,
     /// Which congestion marks its packets get on the underlay.
     pub ecn: EcnMode,
+    /// What goes to it and comes from it, also under the routes to come.
+    pub traffic: Arc<Traffic>,
 }
 
 impl Peer {
@@ -31,7 +35,7 @@ impl Peer {
 }
 
 /// Where an overlay address leads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum Target<'a> {
     /// Into our own subnet.
     Local,
@@ -88,14 +92,35 @@ impl RouteTable {
 
     /// Where packets to `address` go, if anywhere.
     pub fn lookup(&self, address: IpAddr) -> Option<Target<'_>> {
-        let slot = match address {
-            IpAddr::V4(ip) => self.v4.find(ip.to_bits()),
-            IpAddr::V6(ip) => self.v6.find(ip.to_bits()),
-        };
-        match slot {
+        match self.slot(address) {
             NOWHERE => None,
             LOCAL => Some(Target::Local),
-            peer => self.peers.get((peer - LOCAL - 1) as usize).map(Target::Peer),
+            slot => self.peer(number(slot)).map(Target::Peer),
+        }
+    }
+
+    /// Which peer has the address in its subnets, by its number in this table.
+    pub(crate) fn peer_number(&self, address: IpAddr) -> Option<usize> {
+        Some(self.slot(address)).filter(|slot| *slot > LOCAL).map(number)
+    }
+
+    /// Which peer a packet with this source is from, be it a container's or the host's own.
+    pub(crate) fn sender_number(&self, source: IpAddr) -> Option<usize> {
+        self.peer_number(source).or_else(|| {
+            let first = self.endpoints.partition_point(|(ip, _)| *ip < source);
+            let found = self.endpoints.get(first).filter(|(ip, _)| *ip == source);
+            found.map(|(_, number)| *number)
+        })
+    }
+
+    pub(crate) fn peer(&self, number: usize) -> Option<&Peer> {
+        self.peers.get(number)
+    }
+
+    fn slot(&self, address: IpAddr) -> u32 {
+        match address {
+            IpAddr::V4(ip) => self.v4.find(ip.to_bits()),
+            IpAddr::V6(ip) => self.v6.find(ip.to_bits()),
         }
     }
 
@@ -117,6 +142,11 @@ impl RouteTable {
 /// A range's meaning: one of these two, or `LOCAL + 1 +` the peer's index.
 const NOWHERE: u32 = 0;
 const LOCAL: u32 = 1;
+
+/// Which peer a slot stands for.
+fn number(slot: u32) -> usize {
+    (slot - LOCAL - 1) as usize
+}
 
 #[derive(Debug, Clone, Copy)]
 struct Prefix<A> {
@@ -260,6 +290,7 @@ mod tests {
             outer: vec![outer.into()],
             subnets: vec![subnet],
             ecn: EcnMode::Compatibility,
+            traffic: Arc::default(),
         }
     }
 
@@ -336,7 +367,14 @@ mod tests {
                         best = Some(peer);
                     }
                 }
-                prop_assert_eq!(table.lookup(address), best.map(Target::Peer));
+                let best = best.map(|peer| peer.endpoint);
+                let found = match table.lookup(address) {
+                    Some(Target::Peer(peer)) => Some(peer.endpoint),
+                    Some(Target::Local) | None => None,
+                };
+                prop_assert_eq!(found, best);
+                let numbered = table.peer_number(address).and_then(|number| table.peer(number));
+                prop_assert_eq!(numbered.map(|peer| peer.endpoint), best);
             }
         }
     }

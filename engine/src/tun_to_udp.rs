@@ -9,13 +9,14 @@ use crate::buffers::BufferId;
 use crate::ecn;
 use crate::features::Feature;
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
-use crate::io::{Completion, Io, Received, Sent};
+use crate::io::{Completion, Direction, Io, Received, Sent};
 use crate::offload::segment::{Cut, finish_checksum};
 use crate::offload::{VirtioNetHdr, WHOLE};
 use crate::packet::{IpView, decrement_ttl};
 use crate::routes::{Peer, RouteTable, Target};
 use crate::stats::{Counter, Distribution};
 use crate::sys;
+use crate::traffic::{Amount, Tally};
 use crate::worker::{Carry, Context};
 
 /// No IPv6 link may be smaller (RFC 8200 5), so no sender can be asked for less.
@@ -28,6 +29,7 @@ const STALL_MAX: Duration = Duration::from_millis(100);
 pub(crate) struct TunToUdp {
     context: Context,
     limit: RateLimit,
+    tally: Tally,
     /// The send that the next packet may join.
     batch: Option<Batch>,
     /// Sends that found the socket full, none of which another has overtaken.
@@ -37,7 +39,8 @@ pub(crate) struct TunToUdp {
 impl TunToUdp {
     pub(crate) fn new(context: Context) -> Self {
         let limit = RateLimit::new(Instant::now());
-        Self { context, limit, batch: None, stalled: Vec::new() }
+        let tally = Tally::new(Direction::TunToUdp);
+        Self { context, limit, tally, batch: None, stalled: Vec::new() }
     }
 
     fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: &Received) {
@@ -188,7 +191,7 @@ impl TunToUdp {
     ) {
         let several = packets.len() > transmit.segment_len;
         let Err(error) = result else {
-            return self.count_sent(packets.len(), count(transmit));
+            return self.count_sent(routes, packets, transmit);
         };
         match error.raw_os_error() {
             // One of them is too large for the path, or the kernel cannot cut: one by one, each
@@ -212,11 +215,17 @@ impl TunToUdp {
         }
     }
 
-    fn count_sent(&self, bytes: usize, packets: u64) {
+    /// All in one send go to one host; should several peers live there, the first one's.
+    fn count_sent(&mut self, routes: &RouteTable, packets: &[u8], transmit: &Transmit) {
+        let amount = Amount { packets: count(transmit), bytes: packets.len() as u64 };
         self.context.stats.add(Counter::TunToUdpSends, 1);
-        self.context.stats.add(Counter::TunToUdpPackets, packets);
-        self.context.stats.record(Distribution::SegmentPackets, packets);
-        self.context.stats.add(Counter::TunToUdpBytes, bytes as u64);
+        self.context.stats.add(Counter::TunToUdpPackets, amount.packets);
+        self.context.stats.record(Distribution::SegmentPackets, amount.packets);
+        self.context.stats.add(Counter::TunToUdpBytes, amount.bytes);
+        let first = &packets[..transmit.segment_len.min(packets.len())];
+        let view = IpView::check(first).ok();
+        let peer = view.and_then(|it| routes.peer_number(it.destination()));
+        self.tally.add(routes, peer, amount);
     }
 
     /// Says whether the kernel took it.
@@ -282,6 +291,7 @@ impl<I: Io> Carry<I> for TunToUdp {
     fn flush(&mut self, io: &mut I, routes: &RouteTable) {
         self.send_stalled(io, routes);
         self.send_batch(io);
+        self.tally.settle(routes);
     }
 }
 

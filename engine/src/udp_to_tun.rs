@@ -8,13 +8,14 @@ use crate::ecn;
 use crate::features::Feature;
 use crate::guard::Verdict;
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
-use crate::io::{Completion, Io, Received};
+use crate::io::{Completion, Direction, Io, Received};
 use crate::offload::coalesce::{Run, Segment};
 use crate::offload::segment::Cut;
 use crate::offload::{VirtioNetHdr, WHOLE};
 use crate::packet::{IpView, decrement_ttl};
 use crate::routes::{RouteTable, Target};
 use crate::stats::{Counter, Distribution};
+use crate::traffic::{Amount, Tally};
 use crate::worker::{Carry, Context};
 
 /// Carries packets from peers to the containers.
@@ -22,32 +23,42 @@ use crate::worker::{Carry, Context};
 pub(crate) struct UdpToTun {
     context: Context,
     limit: RateLimit,
+    tally: Tally,
     /// Packets that the next one may join.
     run: Run,
 }
 
 impl UdpToTun {
     pub(crate) fn new(context: Context) -> Self {
-        Self { context, limit: RateLimit::new(Instant::now()), run: Run::default() }
+        let limit = RateLimit::new(Instant::now());
+        Self { context, limit, tally: Tally::new(Direction::UdpToTun), run: Run::default() }
     }
 
     fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: &Received) {
         let Received { buffer, packets, segment_len, sender, traffic_class } = received;
         let datagrams = packets.len().div_ceil(*segment_len.max(&1)).max(1);
         self.context.stats.add(Counter::UdpToTunDatagrams, datagrams as u64);
-        let mut start = packets.start;
+        let (mut start, mut peer, mut amount) = (packets.start, None, Amount::default());
         // Once at least, so that an empty datagram is counted too.
         loop {
             let at = start..(start + segment_len.max(&1)).min(packets.end);
             start = at.end;
             let packet = io.packet_mut(buffer, &at);
             if self.admit(routes, *sender, *traffic_class, packet) {
+                // What the kernel joined is one flow's.
+                if amount.packets == 0 {
+                    let view = IpView::check(packet).ok();
+                    peer = view.and_then(|it| routes.sender_number(it.source()));
+                }
+                amount.packets += 1;
+                amount.bytes += packet.len() as u64;
                 self.deliver(packet);
             }
             if start >= packets.end {
                 break;
             }
         }
+        self.tally.add(routes, peer, amount);
     }
 
     /// Whether a datagram is to be delivered; if so, its time to live has dropped.
@@ -143,8 +154,9 @@ impl<I: Io> Carry<I> for UdpToTun {
         }
     }
 
-    fn flush(&mut self, _io: &mut I, _routes: &RouteTable) {
+    fn flush(&mut self, _io: &mut I, routes: &RouteTable) {
         self.write_run();
+        self.tally.settle(routes);
     }
 }
 

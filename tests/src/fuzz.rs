@@ -2,6 +2,7 @@
 //! (`make fuzz TARGET=…`); what they have found interesting is replayed by `make test`.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use weft_engine::ecn::carry_over;
 use weft_engine::guard::{Guard, Verdict};
@@ -93,6 +94,7 @@ pub fn receive(bytes: &[u8]) {
         outer: Vec::new(),
         subnets: vec!["10.42.2.0/24".parse().expect("a subnet")],
         ecn: EcnMode::Normal,
+        traffic: Arc::default(),
     };
     let ours = "10.42.1.0/24".parse().expect("a subnet");
     let routes = RouteTable::new(&[ours], vec![peer]);

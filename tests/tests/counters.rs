@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
+use weft_daemon::status::TrafficStatus;
 use weft_tests::{bring_up, counter, hosts, metrics, plain_wire, until};
 
 /// Outer IPv4 and UDP headers.
@@ -99,6 +100,14 @@ fn agree(lab: &Lab, from: usize, to: usize) -> Result<()> {
     same(link(lab, to, "rx", "packets")?, ours(to, "udp_to_tun_writes")?, "the device's writes")?;
     same(link(lab, to, "rx", "bytes")?, ours(to, "udp_to_tun_bytes")?, "the device's bytes")?;
     same(link(lab, from, "tx", "packets")?, ours(from, "tun_to_udp_reads")?, "reads")?;
+    let peer = |host| -> Result<TrafficStatus> {
+        let status = lab.status(host)?;
+        status.peers.first().and_then(|peer| peer.traffic).context("no traffic")
+    };
+    let (there, here) = (peer(from)?, peer(to)?);
+    let wanted = (sent, ours(from, "tun_to_udp_bytes")?);
+    same((there.sent_packets, there.sent_bytes), wanted, "what the peer was sent")?;
+    same((here.received_packets, here.received_bytes), wanted, "what came from the peer")?;
     let told = metrics(&lab.host(to).netns, 8081)?;
     let of = |name: &str| told.get(name).copied().with_context(|| format!("no {name}"));
     #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]

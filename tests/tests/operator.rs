@@ -76,7 +76,6 @@ fn ways(lab: &Lab) -> Result<()> {
 fn rates(lab: &Lab) -> Result<()> {
     let (ok, text) = weft(lab, &["top", "--once", "--sort", "total"])?;
     ensure!(ok, "{text}");
-    assert_eq!(text.lines().count(), 24, "{text}");
     assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     for part in ["forwarding", "udp-tun", "direction", "tun_to_udp_bytes", "10.168.0.95"] {
         assert!(text.contains(part), "no {part:?} in {text}");

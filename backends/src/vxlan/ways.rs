@@ -50,7 +50,12 @@ impl Ways {
             }
             let public = peer.lease.attrs.public_addresses().next();
             let public = public.filter(|_| !subnets.is_empty());
-            ways.peers.extend(public.map(|public_ip| PeerWay { public_ip, subnets, way }));
+            ways.peers.extend(public.map(|public_ip| PeerWay {
+                public_ip,
+                subnets,
+                way,
+                traffic: None,
+            }));
         }
         ways
     }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -153,6 +154,7 @@ fn routes(side: usize) -> RouteTable {
         outer: Vec::new(),
         subnets: vec![net(far)],
         ecn: EcnMode::Compatibility,
+        traffic: Arc::default(),
     };
     RouteTable::new(&[net(side)], vec![peer])
 }

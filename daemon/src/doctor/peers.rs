@@ -155,6 +155,7 @@ mod tests {
             way: "tunnel".into(),
             name: None,
             version: None,
+            traffic: None,
             probe,
         };
         let status = Status { peers: vec![peer], mtu: Some(1472), ..Status::default() };
