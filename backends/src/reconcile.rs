@@ -93,8 +93,8 @@ impl RouteChanges {
             };
             let is_there =
                 at(route.destination).any(|it| same(it) && it.protocol == ROUTE_PROTOCOL);
-            let foreign =
-                at(route.destination).find(|it| !same(it) && it.protocol != ROUTE_PROTOCOL);
+            let foreign = at(route.destination)
+                .find(|it| !same(it) && it.protocol != ROUTE_PROTOCOL && !territory.owns(it));
             match foreign {
                 Some(foreign) => changes.taken.push(**foreign),
                 None if is_there => {}
@@ -185,6 +185,17 @@ mod tests {
             found("203.0.113.0/24", "10.3.9.1", 7, BOOT),
         ];
         assert_eq!(changes(&found).remove, found[..1]);
+    }
+
+    #[test]
+    fn what_flannel_left_on_our_device_is_in_nobodys_way() {
+        let found = [
+            found("10.3.1.0/24", "10.3.1.0", 7, BOOT),
+            found("10.3.2.0/24", "192.0.2.2", 2, ROUTE_PROTOCOL),
+        ];
+        let changes = changes(&found);
+        assert_eq!(changes.set, [desired("10.3.1.0/24", "192.0.2.1")]);
+        assert!(changes.taken.is_empty() && changes.remove.is_empty());
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //! which peer is behind which address. Devices, entries and lease data are flannel's.
 //!
 //! The device's own address is the base of our subnet. For each peer there are three things, made in
-//! this order: the MAC of its base address (else the kernel would ask for it, and nobody answers),
-//! where that MAC is, and the route to its subnet by way of the base address. All of it, the device
+//! this order: where its MAC is, that this is the MAC of its base address (else the kernel would ask
+//! for it, and nobody answers), and the route to its subnet by way of the base address. All of it, the device
 //! too, stays when the daemon stops: traffic goes on, and the next start finds it right.
 
 mod devices;
@@ -204,14 +204,14 @@ impl Vxlan {
         let neighbours = Changes::between(&neighbours, &self.neighbours, |it| (it.link, it.ip));
         let fdb = Changes::between(&entries, &self.fdb, |it| *it);
 
-        let refused = self.netlink.set_neighbours(&neighbours.set);
-        report.changed |= refused.len() < neighbours.set.len();
-        ways.give_up(&refused, |tunnel| tunnel.neighbour);
-        report.tell(refused.iter().map(|(_, error)| error.to_string()));
         let refused_fdb = self.netlink.set_fdb(&fdb.set);
         report.changed |= refused_fdb.len() < fdb.set.len();
         ways.give_up(&refused_fdb, |tunnel| tunnel.entry);
         report.tell(refused_fdb.iter().map(|(_, error)| error.to_string()));
+        let refused = self.netlink.set_neighbours(&neighbours.set);
+        report.changed |= refused.len() < neighbours.set.len();
+        ways.give_up(&refused, |tunnel| tunnel.neighbour);
+        report.tell(refused.iter().map(|(_, error)| error.to_string()));
 
         let territory = Territory {
             networks: self.config.families().map(|family| family.network).collect(),

@@ -1,6 +1,6 @@
 //! A lease: which node owns a subnet, in the registry's own form.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -273,6 +273,8 @@ pub enum Refusal {
     AddressInsideOverlay(IpAddr),
     #[error("it has our own address {0}: a second lease of this node, or a node with our address")]
     OurAddress(IpAddr),
+    #[error("the lease {other} has {subnet} too; remove one of them")]
+    SameSubnet { subnet: IpNetwork, other: LeaseKey },
 }
 
 /// Sorts everybody else's leases; our own is in neither list.
@@ -286,7 +288,29 @@ pub fn peers(config: &NetworkConfig, own: &Lease, leases: &[Lease]) -> Peers {
             None => peers.accepted.push(lease.clone()),
         }
     }
+    // With one family alone, a key is a subnet.
+    if config.families().count() > 1 {
+        refuse_doubles(&mut peers);
+    }
     peers
+}
+
+/// Of leases that share a subnet with another one, the first key's stays: packets cannot go both ways.
+fn refuse_doubles(peers: &mut Peers) {
+    let mut holders: HashMap<IpNetwork, LeaseKey> = HashMap::new();
+    for key in peers.accepted.iter().map(|lease| lease.key) {
+        for subnet in key.networks() {
+            holders.entry(subnet).and_modify(|holder| *holder = key.min(*holder)).or_insert(key);
+        }
+    }
+    peers.accepted.retain(|lease| {
+        let holder = |subnet| holders.get(&subnet).map(|holder| (subnet, *holder));
+        let mut taken = lease.key.networks().filter_map(holder).filter(|it| it.1 != lease.key);
+        let double = taken.next().map(|(subnet, other)| Refusal::SameSubnet { subnet, other });
+        let is_double = double.is_some();
+        peers.refused.extend(double.map(|refusal| (lease.key, refusal)));
+        !is_double
+    });
 }
 
 fn refusal(
@@ -443,6 +467,32 @@ mod tests {
             Some(Refusal::AddressInsideOverlay(ip("10.3.9.9")))
         );
         assert_eq!(refused("10.3.5.0-24", "192.0.2.9"), Some(Refusal::OurAddress(ip("192.0.2.9"))));
+    }
+
+    #[test]
+    fn of_two_that_share_a_subnet_one_is_forwarded_to() {
+        let config = r#"{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fd00::/48"}"#;
+        let config: NetworkConfig = config.parse().unwrap();
+        let own = lease("10.3.4.0-24&fd00:0:0:4::-64", "192.0.2.4");
+        let mut leases = [
+            lease("10.3.1.0-24&fd00:0:0:1::-64", "192.0.2.1"),
+            lease("10.3.1.0-24&fd00:0:0:2::-64", "192.0.2.2"),
+            lease("10.3.3.0-24&fd00:0:0:3::-64", "192.0.2.3"),
+        ];
+        for _ in 0..2 {
+            let found = peers(&config, &own, &leases);
+            let keys: Vec<LeaseKey> = found.accepted.iter().map(|lease| lease.key).collect();
+            assert_eq!(keys.len(), 2);
+            assert!(keys.contains(&key("10.3.1.0-24&fd00:0:0:1::-64")));
+            let told: Vec<String> =
+                found.refused.iter().map(|(key, why)| format!("{key}: {why}")).collect();
+            assert_eq!(
+                told,
+                ["10.3.1.0-24&fd00:0:0:2::-64: the lease 10.3.1.0-24&fd00:0:0:1::-64 has \
+                  10.3.1.0/24 too; remove one of them"]
+            );
+            leases.reverse();
+        }
     }
 
     proptest! {

@@ -82,7 +82,21 @@ pub(crate) async fn changed(
     if chosen.interface == *known {
         return Ok(None);
     }
+    if let Some(family) = lost_family(known, &chosen.interface) {
+        return Err(format!(
+            "{} has no {family} address any more; restart weftd if it is to do without",
+            chosen.interface.name
+        ));
+    }
     around.conflict(settings, config, &chosen.interface).map_or(Ok(Some(chosen)), Err)
+}
+
+/// Without a family all its peers are cut off, and an address is often gone for a moment only, as while
+/// a host's network is set up anew.
+fn lost_family(known: &ExternalInterface, next: &ExternalInterface) -> Option<&'static str> {
+    let ipv4 = known.ipv4.is_some() && next.ipv4.is_none();
+    let ipv6 = known.ipv6.is_some() && next.ipv6.is_none();
+    ipv4.then_some("IPv4").or(ipv6.then_some("IPv6"))
 }
 
 /// Makes the backend for an interface; nothing in the kernel changes yet.

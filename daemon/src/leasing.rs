@@ -82,7 +82,7 @@ impl Claim<'_> {
                 tracing::info!(subnet = %seen.key, "taking up the lease that has our address");
                 registry.renew(&seen, &identity.attrs, keeper::ttl(&seen, ttl)).await?
             }
-            Plan::Create(key) => registry.create(&key, &identity.attrs, Some(ttl)).await?,
+            Plan::Create(key) => self.create(registry, &key).await?,
             Plan::Remove(seen) => {
                 tracing::warn!(
                     subnet = %seen.key,
@@ -95,6 +95,23 @@ impl Claim<'_> {
             Plan::OutOfSubnets => return Ok(Attempt::Full),
         };
         Ok(lease.map_or(Attempt::Again, |lease| Attempt::Ours(lease.into())))
+    }
+
+    /// `None` if somebody else was faster, be it with a part of it only.
+    async fn create(
+        &self,
+        registry: &dyn Registry,
+        key: &LeaseKey,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let created = registry.create(key, &self.identity.attrs, Some(self.ttl)).await?;
+        if let Some(ours) = &created
+            && key.networks().count() > 1
+            && keeper::came_second(ours, &registry.snapshot().await?.leases)
+        {
+            registry.remove(ours).await?;
+            return Ok(None);
+        }
+        Ok(created)
     }
 }
 

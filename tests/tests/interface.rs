@@ -180,6 +180,9 @@ fn further_addresses_interrupt_nothing() -> Result<()> {
 fn an_address_that_is_gone_for_a_moment_costs_no_feature() -> Result<()> {
     let lab = weft_tests::overlay(2)?;
     let host = NetNs::open(lab.host(0).netns.name());
+    // That is no way out for an overlay that goes over IPv4.
+    host.ip(&["address", "add", "2001:db8::94/64", "dev", "eth0", "nodad"])?;
+    host.ip(&["-6", "route", "add", "default", "dev", "eth0"])?;
     let before = lab.status(0)?;
     let [from, to] = [lab.container(0)?, lab.container(1)?];
     let moved = thread::scope(|scope| {
@@ -189,6 +192,10 @@ fn an_address_that_is_gone_for_a_moment_costs_no_feature() -> Result<()> {
         });
         until("some of it has moved", || Ok(counter(&lab, 0, "tun_to_udp_packets")? > 1_000))?;
         host.ip(&["address", "del", "10.168.0.94/24", "dev", "eth0"])?;
+        until("it is told", || {
+            let told = lab.status(0)?.problems;
+            Ok(told.iter().any(|it| it.contains("eth0 has no IPv4 address any more")))
+        })?;
         until("the kernel refuses it", || Ok(counter(&lab, 0, "tun_to_udp_send_failed")? > 0))?;
         host.ip(&["address", "add", "10.168.0.94/24", "dev", "eth0"])?;
         host.ip(&["route", "add", "default", "dev", "eth0"])?;
@@ -197,5 +204,6 @@ fn an_address_that_is_gone_for_a_moment_costs_no_feature() -> Result<()> {
     assert!(moved.intact());
     assert_eq!(lab.status(0)?.offloads, before.offloads);
     assert_eq!(lab.status(0)?.device, before.device);
+    assert_eq!(lab.status(0)?.public_ip, before.public_ip);
     lab.remove()
 }

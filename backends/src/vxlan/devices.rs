@@ -10,7 +10,7 @@ use weft_control::{Lease, NetworkConfig};
 use super::{MTU_MAX, Vxlan};
 use crate::direct;
 use crate::mac::Mac;
-use crate::netlink::{Link, LinkSettings, VxlanShape};
+use crate::netlink::{LINK_ALIAS, Link, LinkSettings, VxlanShape};
 use crate::{BackendError, ExternalInterface, MTU_MIN};
 
 /// What the wrapping takes: Ethernet, VXLAN, UDP and an IPv4 header.
@@ -68,7 +68,8 @@ impl Vxlan {
         lease: Option<&Lease>,
     ) -> Result<bool, BackendError> {
         let mut changed = false;
-        let links = self.netlink.links()?;
+        let mut links = self.netlink.links()?;
+        self.remove_obsolete(&mut links)?;
         for number in 0..self.devices.len() {
             changed |= self.make_or_adopt(&self.devices[number], &links)?;
         }
@@ -110,6 +111,12 @@ impl Vxlan {
             gbp: self.options.gbp,
             others: Vec::new(),
         };
+        if let Some(other) = links.iter().find(|link| self.is_rival(link, &wanted)) {
+            return Err(BackendError::VniTaken {
+                vni: self.options.vni,
+                device: other.name.clone(),
+            });
+        }
         let there = links.iter().find(|link| link.name == device.name);
         match there.map(|link| (link, &link.vxlan)) {
             None => {}
@@ -129,15 +136,37 @@ impl Vxlan {
                 }
             },
         }
-        if let Some(other) = links.iter().find(|link| is_rival(link, &wanted, &device.name)) {
-            return Err(BackendError::VniTaken {
-                vni: self.options.vni,
-                device: other.name.clone(),
-            });
-        }
         self.netlink.add_vxlan(&device.name, &wanted, device.mac, self.mtu_of(device))?;
         tracing::info!(device = device.name, mac = %device.mac, "made the device");
         Ok(true)
+    }
+
+    /// Whether it is another's, and the kernel would not have both, or could not tell their packets
+    /// apart.
+    fn is_rival(&self, link: &Link, wanted: &VxlanShape) -> bool {
+        let family = |shape: &VxlanShape| shape.local.is_some_and(|ip| ip.is_ipv6());
+        self.devices.iter().all(|device| device.name != link.name)
+            && link.vxlan.as_ref().is_some_and(|shape| {
+                shape.vni == wanted.vni
+                    && shape.port == wanted.port.or(Some(KERNEL_PORT))
+                    && family(shape) == family(wanted)
+            })
+    }
+
+    /// Where a family has gone, from the config or from the interface, its device is in the way of
+    /// what is left.
+    fn remove_obsolete(&self, links: &mut Vec<Link>) -> Result<(), BackendError> {
+        let is_obsolete = |link: &mut Link| {
+            let names = [false, true].map(|ipv6| device_name(self.options.vni, ipv6));
+            names.contains(&link.name)
+                && link.alias.as_deref() == Some(LINK_ALIAS)
+                && self.devices.iter().all(|device| device.name != link.name)
+        };
+        for link in links.extract_if(.., is_obsolete) {
+            tracing::info!(device = link.name, "removing the device of a family that is gone");
+            self.netlink.remove_link(&link)?;
+        }
+        Ok(())
     }
 
     /// The base of each of our subnets, and no other address of the overlay.
@@ -184,11 +213,16 @@ pub(super) fn devices(
             device.ipv6 = true;
             continue;
         }
-        let name = format!("flannel{}.{vni}", if is_ipv6 { "-v6" } else { "" });
+        let name = device_name(vni, is_ipv6);
         let mac = derived_mac(node_id, &name);
         devices.push(Device { name, local, ipv4: !is_ipv6, ipv6: is_ipv6, index: 0, mac });
     }
     Ok(devices)
+}
+
+/// flannel's.
+fn device_name(vni: u32, ipv6: bool) -> String {
+    format!("flannel{}.{vni}", if ipv6 { "-v6" } else { "" })
 }
 
 /// The same after a reboot, so that the lease stays the same too: of a node and a device's name, in
@@ -197,17 +231,6 @@ fn derived_mac(node_id: &str, device: &str) -> Mac {
     let hash = Sha256::digest(format!("{node_id}\n{device}"));
     let [a, b, c, d, e, f, ..] = <[u8; 32]>::from(hash);
     Mac([(a & 0xfe) | 0x02, b, c, d, e, f])
-}
-
-/// Whether the kernel would not have both, or could not tell their packets apart.
-fn is_rival(link: &Link, wanted: &VxlanShape, name: &str) -> bool {
-    let family = |shape: &VxlanShape| shape.local.is_some_and(|ip| ip.is_ipv6());
-    link.name != name
-        && link.vxlan.as_ref().is_some_and(|shape| {
-            shape.vni == wanted.vni
-                && shape.port == wanted.port.or(Some(KERNEL_PORT))
-                && family(shape) == family(wanted)
-        })
 }
 
 fn named<'a>(links: &'a [Link], name: &str) -> Result<&'a Link, BackendError> {

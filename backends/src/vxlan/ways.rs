@@ -1,4 +1,4 @@
-//! The ways to all peers: decided from their leases alone, each with what it takes in the kernel.
+//! The ways to all peers, each with what it takes in the kernel: decided, not yet made.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
@@ -169,7 +169,7 @@ fn vtep_mac(data: Option<&Value>, vni: u32) -> Result<Mac, String> {
     let data = data.ok_or("its lease has no BackendData for that family")?;
     let theirs = data["VNI"].as_u64().ok_or("its lease tells no VNI")?;
     // flannel 0.17 writes no more than 16 bits of it.
-    if theirs & 0xffff != u64::from(vni) & 0xffff {
+    if ![vni, vni & 0xffff].map(u64::from).contains(&theirs) {
         return Err(format!("its VNI is {theirs}, ours {vni}; restart it with the same config"));
     }
     let text = data["VtepMAC"].as_str().ok_or("its lease tells no VtepMAC")?;
@@ -194,6 +194,10 @@ mod tests {
         assert_eq!(mac(good).unwrap().to_string(), "c6:d2:32:6f:8f:44");
         assert!(mac(json!({"VNI": 4464, "VtepMAC": "c6:d2:32:6f:8f:44"})).is_ok(), "flannel 0.17");
         for (data, told) in [
+            (
+                json!({"VNI": 135_536, "VtepMAC": "c6:d2:32:6f:8f:44"}),
+                "its VNI is 135536, ours 70000",
+            ),
             (json!({"VNI": 2, "VtepMAC": "c6:d2:32:6f:8f:44"}), "its VNI is 2, ours 70000"),
             (json!({"VNI": 70_000, "VtepMAC": "01:00:5e:00:00:01"}), "no device's MAC"),
             (json!({"VNI": 70_000, "VtepMAC": "x"}), "not a MAC address"),

@@ -102,7 +102,10 @@ impl Registry for DirectoryRegistry {
         self.blocking(move |store| {
             let locked = store.lock()?;
             locked.sweep()?;
-            let created = locked.create_lease(&lease)?;
+            let others = store.scan()?.snapshot.leases;
+            let is_free =
+                !others.iter().any(|it| it.key != lease.key && it.key.overlaps(&lease.key));
+            let created = is_free && locked.create_lease(&lease)?;
             Ok(created.then_some(lease))
         })
         .await

@@ -40,7 +40,7 @@ pub trait Registry: Send + Sync + 'static {
     async fn init_config(&self, text: &str) -> Result<bool, RegistryError>;
 
     /// Creates a lease that lives for `ttl`, or a reservation if there is none; `None` if somebody has
-    /// the key already.
+    /// the key already, or has part of it in a registry that does not number its entries.
     async fn create(
         &self,
         key: &LeaseKey,
