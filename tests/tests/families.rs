@@ -5,6 +5,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
+use serde_json::Value;
 use weft_daemon::lab::{
     Bytes, Cancel, EtcdOptions, Lab, LabOptions, Patience, PingOptions, Underlay, ping, transfer,
 };
@@ -164,6 +165,45 @@ fn udp_tun_carries_every_family_over_every_family() -> Result<()> {
 fn vxlan_carries_every_family_over_every_family() -> Result<()> {
     let overhead = |underlay| if underlay == Underlay::Ipv4 { 50 } else { 70 };
     every_pair("vxlan", overhead, |_, _| true)
+}
+
+/// Each of vxlan's devices is over one family of the underlay; they change while the daemon runs.
+#[test]
+fn a_family_that_comes_or_goes_brings_or_takes_its_device() -> Result<()> {
+    let mut lab = lab("vxlan", Inner::Both, Underlay::Ipv6)?;
+    let locals = |lab: &Lab, host: usize| -> Result<Vec<String>> {
+        let links = lab.host(host).netns.ip_json(&["-details", "link", "show", "type", "vxlan"])?;
+        let links = links.as_array().context("no list")?.iter();
+        let local = |link: &Value| -> Result<String> {
+            let data = &link["linkinfo"]["info_data"];
+            let local = data["local"].as_str().or(data["local6"].as_str()).context("no local")?;
+            Ok(format!("{} {local}", link["ifname"].as_str().context("no name")?))
+        };
+        let mut locals = links.map(local).collect::<Result<Vec<_>>>()?;
+        locals.sort();
+        Ok(locals)
+    };
+    let ipv6 = [0, 1].map(|host| lab.host(host).address);
+    let ipv4 = ["10.168.0.94", "10.168.0.95"];
+    assert_eq!(locals(&lab, 0)?, [format!("flannel.1 {}", ipv6[0])]);
+    for host in 0..2 {
+        let netns = &lab.host(host).netns;
+        netns.ip(&["address", "add", &format!("{}/24", ipv4[host]), "dev", "eth0"])?;
+        netns.ip(&["route", "add", "default", "dev", "eth0"])?;
+        let wanted = [format!("flannel-v6.1 {}", ipv6[host]), format!("flannel.1 {}", ipv4[host])];
+        until("both devices are there", || Ok(locals(&lab, host)? == wanted))
+            .with_context(|| format!("{:?}", locals(&lab, host)))?;
+    }
+    traffic(&lab)?;
+    lab.stop_daemon(0)?;
+    lab.host(0).netns.ip(&["address", "flush", "dev", "eth0", "scope", "global"])?;
+    let host = &lab.host(0).netns;
+    host.ip(&["address", "add", &format!("{}/24", ipv4[0]), "dev", "eth0"])?;
+    host.ip(&["route", "replace", "default", "dev", "eth0"])?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_eq!(locals(&lab, 0)?, [format!("flannel.1 {}", ipv4[0])]);
+    lab.remove()
 }
 
 /// The kernel has no IPv6 routes by way of IPv4 addresses.
