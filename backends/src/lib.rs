@@ -28,8 +28,9 @@ pub use weft_engine::{
     FeatureState, GuardMode, Histogram, IoKind, SOCKET_BUFFER_LEN, SourcePort, Traffic, Tuning,
 };
 
-/// The smallest MTU of an IPv4 link (RFC 791).
-const MTU_MIN: u32 = 68;
+/// The smallest MTU of a link with IPv4 (RFC 791), and with IPv6 (RFC 8200).
+const IPV4_MTU_MIN: u32 = 68;
+const IPV6_MTU_MIN: u32 = 1280;
 /// More problems of one kind tell an operator nothing.
 const PROBLEMS_MAX: usize = 20;
 
@@ -59,9 +60,9 @@ pub trait Backend: Send + fmt::Debug {
     /// them by stays: the next start adopts it.
     fn stop(&mut self);
 
-    /// Does without an offload that loses packets on the way to a peer; says which that was, or
-    /// nothing if there is nothing to do without.
-    fn give_up(&mut self, offload: Offload) -> Option<&'static str> {
+    /// Does without an offload that loses packets on the way to a peer; says which that was and how to
+    /// have it again, or nothing if there is nothing to do without.
+    fn give_up(&mut self, offload: Offload) -> Option<GivenUp> {
         let _ = offload;
         None
     }
@@ -70,13 +71,27 @@ pub trait Backend: Send + fmt::Debug {
     fn status(&self) -> BackendStatus;
 }
 
+/// The least that containers' packets may have to be.
+fn mtu_min(config: &NetworkConfig) -> u32 {
+    if config.ipv6.is_some() { IPV6_MTU_MIN } else { IPV4_MTU_MIN }
+}
+
 /// What a network card or the kernel does for packets, and may do wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Offload {
     /// Cutting large packets.
     Segmentation,
     /// Filling in checksums.
     Checksum,
+}
+
+/// An offload that a backend does without.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GivenUp {
+    /// Its name.
+    pub what: &'static str,
+    /// How to have it again.
+    pub cure: String,
 }
 
 /// The backends by name.
@@ -224,11 +239,15 @@ pub struct Report {
 impl Report {
     /// Takes in problems of one kind, but no thousands of them.
     pub(crate) fn tell(&mut self, problems: impl IntoIterator<Item = String>) {
-        let mut problems = problems.into_iter();
-        self.problems.extend(problems.by_ref().take(PROBLEMS_MAX));
-        if let Some(next) = problems.next() {
-            self.problems.push(format!("{next}; and {} more like that", problems.count()));
+        let mut problems: Vec<String> = problems.into_iter().collect();
+        // The same ones each time, or each time there would be news.
+        problems.sort();
+        let more = problems.len().saturating_sub(PROBLEMS_MAX);
+        problems.truncate(PROBLEMS_MAX);
+        if let Some(last) = problems.last_mut().filter(|_| more > 0) {
+            *last += &format!("; and {more} more like that");
         }
+        self.problems.extend(problems);
     }
 }
 
@@ -300,10 +319,15 @@ pub enum BackendError {
     )]
     Nat { interface: String },
     #[error(
-        "the MTU of the interface {interface}, {mtu}, leaves no room for containers' packets: \
-         raise it, or choose another interface with --iface"
+        "the MTU of the interface {interface}, {mtu}, leaves no room for containers' packets of \
+         {least} bytes: raise it, or choose another interface with --iface"
     )]
-    MtuTooSmall { interface: String, mtu: u32 },
+    MtuTooSmall { interface: String, mtu: u32, least: u32 },
+    #[error(
+        "MTU in the network config, {mtu}, leaves no room for containers' packets of {least} bytes: \
+         raise it, or leave it out for the interface's"
+    )]
+    MtuOption { mtu: u32, least: u32 },
     #[error(
         "the route to {network}, which is the overlay's Network, already leads to {elsewhere}; \
          remove that route (`ip route del {network}`), or choose another Network"
@@ -343,6 +367,7 @@ impl BackendError {
             }
             Self::Engine(_) => true,
             Self::Options(_)
+            | Self::MtuOption { .. }
             | Self::RouteTaken { .. }
             | Self::DeviceGone(_)
             | Self::DeviceTaken { .. }

@@ -23,7 +23,7 @@ use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
 use crate::{
     Backend, BackendError, BackendEvent, BackendStatus, Basis, Desired, DesiredPeer,
-    ExternalInterface, MTU_MIN, Offload, Opened, Options, PeerWay, Report, Started, Way,
+    ExternalInterface, GivenUp, Offload, Opened, Options, PeerWay, Report, Started, Way, mtu_min,
 };
 
 /// The name that flannel's device has; the kernel puts the next free number.
@@ -168,12 +168,18 @@ impl Backend for UdpTun {
         self.running = None;
     }
 
-    fn give_up(&mut self, offload: Offload) -> Option<&'static str> {
+    fn give_up(&mut self, offload: Offload) -> Option<GivenUp> {
         if offload != Offload::Segmentation {
             return None;
         }
         let running = self.running.as_ref()?;
-        running.engine.give_up(Feature::UdpSegment).then_some(Feature::UdpSegment.name())
+        running.engine.give_up(Feature::UdpSegment).then(|| GivenUp {
+            what: Feature::UdpSegment.name(),
+            cure: format!(
+                "see `ethtool -k {}`, and start weftd again when that is mended",
+                self.interface.name
+            ),
+        })
     }
 
     fn status(&self) -> BackendStatus {
@@ -196,9 +202,10 @@ impl UdpTun {
     fn mtu(&self, underlay: IpAddr) -> Result<u16, BackendError> {
         let external = self.interface.mtu;
         let mtu = external.saturating_sub(overhead(underlay));
-        if mtu < MTU_MIN {
+        let least = mtu_min(&self.config);
+        if mtu < least {
             let interface = self.interface.name.clone();
-            return Err(BackendError::MtuTooSmall { interface, mtu: external });
+            return Err(BackendError::MtuTooSmall { interface, mtu: external, least });
         }
         // A loopback-like interface may carry more than an IP packet can hold.
         Ok(u16::try_from(mtu).unwrap_or(u16::MAX - 28))

@@ -22,8 +22,8 @@ use crate::netlink::{FdbEntry, Neighbour, Netlink, NetlinkError};
 use crate::peer_routes::PeerRoutes;
 use crate::reconcile::{Changes, Territory};
 use crate::{
-    Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, ExternalInterface, Offload,
-    Opened, PeerWay, Report, Started,
+    Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, ExternalInterface, GivenUp,
+    Offload, Opened, PeerWay, Report, Started,
 };
 use devices::{Device, devices};
 use ways::Ways;
@@ -135,15 +135,16 @@ impl Backend for Vxlan {
 
     fn stop(&mut self) {}
 
-    fn give_up(&mut self, offload: Offload) -> Option<&'static str> {
+    fn give_up(&mut self, offload: Offload) -> Option<GivenUp> {
         if offload != Offload::Checksum {
             return None;
         }
-        let mut was_on = false;
-        for device in &self.devices {
-            was_on |= ethtool::switch_off(&device.name, TX_CHECKSUM);
-        }
-        was_on.then_some(TX_CHECKSUM)
+        let devices = self.devices.iter().map(|device| device.name.as_str());
+        let off: Vec<&str> = devices.filter(|it| ethtool::switch_off(it, TX_CHECKSUM)).collect();
+        let commands: Vec<String> =
+            off.into_iter().map(|it| format!("`ethtool -K {it} {TX_CHECKSUM} on`")).collect();
+        let cure = format!("{} when that is mended", commands.join(" and "));
+        (!commands.is_empty()).then_some(GivenUp { what: TX_CHECKSUM, cure })
     }
 
     fn status(&self) -> BackendStatus {

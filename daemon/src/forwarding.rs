@@ -1,7 +1,9 @@
 //! The daemon while it forwards: one loop that waits for whatever changes, and makes everything
 //! follow.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+mod turn;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -11,13 +13,13 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval};
 use weft_backends::{
-    BackendEvent, BackendKind, Basis, Desired, DesiredPeer, ExternalInterface, KernelEvents,
-    Offload, Started,
+    BackendEvent, BackendKind, Basis, Desired, DesiredPeer, ExternalInterface, GivenUp,
+    KernelEvents, Offload, Started,
 };
-use weft_control::keeper::{self, Identity, Own};
+use weft_control::keeper::{self, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
-use weft_control::{Lease, LeaseAttrs, NetworkConfig, Registry, RegistryError, View};
+use weft_control::{Lease, NetworkConfig, Registry, View};
 
 use crate::board::Board;
 use crate::external::{self, Prepared};
@@ -29,8 +31,8 @@ use crate::node;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Found, Path, Prober, Reach, Target};
-use crate::repairs::Repairs;
 use crate::state_file::{LastKnown, StateFile};
+use turn::Turn;
 
 /// The slow timer: everything is reconciled even if nothing was heard.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
@@ -64,117 +66,6 @@ pub(crate) enum Ended {
     /// The external interface is another, or has another address or MTU; a backend is ready there, for
     /// the same lease.
     OtherInterface { prepared: Box<Prepared>, lease: Box<Lease> },
-}
-
-/// What changes from turn to turn.
-#[derive(Debug)]
-struct Turn {
-    config: NetworkConfig,
-    /// As [`Place::interface`], but for further addresses, which come and go.
-    interface: ExternalInterface,
-    /// Why the external interface cannot be followed to what it is now.
-    stuck: Option<String>,
-    /// What kept our own part in forwarding from being right, at the last reconciliation.
-    failures: Vec<String>,
-    /// What our lease is to say of us.
-    identity: Identity,
-    lease: Lease,
-    /// What the lease says until it says our attributes.
-    former: Option<LeaseAttrs>,
-    /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
-    renewal: Option<Instant>,
-    /// The registry may have refused it a moment ago.
-    renew_not_before: Instant,
-    /// Whether the registry could be read when it was last heard of.
-    readable: bool,
-    /// What could not be done, at the last reconciliation.
-    problems: BTreeSet<String>,
-    /// Of those, another node at our address, and a network config that is not gone by.
-    rival: Option<String>,
-    config_problem: Option<String>,
-    subnet_file_written: bool,
-    repairs: Repairs,
-    /// Renewals of the lease, and of the node's record.
-    renewals: Failing,
-    records: Failing,
-    /// None where no socket was to be had.
-    prober: Option<Prober>,
-    /// What was given up for the sake of packets that got lost.
-    given_up: Vec<String>,
-}
-
-impl Turn {
-    fn new(config: NetworkConfig, lease: Lease, place: &Place, margin: Duration) -> Self {
-        let attrs = &place.identity.attrs;
-        let renewal = renewal(&lease, attrs, margin);
-        Self {
-            config,
-            interface: place.interface.clone(),
-            stuck: None,
-            failures: Vec::new(),
-            identity: place.identity.clone(),
-            former: (lease.attrs != *attrs).then(|| lease.attrs.clone()),
-            lease,
-            renewal,
-            renew_not_before: Instant::now(),
-            readable: false,
-            problems: BTreeSet::new(),
-            rival: None,
-            config_problem: None,
-            subnet_file_written: false,
-            repairs: Repairs::new(),
-            renewals: Failing::default(),
-            records: Failing::default(),
-            prober: None,
-            given_up: Vec::new(),
-        }
-    }
-
-    /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
-    /// known, and not again: the clock may be set meanwhile.
-    fn hold(&mut self, lease: Lease, margin: Duration) {
-        if (lease.expires, &lease.attrs) != (self.lease.expires, &self.lease.attrs) {
-            self.renewal = renewal(&lease, &self.identity.attrs, margin);
-        }
-        self.lease = lease;
-    }
-
-    /// The lease is to say this of us. Peers must know of a change at once.
-    fn describe(&mut self, attrs: LeaseAttrs) {
-        if attrs != self.identity.attrs {
-            tracing::warn!(subnet = %self.lease.key, "what our lease tells of us has changed");
-            self.identity.attrs = attrs;
-            self.renew_not_before = Instant::now();
-            self.renewal = Some(self.renew_not_before);
-        }
-    }
-}
-
-/// Writes that fail though the registry can be read. The first one may be how an outage begins, which
-/// whoever watches tells; from the second on they are a problem of their own.
-#[derive(Debug, Default)]
-struct Failing {
-    times: u32,
-    why: String,
-}
-
-impl Failing {
-    /// Takes in what became of a write.
-    fn note<T>(&mut self, what: &str, outcome: &Result<T, RegistryError>) {
-        match outcome {
-            Ok(_) => *self = Self::default(),
-            Err(RegistryError::NotAsked) => {}
-            Err(error) => {
-                self.times += 1;
-                self.why = format!("cannot {what}, trying again: {error}");
-                tracing::debug!("{}", self.why);
-            }
-        }
-    }
-
-    fn problem(&self) -> Option<String> {
-        (self.times > 1).then(|| self.why.clone())
-    }
 }
 
 impl Forwarding<'_> {
@@ -304,12 +195,8 @@ impl Forwarding<'_> {
             publish.reset_immediately();
             return Ok(None);
         }
-        let opened = external::open(self.settings, &turn.config, self.kind, &next.interface);
-        let prepared = match opened {
-            Ok(overlay) => Prepared::new(overlay, next, &self.place.node.id).await?,
-            Err(error) => Err(error),
-        };
-        match prepared {
+        let Self { settings, kind, place, .. } = *self;
+        match external::prepare(settings, &turn.config, kind, next, &place.node.id).await? {
             Ok(prepared) => {
                 let (prepared, lease) = (Box::new(prepared), Box::new(turn.lease.clone()));
                 Ok(Some(Ended::OtherInterface { prepared, lease }))
@@ -499,26 +386,24 @@ impl Forwarding<'_> {
     /// Where an offload loses packets, does without it, and sees whether that helps.
     async fn give_up_offload(&self, overlay: &mut Overlay, turn: &mut Turn) -> anyhow::Result<()> {
         let Some(prober) = &turn.prober else { return Ok(()) };
-        let broken = |(peer, (_, found)): (IpAddr, (Target, Found))| match found {
-            Found { path: Path::NoOffload, .. } => Some((peer, Offload::Segmentation)),
-            Found { reach: Reach::EchoOnly, .. } => Some((peer, Offload::Checksum)),
-            Found { .. } => None,
-        };
-        let Some((peer, offload)) = prober.findings().all().into_iter().find_map(broken) else {
-            return Ok(());
-        };
-        if let Some(what) = overlay.call(move |backend| backend.give_up(offload)).await? {
-            let line = format!(
-                "{what} is given up: packets get lost by it on the way to {peer}; see \
-                 `ethtool -k {}`, and start weftd again when that is mended",
-                turn.interface.name
-            );
-            tracing::warn!("{line}");
-            turn.problems.insert(line.clone());
+        let findings: Vec<(Target, Found)> = prober.findings().all().into_values().collect();
+        let mut is_news = false;
+        for (offload, peer) in blamed(&findings) {
+            let given_up = overlay.call(move |backend| backend.give_up(offload)).await?;
+            if let Some(GivenUp { what, cure }) = given_up {
+                let line = format!(
+                    "{what} is given up: packets get lost by it on the way to {peer}; {cure}"
+                );
+                tracing::warn!("{line}");
+                turn.problems.insert(line.clone());
+                turn.given_up.push(line);
+                is_news = true;
+            }
+        }
+        if is_news {
+            prober.probe_paths();
             let problems = turn.problems.iter().cloned().collect();
             self.board.update(|status| status.problems = problems);
-            turn.given_up.push(line);
-            prober.probe_paths();
         }
         Ok(())
     }
@@ -576,6 +461,20 @@ impl Forwarding<'_> {
     }
 }
 
+/// The offloads that may be what loses packets, each with a peer on the way to which it does.
+fn blamed(findings: &[(Target, Found)]) -> BTreeMap<Offload, IpAddr> {
+    let mut blamed = BTreeMap::new();
+    for (target, found) in findings {
+        let by_path = (found.path == Path::NoOffload).then_some(Offload::Segmentation);
+        let by_reach = (found.reach == Reach::EchoOnly).then_some(Offload::Checksum);
+        for offload in by_path.into_iter().chain(by_reach) {
+            let peer = blamed.entry(offload).or_insert(target.outer);
+            *peer = target.outer.min(*peer);
+        }
+    }
+    blamed
+}
+
 /// Goes by a network config that was changed, where a running daemon can: in which subnets are given
 /// out. Says what is wrong with it otherwise.
 fn follow_config(snapshot: &Snapshot, turn: &mut Turn) -> Option<String> {
@@ -624,10 +523,6 @@ pub(crate) fn expiry(lease: &Lease) -> String {
     }
 }
 
-fn renewal(lease: &Lease, attrs: &LeaseAttrs, margin: Duration) -> Option<Instant> {
-    keeper::renew_in(lease, attrs, margin, Timestamp::now()).map(|left| Instant::now() + left)
-}
-
 /// The next news of a peer; none for ever where there is no prober.
 async fn probes_found(prober: Option<&mut Prober>) {
     match prober {
@@ -640,5 +535,32 @@ async fn sleep_until(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_offload_is_blamed_whatever_else_is_wrong() {
+        let target = |last: u8| {
+            let outer = IpAddr::from([192, 0, 2, last]);
+            Target { inner: IpAddr::from([10, 42, last, 0]), outer, port: Some(8286) }
+        };
+        let found = |reach, path| {
+            let mut found = Found::default();
+            (found.reach, found.path) = (reach, path);
+            found
+        };
+        let findings = [
+            (target(3), found(Reach::EchoOnly, Path::Unknown)),
+            (target(2), found(Reach::EchoOnly, Path::NoOffload)),
+            (target(1), found(Reach::Reachable, Path::Full)),
+        ];
+        let of = |last| IpAddr::from([192, 0, 2, last]);
+        let wanted = [(Offload::Segmentation, of(2)), (Offload::Checksum, of(2))];
+        assert_eq!(blamed(&findings), BTreeMap::from(wanted));
+        assert!(blamed(&findings[2..]).is_empty());
     }
 }

@@ -86,16 +86,8 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
             status.backend = Some(kind.to_string());
             status.networks = config.families().map(|family| family.network).collect();
         });
-        let overlay = match external::open(settings, &config, kind, &chosen.interface) {
-            Ok(overlay) => overlay,
-            Err(error) => {
-                end_or_warn(error, &mut said)?;
-                backoff.wait().await;
-                continue;
-            }
-        };
         let node = Place::claim(settings, &registry.identity(), &chosen.interface)?;
-        match Prepared::new(overlay, chosen, &node.id).await? {
+        match external::prepare(settings, &config, kind, chosen, &node.id).await? {
             Ok(prepared) => {
                 let registry = registry.as_ref();
                 let daemon = Daemon { settings, registry, health, board, text, config, kind };
@@ -137,7 +129,9 @@ impl Daemon<'_> {
             health,
         };
         let (mut lease, last) = self.first_lease(&claim, &station.last_known).await;
-        config_file(settings, registry).save(&self.text)?;
+        if let Err(error) = config_file(settings, registry).save(&self.text) {
+            tracing::warn!("cannot remember the network config: {error:#}");
+        }
         let mut watch = registry.watch(last);
         let by_config = self.config.enable_nftables;
         let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
@@ -207,8 +201,8 @@ impl Daemon<'_> {
         Ok(Station { place, overlay, last_known })
     }
 
-    /// Moves to the interface as it is now. The backend that was there ends first: both may want one
-    /// device, or one port.
+    /// Moves to the interface as it is now. The backend that was there ends before the next one starts:
+    /// both may want one device, or one port.
     async fn move_station(&self, station: &mut Station, prepared: Prepared) -> anyhow::Result<()> {
         let Prepared { interface, why, overlay, attrs } = prepared;
         station.overlay.call(|backend| backend.stop()).await?;
@@ -256,12 +250,9 @@ impl Daemon<'_> {
             let Ok(Some(next)) = external::changed(self.settings, &self.config, known).await else {
                 continue;
             };
-            let prepared =
-                match external::open(self.settings, &self.config, self.kind, &next.interface) {
-                    Ok(overlay) => Prepared::new(overlay, next, &station.place.node.id).await?,
-                    Err(error) => Err(error),
-                };
-            match prepared {
+            let Self { settings, ref config, kind, .. } = *self;
+            let node_id = &station.place.node.id;
+            match external::prepare(settings, config, kind, next, node_id).await? {
                 Ok(prepared) => self.move_station(station, prepared).await?,
                 Err(error) => said.warn(&format!("waiting: {error}")),
             }

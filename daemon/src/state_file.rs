@@ -25,7 +25,7 @@ pub(crate) struct LastKnown {
 #[derive(Debug)]
 pub(crate) struct StateFile<T> {
     path: PathBuf,
-    /// What was last written.
+    /// What the file has, as far as is known.
     written: Vec<u8>,
     value: PhantomData<T>,
 }
@@ -46,12 +46,15 @@ impl<T: Serialize + DeserializeOwned> StateFile<T> {
         Some((value.ok()?, since.try_into().ok()?))
     }
 
-    /// Writes it, unless it is what was last written.
+    /// Writes it, unless it is what the file has.
     ///
     /// # Errors
     /// The directory cannot be written to.
     pub(crate) fn save(&mut self, value: &T) -> anyhow::Result<()> {
         let text = serde_json::to_vec(value)?;
+        if self.written.is_empty() {
+            self.written = fs::read(&self.path).unwrap_or_default();
+        }
         if text != self.written {
             let context = || format!("cannot write {}; see --state-dir", self.path.display());
             file::replace(&self.path, &text, PRIVATE).with_context(context)?;

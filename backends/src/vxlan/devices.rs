@@ -11,7 +11,7 @@ use super::{MTU_MAX, Vxlan};
 use crate::direct;
 use crate::mac::Mac;
 use crate::netlink::{LINK_ALIAS, Link, LinkSettings, VxlanShape};
-use crate::{BackendError, ExternalInterface, MTU_MIN};
+use crate::{BackendError, ExternalInterface, mtu_min};
 
 /// What the wrapping takes: Ethernet, VXLAN, UDP and an IPv4 header.
 const OVERHEAD_IPV4: u32 = 50;
@@ -49,11 +49,15 @@ impl Vxlan {
     /// What containers may send: the least that one of the devices carries.
     pub(super) fn mtu(&self) -> Result<u32, BackendError> {
         let mtu = self.devices.iter().map(|device| self.mtu_of(device)).min().unwrap_or(0);
-        if mtu < MTU_MIN {
-            let interface = self.interface.name.clone();
-            return Err(BackendError::MtuTooSmall { interface, mtu: self.interface.mtu });
+        let least = mtu_min(&self.config);
+        if mtu >= least {
+            return Ok(mtu);
         }
-        Ok(mtu)
+        let interface = self.interface.name.clone();
+        Err(match self.options.mtu {
+            Some(mtu) if mtu < self.interface.mtu => BackendError::MtuOption { mtu, least },
+            _ => BackendError::MtuTooSmall { interface, mtu: self.interface.mtu, least },
+        })
     }
 
     fn mtu_of(&self, device: &Device) -> u32 {
@@ -293,6 +297,27 @@ mod tests {
         let only_v4 = interface(Some("192.0.2.1"), None);
         let inner_v6 = r#""EnableIPv4":false,"EnableIPv6":true"#;
         assert_eq!(names(inner_v6, &only_v4), [("flannel-v6.7".into(), v4, false, true)]);
+    }
+
+    /// Where it comes from decides what to change, and whether waiting helps.
+    #[test]
+    fn an_mtu_that_leaves_no_room_is_told_with_its_origin() {
+        let prepared = |options: &str, mtu: u32, families: &str| {
+            let backend = format!(r#""Backend":{{"Type":"vxlan"{options}}},{families}"#);
+            let mut external = interface(Some("192.0.2.1"), None);
+            external.mtu = mtu;
+            let (mut backend, _) = super::super::open(config(&backend), external).unwrap();
+            backend.prepare("a").unwrap_err()
+        };
+        let dual = r#""EnableIPv6":true"#;
+        let ipv4 = r#""EnableIPv6":false"#;
+        let error = prepared(r#","MTU":100"#, 1500, ipv4);
+        assert!(matches!(error, BackendError::MtuOption { mtu: 100, least: 68 }), "{error}");
+        assert!(!error.is_final());
+        let error = prepared(r#","MTU":9000"#, 100, ipv4);
+        assert!(matches!(error, BackendError::MtuTooSmall { mtu: 100, least: 68, .. }), "{error}");
+        let error = prepared("", 1320, dual);
+        assert!(matches!(error, BackendError::MtuTooSmall { least: 1280, .. }), "{error}");
     }
 
     #[test]

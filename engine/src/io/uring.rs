@@ -18,7 +18,7 @@ use std::slice;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::types::{BufRingEntry, CancelBuilder, Fixed, RecvMsgOut, Timespec};
-use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
+use io_uring::{EnterFlags, IoUring, Probe, cqueue, opcode, squeue};
 
 use super::message::{CONTROL_LEN, Marks, SENDER_LEN, SendMessage, sender};
 use super::{
@@ -381,7 +381,10 @@ impl Drop for Ring {
         // A ring is torn down some 20 to 80 ms after it is closed, and would hold its files open until
         // then: the next engine could not have a device of the same name. What was cancelled holds
         // them until its completion has been run. Where either fails, they are held for that long.
-        let _ = self.ring.submit_and_wait(0).and_then(|_| self.ring.submitter().unregister_files());
+        let (submitter, flags) = (self.ring.submitter(), EnterFlags::GETEVENTS.bits());
+        // SAFETY: nothing is submitted, nothing waited for, and no argument passed.
+        let ran = unsafe { submitter.enter::<libc::sigset_t>(0, 0, flags, None) };
+        let _ = ran.and_then(|_| submitter.unregister_files());
     }
 }
 

@@ -1,0 +1,154 @@
+//! What the loop that forwards knows, and what follows from it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+use weft_backends::ExternalInterface;
+use weft_control::keeper::{self, Identity};
+use weft_control::{Lease, LeaseAttrs, NetworkConfig, RegistryError};
+
+use crate::place::Place;
+use crate::probe::Prober;
+use crate::repairs::Repairs;
+
+/// What changes from turn to turn.
+#[derive(Debug)]
+pub(super) struct Turn {
+    pub(super) config: NetworkConfig,
+    /// As [`Place::interface`], but for further addresses, which come and go.
+    pub(super) interface: ExternalInterface,
+    /// Why the external interface cannot be followed to what it is now.
+    pub(super) stuck: Option<String>,
+    /// What kept our own part in forwarding from being right, at the last reconciliation.
+    pub(super) failures: Vec<String>,
+    /// What our lease is to say of us.
+    pub(super) identity: Identity,
+    pub(super) lease: Lease,
+    /// What the lease says until it says our attributes.
+    pub(super) former: Option<LeaseAttrs>,
+    /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
+    pub(super) renewal: Option<Instant>,
+    /// The registry may have refused it a moment ago.
+    pub(super) renew_not_before: Instant,
+    /// Whether the registry could be read when it was last heard of.
+    pub(super) readable: bool,
+    /// What could not be done, at the last reconciliation.
+    pub(super) problems: BTreeSet<String>,
+    /// Of those, another node at our address, and a network config that is not gone by.
+    pub(super) rival: Option<String>,
+    pub(super) config_problem: Option<String>,
+    pub(super) subnet_file_written: bool,
+    pub(super) repairs: Repairs,
+    /// Renewals of the lease, and of the node's record.
+    pub(super) renewals: Failing,
+    pub(super) records: Failing,
+    /// None where no socket was to be had.
+    pub(super) prober: Option<Prober>,
+    /// What was given up for the sake of packets that got lost.
+    pub(super) given_up: Vec<String>,
+}
+
+impl Turn {
+    pub(super) fn new(
+        config: NetworkConfig,
+        lease: Lease,
+        place: &Place,
+        margin: Duration,
+    ) -> Self {
+        let attrs = &place.identity.attrs;
+        let renewal = renewal(&lease, attrs, margin);
+        Self {
+            config,
+            interface: place.interface.clone(),
+            stuck: None,
+            failures: Vec::new(),
+            identity: place.identity.clone(),
+            former: (lease.attrs != *attrs).then(|| lease.attrs.clone()),
+            lease,
+            renewal,
+            renew_not_before: Instant::now(),
+            readable: false,
+            problems: BTreeSet::new(),
+            rival: None,
+            config_problem: None,
+            subnet_file_written: false,
+            repairs: Repairs::new(),
+            renewals: Failing::default(),
+            records: Failing::default(),
+            prober: None,
+            given_up: Vec::new(),
+        }
+    }
+
+    /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
+    /// known, and not again: the clock may be set meanwhile.
+    pub(super) fn hold(&mut self, lease: Lease, margin: Duration) {
+        if (lease.expires, &lease.attrs) != (self.lease.expires, &self.lease.attrs) {
+            self.renewal = renewal(&lease, &self.identity.attrs, margin);
+        }
+        self.lease = lease;
+    }
+
+    /// The lease is to say this of us. Peers must know of a change at once.
+    pub(super) fn describe(&mut self, attrs: LeaseAttrs) {
+        if attrs != self.identity.attrs {
+            tracing::warn!(subnet = %self.lease.key, "what our lease tells of us has changed");
+            self.identity.attrs = attrs;
+            self.renew_not_before = Instant::now();
+            self.renewal = Some(self.renew_not_before);
+        }
+    }
+}
+
+/// Writes that fail though the registry can be read. The first one may be how an outage begins, which
+/// whoever watches tells; from the second on they are a problem of their own.
+#[derive(Debug, Default)]
+pub(super) struct Failing {
+    times: u32,
+    why: String,
+}
+
+impl Failing {
+    /// Takes in what became of a write.
+    pub(super) fn note<T>(&mut self, what: &str, outcome: &Result<T, RegistryError>) {
+        match outcome {
+            Ok(_) => *self = Self::default(),
+            Err(RegistryError::NotAsked) => {}
+            Err(error) => {
+                self.times += 1;
+                self.why = format!("cannot {what}, trying again: {error}");
+                tracing::debug!("{}", self.why);
+            }
+        }
+    }
+
+    pub(super) fn problem(&self) -> Option<String> {
+        (self.times > 1).then(|| self.why.clone())
+    }
+}
+
+fn renewal(lease: &Lease, attrs: &LeaseAttrs, margin: Duration) -> Option<Instant> {
+    keeper::renew_in(lease, attrs, margin, Timestamp::now()).map(|left| Instant::now() + left)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_that_fails_is_told_from_the_second_time_on() {
+        let away = || Err::<(), _>(RegistryError::Away("connection refused".into()));
+        let mut failing = Failing::default();
+        failing.note("renew the lease", &away());
+        // Nothing was asked, so nothing failed.
+        failing.note("renew the lease", &Err::<(), _>(RegistryError::NotAsked));
+        assert_eq!(failing.problem(), None);
+        failing.note("renew the lease", &away());
+        let told = failing.problem().unwrap();
+        assert_eq!(told, "cannot renew the lease, trying again: connection refused");
+        failing.note("renew the lease", &Ok(()));
+        assert_eq!(failing.problem(), None);
+    }
+}
