@@ -116,14 +116,6 @@ pub struct LinkCounters {
     pub tx_dropped: u64,
 }
 
-/// A default route of the main table.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DefaultRoute {
-    pub ipv6: bool,
-    /// The interface it leaves by; `None` where it has several next hops.
-    pub link: Option<u32>,
-}
-
 /// A route of the main table, as far as weft compares it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KernelRoute {
@@ -204,14 +196,6 @@ impl Netlink {
             })
         });
         Ok(counters.next().unwrap_or_default())
-    }
-
-    /// The default routes of both families, in the kernel's order.
-    pub fn default_routes(&self) -> Result<Vec<DefaultRoute>, NetlinkError> {
-        let defaults = self.routes()?.into_iter().filter(|route| route.destination.prefix() == 0);
-        Ok(defaults
-            .map(|route| DefaultRoute { ipv6: route.destination.is_ipv6(), link: route.link })
-            .collect())
     }
 
     /// The unicast routes of the main table, both families, in the kernel's order.

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use anyhow::Context;
-use weft_backends::netlink::{DefaultRoute, KernelRoute, Link, Netlink};
+use weft_backends::netlink::{KernelRoute, Link, Netlink};
 use weft_backends::{BackendError, BackendKind, ExternalInterface, Options};
 use weft_control::{LeaseAttrs, NetworkConfig};
 
@@ -17,7 +17,6 @@ use crate::overlay::Overlay;
 #[derive(Debug)]
 pub(crate) struct Surroundings {
     pub(crate) links: Vec<Link>,
-    default_routes: Vec<DefaultRoute>,
     routes: Vec<KernelRoute>,
     /// The way to the address that was asked for.
     way: Way,
@@ -35,7 +34,6 @@ impl Surroundings {
             let way = reach.and_then(|ip| netlink.way_to(ip).ok());
             Ok(Self {
                 links: netlink.links()?,
-                default_routes: netlink.default_routes()?,
                 routes: netlink.routes()?,
                 way: way.map(|(link, source)| Way { link, source }).unwrap_or_default(),
             })
@@ -53,7 +51,7 @@ impl Surroundings {
         config: &NetworkConfig,
     ) -> Result<Chosen, InterfaceError> {
         let families = Families { ipv4: config.ipv4.is_some(), ipv6: config.ipv6.is_some() };
-        interface::choose(&settings.wish, families, &self.links, &self.default_routes, self.way)
+        interface::choose(&settings.wish, families, &self.links, &self.routes, self.way)
     }
 
     /// Why the overlay would cut off a host that is reached by this interface.

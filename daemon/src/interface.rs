@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use regex::Regex;
 use weft_backends::ExternalInterface;
-use weft_backends::netlink::{DefaultRoute, Link, LinkAddress};
+use weft_backends::netlink::{KernelRoute, Link, LinkAddress};
 
 /// What the operator asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -163,7 +163,7 @@ pub fn choose(
     wish: &Wish,
     families: Families,
     links: &[Link],
-    routes: &[DefaultRoute],
+    routes: &[KernelRoute],
     way: Way,
 ) -> Result<Chosen, InterfaceError> {
     if !families.ipv4 && !families.ipv6 {
@@ -184,7 +184,7 @@ struct Chooser<'a> {
     wish: &'a Wish,
     families: Families,
     links: &'a [Link],
-    routes: &'a [DefaultRoute],
+    routes: &'a [KernelRoute],
     way: Way,
 }
 
@@ -281,7 +281,11 @@ impl<'a> Chooser<'a> {
 
     /// The interface of the family's first default route.
     fn default_link(&self, family: Family) -> Result<&'a Link, InterfaceError> {
-        let route = self.routes.iter().find(|route| route.ipv6 == (family == Family::Ipv6));
+        let is_default = |route: &&KernelRoute| {
+            let to = route.destination;
+            to.prefix() == 0 && family.holds(to.ip())
+        };
+        let route = self.routes.iter().find(is_default);
         let route = route.ok_or(InterfaceError::NoDefaultRoute(family))?;
         let index = route.link.ok_or(InterfaceError::MultipathDefaultRoute(family))?;
         let link = self.links.iter().find(|link| link.index == index);
@@ -437,8 +441,10 @@ mod tests {
         ]
     }
 
-    fn route(ipv6: bool, link: u32) -> DefaultRoute {
-        DefaultRoute { ipv6, link: Some(link) }
+    fn route(ipv6: bool, link: u32) -> KernelRoute {
+        let destination = if ipv6 { "::/0" } else { "0.0.0.0/0" };
+        let destination = destination.parse().unwrap();
+        KernelRoute { destination, gateway: None, link: Some(link), protocol: 3 }
     }
 
     fn pattern(text: &str) -> Wish {
@@ -570,7 +576,7 @@ mod tests {
 
     #[test]
     fn default_routes_that_do_not_serve() {
-        let multipath = DefaultRoute { ipv6: false, link: None };
+        let multipath = KernelRoute { link: None, ..route(false, 0) };
         let cases = [
             (V4, vec![], "unable to find default route for IPv4"),
             (BOTH, vec![], "unable to find default route for IPv4"),
@@ -616,7 +622,7 @@ mod tests {
         let Chosen { interface, .. } = chosen(&iface(&["dummy0"]), V6);
         assert_eq!((interface.ipv4, interface.ipv6), (ip("1.10.100.1"), None));
         let links = [link(2, "eth0", &["2001:db8::1/64", "fe80::1/64 link"])];
-        let over_v6 = |families, routes: &[DefaultRoute]| {
+        let over_v6 = |families, routes: &[KernelRoute]| {
             choose(&Wish::default(), families, &links, routes, Way::default())
         };
         let found = over_v6(V4, &[route(true, 2)]).unwrap();
