@@ -11,6 +11,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::found::{Found, Path, Reach};
+
 /// How often a peer is probed.
 pub(super) const INTERVAL: Duration = Duration::from_secs(10);
 /// How far probes of different peers lie apart at least: 1,000 peers have their turn in an interval,
@@ -25,14 +27,6 @@ const PATH_PATIENCE: Duration = Duration::from_millis(500);
 const PATH_TRIES: u8 = 5;
 /// Probes of the path to all peers together: where there are many, each has its turn less often.
 const PATHS_A_SECOND: u32 = 10;
-/// Outcomes that loss is reckoned from.
-const HISTORY: u32 = 64;
-
-/// Bounds of the round trip times that are counted together, in microseconds; the last count is of
-/// all above.
-pub(crate) const RTT_BOUNDS_US: [u64; 11] =
-    [100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000];
-
 /// IP packets' lengths that are tried where full size does not get through: what tunnels and links
 /// commonly carry.
 const SIZES: [u16; 7] = [576, 1_280, 1_350, 1_400, 1_422, 1_450, 1_472];
@@ -50,106 +44,6 @@ pub(super) enum Send {
     Echo(u64),
     /// An ICMP echo to its outer address.
     OuterEcho(u64),
-}
-
-/// Whether packets get to the peer and back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Reach {
-    #[default]
-    Unknown,
-    Reachable,
-    /// Its address on the overlay answers ICMP echoes, but no probes.
-    EchoOnly,
-    /// Its host says that nothing listens on the backend's port; a firewall may say so, too.
-    Refused,
-    /// Its host answers at its outer address, but nothing gets there through the overlay.
-    Blocked,
-    /// Nothing answers, neither inside the overlay nor outside.
-    Silent,
-}
-
-/// What the path does with large packets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Path {
-    #[default]
-    Unknown,
-    /// They get through, also cut out of larger ones.
-    Full,
-    /// Only packets up to this many bytes get through.
-    UpTo(u16),
-    /// They get through one by one, but not cut out of larger ones by an offload.
-    NoOffload,
-    /// They arrive damaged.
-    Damaged,
-}
-
-/// Counts of round trip times, by [`RTT_BOUNDS_US`].
-pub(crate) type RttCounts = [u64; RTT_BOUNDS_US.len() + 1];
-
-/// What is known of a peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Found {
-    pub(crate) reach: Reach,
-    pub(crate) path: Path,
-    /// The largest packet that got through.
-    pub(crate) path_mtu: Option<u16>,
-    pub(crate) rtt: Option<Duration>,
-    pub(crate) rtt_counts: RttCounts,
-    /// All round trips together.
-    pub(crate) rtt_total: Duration,
-    pub(crate) sent: u64,
-    pub(crate) answered: u64,
-    /// Of the last probes, one bit each: 1 is answered.
-    history: u64,
-}
-
-impl Found {
-    /// Percent of the last 64 small probes that stayed without an answer.
-    pub(crate) fn loss_percent(&self) -> Option<u8> {
-        let known = u32::try_from(self.sent).unwrap_or(HISTORY).min(HISTORY);
-        let recent = if known == HISTORY { u64::MAX } else { (1 << known) - 1 };
-        let lost = known - (self.history & recent).count_ones();
-        u8::try_from((lost * 100).checked_div(known)?).ok()
-    }
-
-    /// Whether it may be an offload that loses packets.
-    pub(super) fn blames_offload(&self) -> bool {
-        self.path == Path::NoOffload || self.reach == Reach::EchoOnly
-    }
-
-    fn count(&mut self, answered: bool) {
-        self.sent += 1;
-        self.answered += u64::from(answered);
-        self.history = self.history << 1 | u64::from(answered);
-    }
-
-    fn count_rtt(&mut self, rtt: Duration) {
-        self.rtt = Some(rtt);
-        self.rtt_total += rtt;
-        let us = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
-        let at = RTT_BOUNDS_US.iter().position(|bound| us <= *bound);
-        self.rtt_counts[at.unwrap_or(RTT_BOUNDS_US.len())] += 1;
-    }
-}
-
-/// What the small probes of many peers came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Totals {
-    pub(crate) answered: u64,
-    pub(crate) lost: u64,
-    pub(crate) rtt_total: Duration,
-    pub(crate) rtt_counts: RttCounts,
-}
-
-impl Totals {
-    pub(super) fn add(&mut self, found: &Found) {
-        self.answered += found.answered;
-        self.lost += found.sent - found.answered;
-        self.rtt_total += found.rtt_total;
-        for (total, count) in self.rtt_counts.iter_mut().zip(found.rtt_counts) {
-            *total += count;
-        }
-    }
 }
 
 /// The probing of one peer.

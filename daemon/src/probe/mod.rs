@@ -5,6 +5,7 @@
 //! registry names. flannel's nodes have no record; they get ICMP echoes, which they need not answer.
 
 mod course;
+mod found;
 mod icmp;
 pub(crate) mod packet;
 pub(crate) mod socket;
@@ -27,9 +28,8 @@ use self::course::{Course, DISTANCE, INTERVAL, Send};
 use self::icmp::{Heard, Icmp};
 use self::packet::Packet;
 use self::socket::ProbeSocket;
-use crate::status::ProbeStatus;
 
-pub(crate) use self::course::{Found, Path, RTT_BOUNDS_US, Reach, Totals};
+pub(crate) use self::found::{FAULTS, Found, Path, RTT_BOUNDS_US, Reach, Totals, status};
 
 /// Payload bytes of a small probe: an odd number, which checksums have a special case for.
 pub(crate) const SMALL_LEN: usize = packet::LEN_MIN + 5;
@@ -416,107 +416,6 @@ pub(crate) fn targets(
     peers.iter().filter_map(target).collect()
 }
 
-/// What status says of a peer.
-pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
-    let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    let bounds = RTT_BOUNDS_US.into_iter().chain([u64::MAX]);
-    let (fault, problem) = match found.reach {
-        Reach::Reachable => (found.path.fault(), found.path.problem()),
-        Reach::Unknown | Reach::EchoOnly | Reach::Refused | Reach::Blocked | Reach::Silent => {
-            (found.reach.fault(), found.reach.problem().map(str::to_owned))
-        }
-    };
-    ProbeStatus {
-        address: target.port.map(|port| SocketAddr::new(target.inner, port)),
-        reachable: match found.reach {
-            Reach::Unknown => None,
-            Reach::Reachable | Reach::EchoOnly => Some(true),
-            Reach::Refused | Reach::Blocked | Reach::Silent => Some(false),
-        },
-        fault: fault.map(str::to_owned),
-        problem,
-        rtt_us: found.rtt.map(us),
-        rtt_total_us: us(found.rtt_total),
-        rtt_counts: bounds.zip(found.rtt_counts).collect(),
-        sent: found.sent,
-        answered: found.answered,
-        loss_percent: found.loss_percent(),
-        path_mtu: found.path_mtu.map(u32::from),
-    }
-}
-
-/// The words for all that may be wrong with a peer.
-pub(crate) const FAULTS: [&str; 7] =
-    ["echo-only", "refused", "blocked", "silent", "narrow", "no-offload", "damaged"];
-
-impl Reach {
-    /// In one word, of [`FAULTS`].
-    fn fault(self) -> Option<&'static str> {
-        match self {
-            Self::Unknown | Self::Reachable => None,
-            Self::EchoOnly => Some("echo-only"),
-            Self::Refused => Some("refused"),
-            Self::Blocked => Some("blocked"),
-            Self::Silent => Some("silent"),
-        }
-    }
-
-    /// What is wrong, if something is.
-    fn problem(self) -> Option<&'static str> {
-        match self {
-            Self::Unknown | Self::Reachable => None,
-            Self::EchoOnly => Some(
-                "answers pings through the overlay, but no probes by UDP: a checksum offload is \
-                 broken, or a firewall there drops them",
-            ),
-            Self::Refused => Some(
-                "cannot be reached: its host refuses the backend's port; weftd does not run there, or \
-                 a firewall rejects it",
-            ),
-            Self::Blocked => Some(
-                "cannot be reached: its host answers pings, but the overlay's packets get lost; a \
-                 firewall drops the backend's port",
-            ),
-            Self::Silent => {
-                Some("cannot be reached: its host does not answer at all; it is down, or cut off")
-            }
-        }
-    }
-}
-
-impl Path {
-    /// In one word, of [`FAULTS`].
-    fn fault(self) -> Option<&'static str> {
-        match self {
-            Self::Unknown | Self::Full => None,
-            Self::UpTo(_) => Some("narrow"),
-            Self::NoOffload => Some("no-offload"),
-            Self::Damaged => Some("damaged"),
-        }
-    }
-
-    /// What is wrong, if something is.
-    fn problem(self) -> Option<String> {
-        match self {
-            Self::Unknown | Self::Full => None,
-            Self::UpTo(len) => Some(format!(
-                "packets of more than {len} bytes get lost on the way; lower the interface's MTU, or \
-                 mend the path"
-            )),
-            Self::NoOffload => Some(
-                "packets that an offload cuts out of larger ones get lost on the way; the network \
-                 card or its driver is broken (tx-udp-segmentation)"
-                    .into(),
-            ),
-            Self::Damaged => Some(
-                "packets arrive damaged, with checksums that are right: an offload of a network card \
-                 on the way is broken"
-                    .into(),
-            ),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
@@ -530,16 +429,6 @@ mod tests {
 
     const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
     const MANY: usize = 1_000;
-
-    #[test]
-    fn every_fault_is_one_of_the_words() {
-        use Path::{Damaged, NoOffload, UpTo};
-        use Reach::{Blocked, EchoOnly, Refused, Silent};
-        let reach = [EchoOnly, Refused, Blocked, Silent].map(Reach::fault);
-        let path = [UpTo(1400), NoOffload, Damaged].map(Path::fault);
-        let words: Vec<&str> = reach.into_iter().chain(path).flatten().collect();
-        assert_eq!(words, FAULTS);
-    }
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
