@@ -138,8 +138,8 @@ pub struct ProbeStatus {
     pub address: Option<SocketAddr>,
     /// Absent while it is not known, and for a flannel node that answers no echoes.
     pub reachable: Option<bool>,
-    /// Why it is not reachable: `refused`, `blocked` or `silent`; what is wrong with the path to it
-    /// otherwise: `narrow`, `no-offload` or `damaged`.
+    /// Why it is not reachable: `refused`, `blocked` or `silent`; what is wrong otherwise, with it:
+    /// `no-daemon` or `echo-only`; or with the path to it: `narrow`, `no-offload` or `damaged`.
     pub fault: Option<String>,
     /// The same, with what to look for.
     pub problem: Option<String>,

@@ -72,6 +72,26 @@ fn a_peer_whose_daemon_has_ended() -> Result<()> {
     probed(&lab)
 }
 
+/// Where the kernel moves the packets, it goes on answering pings: no offload is to blame.
+#[test]
+fn a_peer_whose_daemon_has_ended_though_its_kernel_answers() -> Result<()> {
+    for backend in ["vxlan", "host-gw"] {
+        let options = LabOptions { hosts: 2, backend: backend.into(), ..LabOptions::default() };
+        let mut lab = Lab::new(options)?;
+        bring_up(&mut lab, &[])?;
+        probed(&lab)?;
+        lab.kill_daemon(1)?;
+        named(&lab, "peers", "FAIL", "ssh 10.168.0.95 systemctl start weftd")?;
+        let status = lab.status(0)?;
+        ensure!(status.peers[0].probe.fault.as_deref() == Some("no-daemon"), "{status:?}");
+        ensure!(status.problems.is_empty(), "{status:?}");
+        lab.start_daemon(1, &[])?;
+        probed(&lab)?;
+        lab.remove()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_port_that_is_blocked() -> Result<()> {
     let lab = pair()?;

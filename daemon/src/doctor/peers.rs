@@ -16,7 +16,7 @@ pub(super) fn peers(seen: &Seen) -> Check {
     let Some(status) = seen.status() else {
         return Check::unknown(NAME);
     };
-    let is_gone = |peer: &&PeerStatus| has_fault(peer, &["silent", "refused"]);
+    let is_gone = |peer: &&PeerStatus| has_fault(peer, &["silent", "refused", "no-daemon"]);
     let mut gone = status.peers.iter().filter(is_gone);
     let Some(peer) = gone.next() else {
         let answering = status.peers.iter().filter(|it| it.probe.reachable == Some(true)).count();
@@ -30,7 +30,7 @@ pub(super) fn peers(seen: &Seen) -> Check {
         more => format!("; so it is with {more} more"),
     };
     let ip = peer.public_ip;
-    let cure = if has_fault(peer, &["refused"]) {
+    let cure = if has_fault(peer, &["refused", "no-daemon"]) {
         format!("ssh {ip} systemctl start weftd")
     } else {
         format!("ping {ip}   # then start that host, or mend the way to it")
@@ -50,15 +50,9 @@ pub(super) fn port(seen: &Seen) -> Check {
     let backend = status.backend.as_deref().unwrap_or_default();
     let configured = seen.config().and_then(|it| it.backend.u16_option("Port").ok().flatten());
     let default = if backend == "vxlan" { VXLAN_PORT } else { UDP_TUN_PORT };
-    let cure = if backend == "host-gw" {
-        format!(
-            "sysctl -w net.ipv4.ip_forward=1   # on {}, and look at its firewall",
-            peer.public_ip
-        )
-    } else {
-        let port = configured.filter(|port| *port != 0).unwrap_or(default);
-        format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT   # on {}", peer.public_ip)
-    };
+    let port = configured.filter(|port| *port != 0).unwrap_or(default);
+    let cure =
+        format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT   # on {}", peer.public_ip);
     Check::fail(NAME, describe(peer), cure)
 }
 
@@ -168,6 +162,7 @@ mod tests {
         for (fault, at) in [
             ("silent", 0),
             ("refused", 0),
+            ("no-daemon", 0),
             ("blocked", 1),
             ("narrow", 2),
             ("no-offload", 3),

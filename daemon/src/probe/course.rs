@@ -73,7 +73,9 @@ struct ReachRound {
     outer_echoes: Vec<u64>,
     echo_answers: bool,
     outer_answers: bool,
+    /// At its outer address.
     refused: bool,
+    probe_refused: bool,
 }
 
 #[derive(Debug)]
@@ -104,6 +106,7 @@ impl Course {
                 echo_answers: false,
                 outer_answers: false,
                 refused: false,
+                probe_refused: false,
             },
             path: PathRound {
                 tries: 0,
@@ -169,7 +172,8 @@ impl Course {
             round.small.clear();
             round.echoes.clear();
             round.outer_echoes.clear();
-            (round.echo_answers, round.outer_answers, round.refused) = (false, false, false);
+            (round.echo_answers, round.outer_answers) = (false, false);
+            (round.refused, round.probe_refused) = (false, false);
             round.next = now + self.reach_interval;
         } else {
             self.found.count(false);
@@ -201,6 +205,8 @@ impl Course {
     fn unreachable(&self) -> Reach {
         match self.reach {
             _ if !self.knows_probes => Reach::Unknown,
+            // Nobody is there to take a probe: that its kernel still answers echoes blames no offload.
+            ReachRound { probe_refused: true, .. } => Reach::NoDaemon,
             ReachRound { echo_answers: true, .. } => Reach::EchoOnly,
             ReachRound { refused: true, .. } => Reach::Refused,
             ReachRound { outer_answers: true, .. } => Reach::Blocked,
@@ -328,6 +334,11 @@ impl Course {
     /// The peer's outer address said that nothing listens on the port.
     pub(super) fn refused(&mut self) {
         self.reach.refused |= self.reach.tries > 0;
+    }
+
+    /// The peer's address on the overlay said that nothing listens where probes go.
+    pub(super) fn probe_refused(&mut self) {
+        self.reach.probe_refused |= self.reach.tries > 0;
     }
 }
 
@@ -457,12 +468,32 @@ mod tests {
         world.course.refused();
         world.pass(ENOUGH, nothing);
         // The next round without a refusal knows no better than that nothing answers.
-        assert!(matches!(world.reach(), Reach::Refused | Reach::Silent));
+        assert_eq!(world.reach(), Reach::Silent);
         let mut world = World::new(true);
         world.pass(one, nothing);
         world.course.refused();
         world.pass(3 * one, nothing);
         assert_eq!(world.reach(), Reach::Refused);
+    }
+
+    /// vxlan's device stays when weftd stops, and host-gw has none: the kernel goes on answering.
+    #[test]
+    fn a_daemon_that_has_ended_is_told_from_a_broken_offload() {
+        let echoes = |it: &Send| {
+            if matches!(it, Send::Echo(_) | Send::OuterEcho(_)) { all(it) } else { vec![] }
+        };
+        let mut world = World::new(true);
+        world.pass(MINUTE, all);
+        let probes = world.sends.len();
+        while world.sends.len() == probes {
+            world.pass(TICK, echoes);
+        }
+        world.course.probe_refused();
+        world.pass(ENOUGH - INTERVAL, echoes);
+        assert_eq!(world.reach(), Reach::NoDaemon);
+        assert!(!world.course.found().blames_offload());
+        world.pass(ENOUGH, all);
+        assert_eq!(world.reach(), Reach::Reachable);
     }
 
     #[test]

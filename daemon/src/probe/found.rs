@@ -20,6 +20,8 @@ pub(crate) enum Reach {
     #[default]
     Unknown,
     Reachable,
+    /// Its address on the overlay says that nobody takes probes; a firewall may say so, too.
+    NoDaemon,
     /// Its address on the overlay answers ICMP echoes, but no probes.
     EchoOnly,
     /// Its host says that nothing listens on the backend's port; a firewall may say so, too.
@@ -120,15 +122,18 @@ pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
     let bounds = RTT_BOUNDS_US.into_iter().chain([u64::MAX]);
     let (fault, problem) = match found.reach {
         Reach::Reachable => (found.path.fault(), found.path.problem()),
-        Reach::Unknown | Reach::EchoOnly | Reach::Refused | Reach::Blocked | Reach::Silent => {
-            (found.reach.fault(), found.reach.problem().map(str::to_owned))
-        }
+        Reach::Unknown
+        | Reach::NoDaemon
+        | Reach::EchoOnly
+        | Reach::Refused
+        | Reach::Blocked
+        | Reach::Silent => (found.reach.fault(), found.reach.problem().map(str::to_owned)),
     };
     ProbeStatus {
         address: target.port.map(|port| SocketAddr::new(target.inner, port)),
         reachable: match found.reach {
             Reach::Unknown => None,
-            Reach::Reachable | Reach::EchoOnly => Some(true),
+            Reach::Reachable | Reach::NoDaemon | Reach::EchoOnly => Some(true),
             Reach::Refused | Reach::Blocked | Reach::Silent => Some(false),
         },
         fault: fault.map(str::to_owned),
@@ -144,14 +149,15 @@ pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
 }
 
 /// The words for all that may be wrong with a peer.
-pub(crate) const FAULTS: [&str; 7] =
-    ["echo-only", "refused", "blocked", "silent", "narrow", "no-offload", "damaged"];
+pub(crate) const FAULTS: [&str; 8] =
+    ["no-daemon", "echo-only", "refused", "blocked", "silent", "narrow", "no-offload", "damaged"];
 
 impl Reach {
     /// In one word, of [`FAULTS`].
     fn fault(self) -> Option<&'static str> {
         match self {
             Self::Unknown | Self::Reachable => None,
+            Self::NoDaemon => Some("no-daemon"),
             Self::EchoOnly => Some("echo-only"),
             Self::Refused => Some("refused"),
             Self::Blocked => Some("blocked"),
@@ -163,6 +169,10 @@ impl Reach {
     pub(super) fn problem(self) -> Option<&'static str> {
         match self {
             Self::Unknown | Self::Reachable => None,
+            Self::NoDaemon => Some(
+                "can be reached, but nobody takes probes there: weftd does not run, or a firewall \
+                 rejects them",
+            ),
             Self::EchoOnly => Some(
                 "answers pings through the overlay, but no probes by UDP: a checksum offload is \
                  broken, or a firewall there drops them",
@@ -222,8 +232,8 @@ mod tests {
     #[test]
     fn every_fault_is_one_of_the_words() {
         use Path::{Damaged, NoOffload, UpTo};
-        use Reach::{Blocked, EchoOnly, Refused, Silent};
-        let reach = [EchoOnly, Refused, Blocked, Silent].map(Reach::fault);
+        use Reach::{Blocked, EchoOnly, NoDaemon, Refused, Silent};
+        let reach = [NoDaemon, EchoOnly, Refused, Blocked, Silent].map(Reach::fault);
         let path = [UpTo(1400), NoOffload, Damaged].map(Path::fault);
         let words: Vec<&str> = reach.into_iter().chain(path).flatten().collect();
         assert_eq!(words, FAULTS);

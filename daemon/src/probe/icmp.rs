@@ -32,9 +32,10 @@ pub(super) enum Heard {
         from: IpAddr,
         nonce: u64,
     },
-    /// Nothing listens at a UDP port of this host.
+    /// Nothing listens at this UDP port of this host.
     Refused {
         from: IpAddr,
+        port: u16,
     },
 }
 
@@ -136,7 +137,7 @@ fn understand(
     numbers: &Numbers,
     icmp: &[u8],
     from: IpAddr,
-    destination: fn(&[u8]) -> Option<IpAddr>,
+    destination: fn(&[u8]) -> Option<(IpAddr, u16)>,
 ) -> Option<Heard> {
     let (header, rest) = icmp.split_at_checked(HEADER_LEN)?;
     if header[0] == numbers.answer {
@@ -144,8 +145,12 @@ fn understand(
         return Some(Heard::Answer { from, nonce: u64::from_be_bytes(nonce.try_into().ok()?) });
     }
     let is_refusal = (header[0], header[1]) == (numbers.unreachable, numbers.port);
+    if !is_refusal {
+        return None;
+    }
+    let (to, port) = destination(rest)?;
     // Said by the host itself of a packet to itself.
-    (is_refusal && destination(rest)? == from).then_some(Heard::Refused { from })
+    (to == from).then_some(Heard::Refused { from, port })
 }
 
 /// What is in an IPv4 packet.
@@ -153,15 +158,21 @@ fn v4_payload(packet: &[u8]) -> Option<&[u8]> {
     packet.get(usize::from(packet.first()? & 0xf) * 4..)
 }
 
-/// Where a UDP datagram was going to, by its IP header.
-fn v4_udp_destination(packet: &[u8]) -> Option<IpAddr> {
+/// Where a UDP datagram was going to, by its headers.
+fn v4_udp_destination(packet: &[u8]) -> Option<(IpAddr, u16)> {
     let to: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
-    (packet[9] == UDP).then_some(to.into())
+    let port = udp_port(v4_payload(packet)?)?;
+    (packet[9] == UDP).then_some((to.into(), port))
 }
 
-fn v6_udp_destination(packet: &[u8]) -> Option<IpAddr> {
+fn v6_udp_destination(packet: &[u8]) -> Option<(IpAddr, u16)> {
     let to: [u8; 16] = packet.get(24..40)?.try_into().ok()?;
-    (packet[6] == UDP).then_some(to.into())
+    let port = udp_port(packet.get(40..)?)?;
+    (packet[6] == UDP).then_some((to.into(), port))
+}
+
+fn udp_port(udp: &[u8]) -> Option<u16> {
+    Some(u16::from_be_bytes(udp.get(2..4)?.try_into().ok()?))
 }
 
 #[cfg(test)]
@@ -196,10 +207,11 @@ mod tests {
     #[test]
     fn a_refusal_counts_where_the_host_speaks_of_itself() {
         let said = |of: [u8; 4], protocol| {
-            let inner = from_host(protocol, of, &[0; 8]);
+            let inner = from_host(protocol, of, &[0, 1, 0x20, 0x5d, 0, 8, 0, 0]);
             from_host(1, [192, 0, 2, 1], &[&[3, 3, 0, 0, 0, 0, 0, 0], inner.as_slice()].concat())
         };
-        assert_eq!(heard(&said([192, 0, 2, 7], UDP)), Some(Heard::Refused { from: HOST }));
+        let refused = Some(Heard::Refused { from: HOST, port: 8285 });
+        assert_eq!(heard(&said([192, 0, 2, 7], UDP)), refused);
         assert_eq!(heard(&said([192, 0, 2, 9], UDP)), None);
         assert_eq!(heard(&said([192, 0, 2, 7], 6)), None);
         let packet = said([192, 0, 2, 7], UDP);

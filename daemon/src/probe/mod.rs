@@ -318,9 +318,14 @@ impl Work {
                 let outer = peers.values_mut().filter(|peer| peer.target.outer == from);
                 outer.for_each(|peer| peer.course.outer_answered(nonce));
             }
-            Heard::Refused { from } => {
-                let outer = peers.values_mut().filter(|peer| peer.target.outer == from);
-                outer.for_each(|peer| peer.course.refused());
+            Heard::Refused { from, port } => {
+                for Peer { target, course } in peers.values_mut() {
+                    if target.inner == from && target.port == Some(port) {
+                        course.probe_refused();
+                    } else if target.outer == from && target.inner != from {
+                        course.refused();
+                    }
+                }
             }
         }
         None
