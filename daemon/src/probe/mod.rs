@@ -198,7 +198,9 @@ impl Work {
                     if changed.is_err() {
                         return;
                     }
-                    self.aim(&wanted.borrow_and_update());
+                    let targets = wanted.borrow_and_update();
+                    self.findings.lock().aim(&targets, self.mtu, Instant::now());
+                    drop(targets);
                     Some(self.step())
                 }
             };
@@ -209,39 +211,6 @@ impl Work {
                 timer.as_mut().reset(due);
             }
         }
-    }
-
-    /// Goes on with those that are known, and spreads those that are new.
-    fn aim(&self, targets: &[Target]) {
-        let now = Instant::now();
-        let mut known = self.findings.lock();
-        let Known { peers, left } = &mut *known;
-        let wanted: HashSet<IpAddr> = targets.iter().map(|target| target.inner).collect();
-        peers.retain(|inner, peer| {
-            let stays = wanted.contains(inner);
-            if !stays {
-                left.add(peer.course.found());
-            }
-            stays
-        });
-        let mut distance = Duration::ZERO;
-        for target in targets {
-            match peers.get_mut(&target.inner) {
-                Some(peer) if peer.target.port.is_some() == target.port.is_some() => {
-                    if peer.target != *target {
-                        peer.course.hurry(now);
-                    }
-                    peer.target = *target;
-                }
-                _ => {
-                    let course = Course::new(target.port.is_some(), self.mtu, now + distance);
-                    let former = peers.insert(target.inner, Peer { target: *target, course });
-                    former.iter().for_each(|former| left.add(former.course.found()));
-                    distance += DISTANCE;
-                }
-            }
-        }
-        peers.values_mut().for_each(|peer| peer.course.set_pace(targets.len()));
     }
 
     /// Sends what is due, and says when something is due again.
@@ -359,6 +328,46 @@ impl Work {
     }
 }
 
+impl Known {
+    /// Goes on with those that are known, and spreads those that are new.
+    fn aim(&mut self, targets: &[Target], mtu: u16, now: Instant) {
+        let Self { peers, left } = self;
+        let wanted: HashSet<IpAddr> = targets.iter().map(|target| target.inner).collect();
+        peers.retain(|inner, peer| {
+            let stays = wanted.contains(inner);
+            if !stays {
+                left.add(peer.course.found());
+            }
+            stays
+        });
+        let mut distance = Duration::ZERO;
+        for target in targets {
+            let mut target = *target;
+            if let Some(Peer { target: former, .. }) = peers.get(&target.inner)
+                && former.outer == target.outer
+            {
+                // The record ends with the daemon, the lease later: it is a node that is down.
+                target.port = target.port.or(former.port);
+            }
+            match peers.get_mut(&target.inner) {
+                Some(peer) if peer.target.port.is_some() == target.port.is_some() => {
+                    if peer.target != target {
+                        peer.course.hurry(now);
+                    }
+                    peer.target = target;
+                }
+                _ => {
+                    let course = Course::new(target.port.is_some(), mtu, now + distance);
+                    let former = peers.insert(target.inner, Peer { target, course });
+                    former.iter().for_each(|former| left.add(former.course.found()));
+                    distance += DISTANCE;
+                }
+            }
+        }
+        peers.values_mut().for_each(|peer| peer.course.set_pace(targets.len()));
+    }
+}
+
 impl Findings {
     /// Of all peers, by their outer addresses.
     pub(crate) fn all(&self) -> HashMap<IpAddr, (Target, Found)> {
@@ -471,6 +480,27 @@ mod tests {
             });
         });
         receiver.iter().take(count).collect()
+    }
+
+    /// A node's record ends a minute after its daemon, its lease a day.
+    #[test]
+    fn a_node_whose_record_has_ended_is_still_one_of_wefts() {
+        let now = Instant::now();
+        let mut known = Known::default();
+        let [mut target, mut other] =
+            [2, 3].map(|at| Target { inner: [10, 42, at, 0].into(), outer: LOCAL, port: None });
+        let mut aim = |targets: [Target; 2]| {
+            known.aim(&targets, 1472, now);
+            targets.map(|it| known.peers[&it.inner].target.port)
+        };
+        target.port = Some(4711);
+        assert_eq!(aim([target, other]), [Some(4711), None]);
+        target.port = None;
+        assert_eq!(aim([target, other]), [Some(4711), None]);
+        // flannel's node may become one of weft's; and another node may get the subnet.
+        other.port = Some(4712);
+        target.outer = [192, 0, 2, 7].into();
+        assert_eq!(aim([target, other]), [None, Some(4712)]);
     }
 
     fn cpu_time() -> Duration {
