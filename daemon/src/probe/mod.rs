@@ -173,8 +173,11 @@ impl Work {
         let mut buffer = vec![0; usize::from(u16::MAX)];
         let mut timer = pin!(tokio::time::sleep(INTERVAL));
         loop {
+            let deadline = timer.deadline().into_std();
+            // What came may bring one peer forward, and puts no other off.
+            let forward = |due: Option<Instant>| due.map_or(deadline, |due| due.min(deadline));
             let due = tokio::select! {
-                () = &mut timer => Some(self.step()),
+                () = &mut timer => self.step(),
                 received = self.reader.recv_from(&mut buffer) => match received {
                     Ok((len, from)) => {
                         let mut due = self.received(&buffer[..len], from);
@@ -185,15 +188,15 @@ impl Work {
                             };
                             due = self.received(&buffer[..len], from).into_iter().chain(due).min();
                         }
-                        due
+                        forward(due)
                     }
                     // Out of memory, perhaps.
                     Err(_) => {
                         tokio::time::sleep(TICK).await;
-                        None
+                        deadline
                     }
                 },
-                heard = next(self.icmp.as_ref()) => self.heard(heard),
+                heard = next(self.icmp.as_ref()) => forward(self.heard(heard)),
                 changed = wanted.changed() => {
                     if changed.is_err() {
                         return;
@@ -201,14 +204,11 @@ impl Work {
                     let targets = wanted.borrow_and_update();
                     self.findings.lock().aim(&targets, self.mtu, Instant::now());
                     drop(targets);
-                    Some(self.step())
+                    self.step()
                 }
             };
-            // An answer may bring something forward; how much it puts off, the next step sees.
-            if let Some(due) = due.map(tokio::time::Instant::from_std)
-                && (due < timer.deadline() || timer.is_elapsed())
-            {
-                timer.as_mut().reset(due);
+            if due != deadline {
+                timer.as_mut().reset(due.into());
             }
         }
     }
