@@ -138,8 +138,8 @@ pub struct ProbeStatus {
     pub address: Option<SocketAddr>,
     /// Absent while it is not known, and for a flannel node that answers no echoes.
     pub reachable: Option<bool>,
-    /// Why it is not reachable: `refused`, `blocked` or `silent`; what is wrong otherwise, with it:
-    /// `no-daemon` or `echo-only`; or with the path to it: `narrow`, `no-offload` or `damaged`.
+    /// Why it is not reachable: `refused`, `blocked`, `silent` or `unanswered`; what is wrong otherwise,
+    /// with it: `no-daemon` or `echo-only`; or with the path to it: `narrow`, `no-offload` or `damaged`.
     pub fault: Option<String>,
     /// The same, with what to look for.
     pub problem: Option<String>,
@@ -150,7 +150,7 @@ pub struct ProbeStatus {
     /// How many round trips took up to the microseconds that are the key, and longer than those of
     /// the key before; the last key stands for all above.
     pub rtt_counts: BTreeMap<u64, u64>,
-    /// Small probes, and those of them that were answered.
+    /// Small probes, and those of them that were answered; of a flannel node only the latter.
     pub sent: u64,
     pub answered: u64,
     /// Of the last 64 of them.

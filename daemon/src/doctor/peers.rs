@@ -16,7 +16,8 @@ pub(super) fn peers(seen: &Seen) -> Check {
     let Some(status) = seen.status() else {
         return Check::unknown(NAME);
     };
-    let is_gone = |peer: &&PeerStatus| has_fault(peer, &["silent", "refused", "no-daemon"]);
+    let is_gone =
+        |peer: &&PeerStatus| has_fault(peer, &["silent", "unanswered", "refused", "no-daemon"]);
     let mut gone = status.peers.iter().filter(is_gone);
     let Some(peer) = gone.next() else {
         let answering = status.peers.iter().filter(|it| it.probe.reachable == Some(true)).count();
@@ -137,7 +138,7 @@ mod tests {
 
     fn seen(fault: &str) -> Seen {
         let probe = ProbeStatus {
-            reachable: Some(!["silent", "refused", "blocked"].contains(&fault)),
+            reachable: Some(!["silent", "unanswered", "refused", "blocked"].contains(&fault)),
             fault: (!fault.is_empty()).then(|| fault.to_owned()),
             problem: Some(format!("what {fault} means")),
             path_mtu: Some(1400),
@@ -163,6 +164,7 @@ mod tests {
             ("silent", 0),
             ("refused", 0),
             ("no-daemon", 0),
+            ("unanswered", 0),
             ("blocked", 1),
             ("narrow", 2),
             ("no-offload", 3),

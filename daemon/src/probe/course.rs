@@ -46,11 +46,19 @@ pub(super) enum Send {
     OuterEcho(u64),
 }
 
+/// How a peer can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Means {
+    /// It answers probes; else it is asked by ICMP only, which it need not answer.
+    pub(super) probes: bool,
+    /// We can send ICMP echoes, and hear what comes by ICMP.
+    pub(super) pings: bool,
+}
+
 /// The probing of one peer.
 #[derive(Debug)]
 pub(super) struct Course {
-    /// Whether it answers probes; else it is asked by ICMP only, and never called down.
-    knows_probes: bool,
+    means: Means,
     /// Bytes of the largest packet that containers send.
     mtu: u16,
     reach_interval: Duration,
@@ -89,9 +97,9 @@ struct PathRound {
 
 impl Course {
     /// A peer that is first probed at `begin`.
-    pub(super) fn new(knows_probes: bool, mtu: u16, begin: Instant) -> Self {
+    pub(super) fn new(means: Means, mtu: u16, begin: Instant) -> Self {
         Self {
-            knows_probes,
+            means,
             mtu,
             reach_interval: INTERVAL,
             path_interval: INTERVAL,
@@ -150,7 +158,7 @@ impl Course {
     }
 
     fn probes_path(&self) -> bool {
-        self.knows_probes && self.found.reach == Reach::Reachable
+        self.means.probes && self.found.reach == Reach::Reachable
     }
 
     /// What is to be sent now. `nonce` makes numbers that nobody guesses.
@@ -176,7 +184,10 @@ impl Course {
             (round.refused, round.probe_refused) = (false, false);
             round.next = now + self.reach_interval;
         } else {
-            self.found.count(false);
+            // One of flannel's loses nothing by not answering.
+            if self.means.probes {
+                self.found.count(false);
+            }
             if round.tries > REPEATS {
                 self.found.reach = self.unreachable();
                 self.end_reach();
@@ -188,12 +199,12 @@ impl Course {
         round.due = now + PATIENCE;
         let small = nonce();
         round.small.push((small, now));
-        if !self.knows_probes {
+        if !self.means.probes {
             sends.push(Send::Echo(small));
             return;
         }
         sends.push(Send::Small(small));
-        if round.tries > 1 {
+        if round.tries > 1 && self.means.pings {
             let (echo, outer) = (nonce(), nonce());
             round.echoes.push(echo);
             round.outer_echoes.push(outer);
@@ -204,7 +215,8 @@ impl Course {
     /// What it means that nothing has come back.
     fn unreachable(&self) -> Reach {
         match self.reach {
-            _ if !self.knows_probes => Reach::Unknown,
+            _ if !self.means.probes => Reach::Unknown,
+            _ if !self.means.pings => Reach::Unanswered,
             // Nobody is there to take a probe: that its kernel still answers echoes blames no offload.
             ReachRound { probe_refused: true, .. } => Reach::NoDaemon,
             ReachRound { echo_answers: true, .. } => Reach::EchoOnly,
@@ -358,9 +370,13 @@ mod tests {
     }
 
     impl World {
-        fn new(knows_probes: bool) -> Self {
+        fn new(probes: bool) -> Self {
+            Self::with(Means { probes, pings: true })
+        }
+
+        fn with(means: Means) -> Self {
             let now = Instant::now();
-            Self { course: Course::new(knows_probes, MTU, now), now, nonces: 0, sends: Vec::new() }
+            Self { course: Course::new(means, MTU, now), now, nonces: 0, sends: Vec::new() }
         }
 
         /// Lets time pass; `wire` says what becomes of what is sent: the nonces that are answered.
@@ -512,9 +528,20 @@ mod tests {
         let mut world = World::new(false);
         world.pass(MINUTE, nothing);
         assert_eq!(world.reach(), Reach::Unknown);
+        assert_eq!((world.course.found().sent, world.course.found().loss_percent()), (0, None));
         assert!(world.sends.iter().all(|send| matches!(send, Send::Echo(_))));
         world.pass(MINUTE, all);
         assert_eq!((world.reach(), world.path()), (Reach::Reachable, Path::Unknown));
+    }
+
+    #[test]
+    fn without_pings_nothing_is_said_of_the_reason() {
+        let mut world = World::with(Means { probes: true, pings: false });
+        world.pass(MINUTE, nothing);
+        assert_eq!(world.reach(), Reach::Unanswered);
+        assert!(world.sends.iter().all(|send| matches!(send, Send::Small(_))));
+        world.pass(ENOUGH, all);
+        assert_eq!(world.reach(), Reach::Reachable);
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub(crate) enum Reach {
     Blocked,
     /// Nothing answers, neither inside the overlay nor outside.
     Silent,
+    /// No probes are answered, and without pings nobody knows why.
+    Unanswered,
 }
 
 /// What the path does with large packets.
@@ -127,14 +129,15 @@ pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
         | Reach::EchoOnly
         | Reach::Refused
         | Reach::Blocked
-        | Reach::Silent => (found.reach.fault(), found.reach.problem().map(str::to_owned)),
+        | Reach::Silent
+        | Reach::Unanswered => (found.reach.fault(), found.reach.problem().map(str::to_owned)),
     };
     ProbeStatus {
         address: target.port.map(|port| SocketAddr::new(target.inner, port)),
         reachable: match found.reach {
             Reach::Unknown => None,
             Reach::Reachable | Reach::NoDaemon | Reach::EchoOnly => Some(true),
-            Reach::Refused | Reach::Blocked | Reach::Silent => Some(false),
+            Reach::Refused | Reach::Blocked | Reach::Silent | Reach::Unanswered => Some(false),
         },
         fault: fault.map(str::to_owned),
         problem,
@@ -149,8 +152,17 @@ pub(crate) fn status((target, found): &(Target, Found)) -> ProbeStatus {
 }
 
 /// The words for all that may be wrong with a peer.
-pub(crate) const FAULTS: [&str; 8] =
-    ["no-daemon", "echo-only", "refused", "blocked", "silent", "narrow", "no-offload", "damaged"];
+pub(crate) const FAULTS: [&str; 9] = [
+    "no-daemon",
+    "echo-only",
+    "refused",
+    "blocked",
+    "silent",
+    "unanswered",
+    "narrow",
+    "no-offload",
+    "damaged",
+];
 
 impl Reach {
     /// In one word, of [`FAULTS`].
@@ -162,6 +174,7 @@ impl Reach {
             Self::Refused => Some("refused"),
             Self::Blocked => Some("blocked"),
             Self::Silent => Some("silent"),
+            Self::Unanswered => Some("unanswered"),
         }
     }
 
@@ -187,6 +200,9 @@ impl Reach {
             ),
             Self::Silent => {
                 Some("cannot be reached: its host does not answer at all; it is down, or cut off")
+            }
+            Self::Unanswered => {
+                Some("cannot be reached; weftd may not ping to find out why: it needs CAP_NET_RAW")
             }
         }
     }
@@ -232,8 +248,8 @@ mod tests {
     #[test]
     fn every_fault_is_one_of_the_words() {
         use Path::{Damaged, NoOffload, UpTo};
-        use Reach::{Blocked, EchoOnly, NoDaemon, Refused, Silent};
-        let reach = [NoDaemon, EchoOnly, Refused, Blocked, Silent].map(Reach::fault);
+        use Reach::{Blocked, EchoOnly, NoDaemon, Refused, Silent, Unanswered};
+        let reach = [NoDaemon, EchoOnly, Refused, Blocked, Silent, Unanswered].map(Reach::fault);
         let path = [UpTo(1400), NoOffload, Damaged].map(Path::fault);
         let words: Vec<&str> = reach.into_iter().chain(path).flatten().collect();
         assert_eq!(words, FAULTS);

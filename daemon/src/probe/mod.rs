@@ -24,7 +24,7 @@ use weft_backends::{BackendKind, DesiredPeer};
 use weft_control::Lease;
 use weft_control::lease::NodeRecord;
 
-use self::course::{Course, DISTANCE, INTERVAL, Send};
+use self::course::{Course, DISTANCE, INTERVAL, Means, Send};
 use self::icmp::{Heard, Icmp};
 use self::packet::Packet;
 use self::socket::ProbeSocket;
@@ -202,7 +202,7 @@ impl Work {
                         return;
                     }
                     let targets = wanted.borrow_and_update();
-                    self.findings.lock().aim(&targets, self.mtu, Instant::now());
+                    self.findings.lock().aim(&targets, self.icmp.is_some(), self.mtu, Instant::now());
                     drop(targets);
                     self.step()
                 }
@@ -329,8 +329,8 @@ impl Work {
 }
 
 impl Known {
-    /// Goes on with those that are known, and spreads those that are new.
-    fn aim(&mut self, targets: &[Target], mtu: u16, now: Instant) {
+    /// Goes on with those that are known, and spreads those that are new. `pings`: whether we can.
+    fn aim(&mut self, targets: &[Target], pings: bool, mtu: u16, now: Instant) {
         let Self { peers, left } = self;
         let wanted: HashSet<IpAddr> = targets.iter().map(|target| target.inner).collect();
         peers.retain(|inner, peer| {
@@ -357,7 +357,8 @@ impl Known {
                     peer.target = target;
                 }
                 _ => {
-                    let course = Course::new(target.port.is_some(), mtu, now + distance);
+                    let means = Means { probes: target.port.is_some(), pings };
+                    let course = Course::new(means, mtu, now + distance);
                     let former = peers.insert(target.inner, Peer { target, course });
                     former.iter().for_each(|former| left.add(former.course.found()));
                     distance += DISTANCE;
@@ -490,7 +491,7 @@ mod tests {
         let [mut target, mut other] =
             [2, 3].map(|at| Target { inner: [10, 42, at, 0].into(), outer: LOCAL, port: None });
         let mut aim = |targets: [Target; 2]| {
-            known.aim(&targets, 1472, now);
+            known.aim(&targets, true, 1472, now);
             targets.map(|it| known.peers[&it.inner].target.port)
         };
         target.port = Some(4711);
