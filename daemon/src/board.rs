@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use tokio::sync::watch;
 use weft_backends::{BackendStatus, EngineMeter, PeerWay, Traffic};
@@ -153,9 +154,12 @@ impl Board {
             peer.traffic = traffic.as_deref().map(TrafficStatus::from);
         }
         if let Some(probes) = &facts.probes {
-            let found = probes.all();
             for peer in &mut status.peers {
-                peer.probe = found.get(&peer.public_ip).map(probe::status).unwrap_or_default();
+                // Two leases may have one public address; host-gw's overlay has no other.
+                let mut bases = peer.subnets.iter().map(IpNetwork::network);
+                let found = bases.find_map(|base| probes.at(base));
+                let found = found.or_else(|| probes.at(peer.public_ip));
+                peer.probe = found.as_ref().map(probe::status).unwrap_or_default();
             }
         }
         if let Some(firewall) = &facts.firewall {

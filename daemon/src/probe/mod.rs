@@ -378,6 +378,11 @@ impl Findings {
         found.collect()
     }
 
+    /// Of the peer with this address on the overlay.
+    pub(crate) fn at(&self, inner: IpAddr) -> Option<(Target, Found)> {
+        self.lock().peers.get(&inner).map(|peer| (peer.target, *peer.course.found()))
+    }
+
     /// What all probes came to.
     pub(crate) fn totals(&self) -> Totals {
         let known = self.lock();
@@ -481,6 +486,22 @@ mod tests {
             });
         });
         receiver.iter().take(count).collect()
+    }
+
+    /// As `weft doctor` finds them under PublicIP.
+    #[test]
+    fn two_leases_with_one_public_address_are_two_peers() {
+        let targets = [2, 3].map(|at| Target {
+            inner: [10, 42, at, 0].into(),
+            outer: LOCAL,
+            port: Some(4711),
+        });
+        let findings = Findings::default();
+        findings.lock().aim(&targets, true, 1472, Instant::now());
+        assert_eq!(
+            targets.map(|it| findings.at(it.inner).map(|(found, _)| found)),
+            targets.map(Some)
+        );
     }
 
     /// A node's record ends a minute after its daemon, its lease a day.
