@@ -84,7 +84,7 @@ impl Forwarding<'_> {
     ) -> anyhow::Result<Ended> {
         let (margin, retry) = self.settings.renewal();
         let mut turn = Turn::new(config.clone(), lease, self.place, margin);
-        let local = probe::local(self.kind, self.place.public_ip, &turn.lease);
+        let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks());
         turn.prober = local.and_then(|local| Prober::start(local, self.started.mtu));
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
         let mut slow = tokio::time::interval(RECONCILE_INTERVAL);

@@ -10,11 +10,12 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
+use weft_backends::BackendKind;
 
 use crate::directories::Directories;
 use crate::probe::packet::{self, Packet};
 use crate::probe::socket::ProbeSocket;
-use crate::probe::{SMALL_LEN, headers};
+use crate::probe::{self, SMALL_LEN, headers};
 use crate::status::{self, PeerStatus, Status};
 
 /// How long an answer may take.
@@ -72,9 +73,10 @@ struct Pinging {
 impl Pinging {
     /// From the daemon's own address on the overlay, which the peer knows.
     fn new(daemon: &Status, to: SocketAddr) -> anyhow::Result<Self> {
-        let base = daemon.subnets.first().map(|subnet| subnet.network());
-        let is_plain = daemon.backend.as_deref() == Some("host-gw");
-        let local = if is_plain { daemon.public_ip } else { base };
+        let kind = daemon.backend.as_deref().and_then(BackendKind::from_config);
+        let local = kind.zip(daemon.public_ip);
+        let local =
+            local.and_then(|(kind, ip)| probe::local(kind, ip, daemon.subnets.iter().copied()));
         let socket = ProbeSocket::bind(local.context("the daemon has no subnet yet")?)?;
         let mtu = usize::try_from(daemon.mtu.unwrap_or_default())?;
         Ok(Self { socket, to, mtu })

@@ -150,7 +150,7 @@ impl Course {
         }
     }
 
-    /// Begins a round of either kind now.
+    /// Begins a round of the path now.
     pub(super) fn probe_path_soon(&mut self, now: Instant) {
         if self.path.tries == 0 {
             self.path.due = now;

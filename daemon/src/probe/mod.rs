@@ -17,11 +17,11 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ipnetwork::IpNetwork;
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use weft_backends::{BackendKind, DesiredPeer};
-use weft_control::Lease;
 use weft_control::lease::NodeRecord;
 
 use self::course::{Course, DISTANCE, INTERVAL, Means, Send};
@@ -216,19 +216,13 @@ impl Work {
     /// Sends what is due, and says when something is due again.
     fn step(&self) -> Instant {
         let now = Instant::now();
-        let mut next = now + INTERVAL;
-        let mut known = self.findings.lock();
-        for peer in known.peers.values_mut() {
-            if peer.course.due() <= now {
-                let before = *peer.course.found();
-                for send in peer.course.step(now, || fastrand::u64(..)) {
-                    self.send(&peer.target, send);
-                }
-                self.tell(peer, &before);
+        self.findings.lock().step(now, |peer| {
+            let before = *peer.course.found();
+            for send in peer.course.step(now, || fastrand::u64(..)) {
+                self.send(&peer.target, send);
             }
-            next = next.min(peer.course.due());
-        }
-        next.max(now + TICK)
+            self.tell(peer, &before);
+        })
     }
 
     fn send(&self, target: &Target, send: Send) {
@@ -367,6 +361,18 @@ impl Known {
         }
         peers.values_mut().for_each(|peer| peer.course.set_pace(targets.len()));
     }
+
+    /// Has those go on that are due, and says when somebody is due again.
+    fn step(&mut self, now: Instant, mut go_on: impl FnMut(&mut Peer)) -> Instant {
+        let mut next = now + INTERVAL;
+        for peer in self.peers.values_mut() {
+            if peer.course.due() <= now {
+                go_on(peer);
+            }
+            next = next.min(peer.course.due());
+        }
+        next.max(now + TICK)
+    }
 }
 
 impl Findings {
@@ -408,11 +414,15 @@ pub(crate) fn headers(inner: IpAddr) -> usize {
     if inner.is_ipv6() { 40 + 8 } else { 20 + 8 }
 }
 
-/// Our own address for probes. host-gw's overlay has no addresses of its own.
-pub(crate) fn local(kind: BackendKind, public_ip: IpAddr, lease: &Lease) -> Option<IpAddr> {
+/// A node's address for probes. host-gw's overlay has no addresses of its own.
+pub(crate) fn local(
+    kind: BackendKind,
+    public_ip: IpAddr,
+    mut subnets: impl Iterator<Item = IpNetwork>,
+) -> Option<IpAddr> {
     match kind {
         BackendKind::HostGw => Some(public_ip),
-        BackendKind::UdpTun | BackendKind::Vxlan => Some(lease.key.networks().next()?.network()),
+        BackendKind::UdpTun | BackendKind::Vxlan => Some(subnets.next()?.network()),
     }
 }
 
@@ -430,7 +440,7 @@ pub(crate) fn targets(
     let target = |peer: &DesiredPeer| {
         let mut publics = peer.lease.attrs.public_addresses();
         let outer = publics.find(|ip| ip.is_ipv6() == public_ip.is_ipv6())?;
-        let inner = local(kind, outer, &peer.lease)?;
+        let inner = local(kind, outer, peer.lease.key.networks())?;
         Some(Target { inner, outer, port: ports.get(&outer).copied().flatten() })
     };
     peers.iter().filter_map(target).collect()
@@ -439,53 +449,13 @@ pub(crate) fn targets(
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
-    use std::sync::mpsc;
-    use std::thread;
-
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    use rustix::time::{ClockId, clock_gettime};
 
     use super::*;
 
     const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    const MANY: usize = 1_000;
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
-    }
-
-    /// Peers on addresses of loopback; each answers probes, and sends one of its own for each.
-    fn peers_on_loopback(count: usize) -> Vec<Target> {
-        let limit = getrlimit(Resource::Nofile);
-        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
-        let (sender, receiver) = mpsc::channel();
-        thread::spawn(move || {
-            runtime().block_on(async {
-                for number in 0..count {
-                    let [high, low] = u16::try_from(number).unwrap().to_be_bytes();
-                    let ip = Ipv4Addr::new(127, 1, high, low);
-                    let socket = UdpSocket::bind((ip, 0)).await.unwrap();
-                    let port = socket.local_addr().unwrap().port();
-                    sender
-                        .send(Target { inner: ip.into(), outer: ip.into(), port: Some(port) })
-                        .unwrap();
-                    tokio::spawn(async move {
-                        let mut buffer = [0; 2048];
-                        while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
-                            if let Some(Packet::Probe { nonce, intact }) =
-                                packet::read(&buffer[..len])
-                            {
-                                let _ = socket.send_to(&packet::answer(nonce, intact), from).await;
-                                let own = packet::probe(nonce, SMALL_LEN);
-                                let _ = socket.send_to(&own, from).await;
-                            }
-                        }
-                    });
-                }
-                std::future::pending::<()>().await;
-            });
-        });
-        receiver.iter().take(count).collect()
     }
 
     /// As `weft doctor` finds them under PublicIP.
@@ -525,29 +495,47 @@ mod tests {
         assert_eq!(aim([target, other]), [None, Some(4712)]);
     }
 
-    fn cpu_time() -> Duration {
-        Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap()
-    }
-
+    /// What probing costs is what is sent, and how often we wake up for it.
     #[test]
-    fn a_thousand_peers_cost_less_than_half_a_percent_of_a_core() {
-        let targets = peers_on_loopback(MANY);
-        runtime().block_on(async {
-            let prober = Prober::start(LOCAL, 1472).unwrap();
-            prober.aim(targets);
-            // Until all are known.
-            tokio::time::sleep(INTERVAL).await;
-            let (begun, before) = (Instant::now(), cpu_time());
-            tokio::time::sleep(INTERVAL).await;
-            let share = (cpu_time() - before).as_secs_f64() / begun.elapsed().as_secs_f64();
-            println!("{MANY} peers: {:.3} % of a core", share * 100.0);
-            let found = prober.findings().all();
-            let reached = found.values().filter(|(_, found)| found.reach == Reach::Reachable);
-            assert_eq!(reached.count(), MANY);
-            assert!(found.values().all(|(_, found)| found.path != Path::NoOffload));
-            // Shared caches and cores make it up to twice as much while other tests run.
-            assert!(share < 0.01, "{share}");
-        });
+    fn a_thousand_peers_cost_a_hundred_probes_and_twenty_wake_ups_a_second() {
+        let target = |at: u16| {
+            let [high, low] = at.to_be_bytes();
+            Target { inner: [10, 42, high, low].into(), outer: LOCAL, port: Some(4711) }
+        };
+        let begin = Instant::now();
+        let mut known = Known::default();
+        known.aim(&(0..1_000).map(target).collect::<Vec<_>>(), true, 1472, begin);
+        // From when all are known on, until each path has had its turn.
+        let (from, to) = (begin + 10 * INTERVAL, begin + 20 * INTERVAL);
+        let (mut now, mut wake_ups, mut small, mut pairs) = (begin, 0, 0, 0);
+        while now < to {
+            let is_counted = u32::from(now >= from);
+            wake_ups += is_counted;
+            now = known.step(now, |peer| {
+                for send in peer.course.step(now, || fastrand::u64(..)) {
+                    match send {
+                        Send::Small(nonce) => {
+                            small += is_counted;
+                            peer.course.answered(nonce, true, now);
+                        }
+                        Send::Pair(pair, _) => {
+                            pairs += is_counted;
+                            for nonce in pair {
+                                peer.course.answered(nonce, true, now);
+                            }
+                        }
+                        Send::Sized(..) | Send::Echo(_) | Send::OuterEcho(_) => {
+                            panic!("{send:?} though all is well")
+                        }
+                    }
+                }
+            });
+        }
+        let reached = known.peers.values().filter(|it| it.course.found().reach == Reach::Reachable);
+        assert_eq!(reached.count(), 1_000);
+        assert!((9_000..=10_000).contains(&small), "{small} small probes in 100 s");
+        assert!((900..=1_000).contains(&pairs), "{pairs} pairs");
+        assert!(wake_ups <= 2_000, "{wake_ups} wake-ups");
     }
 
     #[test]
