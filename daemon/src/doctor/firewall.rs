@@ -1,7 +1,9 @@
 //! What firewalls do with the overlay's packets.
 
+use ipnetwork::IpNetwork;
+
 use super::check::Check;
-use super::seen::{Filter, Seen};
+use super::seen::{Chain, Filter, Seen};
 
 /// Whether bridged packets go through iptables too, where nothing would let them pass.
 pub(super) fn br_netfilter(seen: &Seen) -> Check {
@@ -35,21 +37,43 @@ pub(super) fn forward(seen: &Seen) -> Check {
             format!("{program} -P FORWARD ACCEPT"),
         );
     }
-    let others = seen.chains.iter().filter(|chain| {
-        // iptables' own chains are judged above.
-        !["weft", "filter"].contains(&chain.table.as_str()) && chain.hook == "forward"
-    });
-    if let Some(chain) = others.into_iter().find(|chain| chain.policy == "drop") {
+    let mut others = seen.chains.iter().filter(|chain| chain.hook == "forward");
+    let is_foreign = |chain: &&Chain| {
+        let matters = seen.networks().is_empty() || seen_by(chain, seen).is_some();
+        chain.table != "weft" && chain.policy == "drop" && !is_of_iptables(seen, chain) && matters
+    };
+    if let Some(chain) = others.find(is_foreign) {
         let name = format!("{} {} {}", chain.family, chain.table, chain.name);
         let what = format!("nftables' chain {name} drops by its policy what its rules do not know");
-        let network = seen.networks().first().map(ToString::to_string).unwrap_or_default();
-        let cure = format!("nft insert rule {name} ip daddr {network} accept");
+        let network = seen_by(chain, seen);
+        let family = if network.is_some_and(IpNetwork::is_ipv6) { "ip6" } else { "ip" };
+        let network = network.map(ToString::to_string).unwrap_or_default();
+        let cure = format!("nft insert rule {name} {family} daddr {network} accept");
         return Check::warn(NAME, what, cure);
     }
     if of_our_families(seen).any(|filter| filter.drops) {
         return Check::ok(NAME, "drops by its policy; weft's rules let the overlay's packets pass");
     }
     Check::ok(NAME, "accepts by its policy")
+}
+
+/// The first of the overlay's networks whose packets get to this chain.
+fn seen_by<'a>(chain: &Chain, seen: &'a Seen) -> Option<&'a IpNetwork> {
+    seen.networks().iter().find(|network| match chain.family.as_str() {
+        "ip" => network.is_ipv4(),
+        "ip6" => network.is_ipv6(),
+        _ => true,
+    })
+}
+
+/// Whether it is a chain that iptables shows too; those are judged by what it shows.
+fn is_of_iptables(seen: &Seen, chain: &Chain) -> bool {
+    let is_shown = |filter: &Filter| {
+        let family = if filter.ipv6 { "ip6" } else { "ip" };
+        chain.family == family && !filter.program.ends_with("-legacy")
+    };
+    (chain.table.as_str(), chain.name.as_str()) == ("filter", "FORWARD")
+        && seen.filters.iter().any(is_shown)
 }
 
 /// Whether weft's own rules stand, and stay.
@@ -121,7 +145,6 @@ fn blocking(seen: &Seen) -> impl Iterator<Item = &Filter> {
 mod tests {
     use super::*;
     use crate::doctor::check::Verdict;
-    use crate::doctor::seen::Chain;
     use crate::handed::Handed;
 
     fn seen() -> Seen {
@@ -147,15 +170,45 @@ mod tests {
 
     #[test]
     fn a_foreign_chain_that_drops_is_told_and_iptables_is_not_taken_for_one() {
-        let chain = |table: &str| Chain {
-            family: "inet".into(),
-            table: table.into(),
-            name: "forward".into(),
-            hook: "forward".into(),
-            policy: "drop".into(),
+        let with = |family: &str, table: &str, name: &str, filters: &[Filter]| {
+            let chain = Chain {
+                family: family.into(),
+                table: table.into(),
+                name: name.into(),
+                hook: "forward".into(),
+                policy: "drop".into(),
+            };
+            forward(&Seen { chains: vec![chain], filters: filters.to_vec(), ..seen() }).verdict
         };
-        let with = |table| forward(&Seen { chains: vec![chain(table)], ..seen() });
-        assert_eq!(with("mine").verdict, Verdict::Warn);
-        assert_eq!(with("filter").verdict, Verdict::Ok);
+        let iptables = Filter {
+            program: "iptables-nft".into(),
+            drops: true,
+            passes_ours: true,
+            ..Filter::default()
+        };
+        let iptables = [iptables];
+        assert_eq!(with("ip", "filter", "FORWARD", &iptables), Verdict::Ok);
+        assert_eq!(with("inet", "mine", "forward", &iptables), Verdict::Warn);
+        // As in the file that comes with Debian's nftables.
+        assert_eq!(with("inet", "filter", "forward", &iptables), Verdict::Warn);
+        assert_eq!(with("ip", "filter", "forward", &iptables), Verdict::Warn);
+        assert_eq!(with("ip", "filter", "FORWARD", &[]), Verdict::Warn, "nobody judges it");
+        assert_eq!(with("ip6", "mine", "forward", &[]), Verdict::Ok, "of no matter to IPv4");
+    }
+
+    #[test]
+    fn a_foreign_chain_is_opened_to_the_family_that_it_sees() {
+        let mut seen = seen();
+        if let Some(Ok(handed)) = &mut seen.subnet_env {
+            handed.networks.push("fd00:42::/48".parse().unwrap());
+        }
+        let mut cure = |family: &str| {
+            let (table, name) = ("mine".into(), "forward".into());
+            let (hook, policy) = ("forward".into(), "drop".into());
+            seen.chains = vec![Chain { family: family.into(), table, name, hook, policy }];
+            forward(&seen).cure.unwrap()
+        };
+        assert!(cure("inet").ends_with(" ip daddr 10.42.0.0/16 accept"));
+        assert!(cure("ip6").ends_with(" ip6 daddr fd00:42::/48 accept"));
     }
 }
