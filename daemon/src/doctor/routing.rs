@@ -109,7 +109,7 @@ pub(super) fn stale_routes(seen: &Seen) -> Check {
     };
     let stale = inside(seen).find(|route| route.protocol != BY_KERNEL && !is_ours(route));
     match stale {
-        None => Check::ok(NAME, format!("{} lead to the overlay", seen.networks().len())),
+        None => Check::ok(NAME, "none takes packets of the overlay elsewhere"),
         Some(route) => {
             let KernelRoute { destination, .. } = route;
             let what = format!(
@@ -150,9 +150,10 @@ pub(super) fn overlap(seen: &Seen) -> Check {
         return Check::fail(NAME, what, cure);
     }
     let device = status.device.as_deref().unwrap_or_default();
-    if let (Some(config), [subnet, ..]) = (seen.config(), seen.subnets().as_slice()) {
+    let subnets = seen.subnets();
+    if let (Some(config), Some(subnet @ IpNetwork::V4(_))) = (seen.config(), subnets.first()) {
         let strays = overlap::strays(&config, &(*subnet).into(), &seen.links, device);
-        if let Some(stray) = strays.into_iter().find(|_| !subnet.is_ipv6()) {
+        if let Some(stray) = strays.into_iter().next() {
             return Check::warn(NAME, stray, restart("docker0"));
         }
     }

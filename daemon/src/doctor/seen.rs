@@ -183,11 +183,12 @@ impl Seen {
         self.sysctls.get(path).map(String::as_str)
     }
 
-    /// The overlay's networks: by subnet.env, which the daemon keeps.
+    /// The overlay's networks, by the daemon or by what it left.
     pub(super) fn networks(&self) -> &[IpNetwork] {
-        match &self.subnet_env {
-            Some(Ok(handed)) => &handed.networks,
-            Some(Err(_)) | None => &[],
+        match (self.status(), &self.subnet_env) {
+            (Some(status), _) if !status.networks.is_empty() => &status.networks,
+            (_, Some(Ok(handed))) => &handed.networks,
+            _ => &[],
         }
     }
 
