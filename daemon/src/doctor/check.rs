@@ -61,4 +61,9 @@ impl Check {
     pub(super) fn unknown(name: &'static str) -> Self {
         Self::warn(name, "not known while no weftd answers", "systemctl start weftd")
     }
+
+    /// What only the registry could tell.
+    pub(super) fn unread(name: &'static str) -> Self {
+        Self::warn(name, "not known while the registry cannot be read", "weft registry show")
+    }
 }

@@ -2,6 +2,7 @@
 
 use ipnetwork::IpNetwork;
 use weft_backends::Mac;
+use weft_control::lease::Snapshot;
 
 use super::check::Check;
 use super::seen::Seen;
@@ -21,7 +22,11 @@ pub(super) fn mac(seen: &Seen) -> Check {
         let what = format!("the device {device:?} is gone");
         return Check::fail(NAME, what, "systemctl restart weftd");
     };
-    match leased(seen, &status.subnets) {
+    let content = seen.registry.as_ref().and_then(|registry| registry.content.as_ref().ok());
+    let Some((snapshot, _)) = content else {
+        return Check::unread(NAME);
+    };
+    match leased(snapshot, &status.subnets) {
         Some(leased) if leased != mac => Check::fail(
             NAME,
             format!(
@@ -36,8 +41,7 @@ pub(super) fn mac(seen: &Seen) -> Check {
 }
 
 /// The MAC in our lease.
-fn leased(seen: &Seen, subnets: &[IpNetwork]) -> Option<Mac> {
-    let (snapshot, _) = seen.registry.as_ref()?.content.as_ref().ok()?;
+fn leased(snapshot: &Snapshot, subnets: &[IpNetwork]) -> Option<Mac> {
     let is_ours = |key: weft_control::LeaseKey| key.networks().any(|net| subnets.contains(&net));
     let lease = snapshot.leases.iter().find(|lease| is_ours(lease.key))?;
     let data = lease.attrs.backend_data.as_ref().or(lease.attrs.backend_v6_data.as_ref())?;
@@ -49,11 +53,10 @@ mod tests {
     use std::time::Duration;
 
     use weft_backends::netlink::Link;
-    use weft_control::lease::Snapshot;
 
     use super::*;
     use crate::doctor::check::Verdict;
-    use crate::doctor::seen::{Daemon, RegistrySeen};
+    use crate::doctor::seen::{Daemon, NoContent, RegistrySeen};
     use crate::status::Status;
 
     #[test]
@@ -97,5 +100,8 @@ mod tests {
         assert_eq!(found.verdict, Verdict::Fail);
         let cure = found.cure.unwrap();
         assert_eq!(cure, "ip link set flannel.1 address 02:00:00:00:00:01");
+        let no_content = NoContent { reason: "no etcd answers".into(), is_refusal: false };
+        seen.registry.as_mut().unwrap().content = Err(no_content);
+        assert!(mac(&seen).seen.contains("registry cannot be read"));
     }
 }

@@ -130,6 +130,12 @@ async fn examine(daemon: Result<Status, String>, fallback: &Fallback) -> anyhow:
     Ok(Report { pid, node_id, checks: checks.collect() })
 }
 
+/// "6.18.3-generic" is 6.18.
+fn version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.split(['.', '-']).map(|part| part.parse().ok());
+    Some((parts.next()??, parts.next()??))
+}
+
 impl Report {
     fn write(&self, reports: usize, out: &mut dyn Write) -> std::io::Result<()> {
         if let (Some(pid), 2..) = (self.pid, reports) {

@@ -9,6 +9,7 @@ use weft_control::lease::Snapshot;
 
 use super::check::Check;
 use super::seen::{RegistrySeen, Seen};
+use super::version;
 
 /// Reading everything should not take longer.
 const SLOW: Duration = Duration::from_millis(500);
@@ -37,8 +38,7 @@ pub(super) fn registry(seen: &Seen) -> Check {
             return Check::fail(NAME, no.reason.as_str(), cure);
         }
         Err(no) => {
-            let path = name.trim_start_matches("dir:");
-            return Check::fail(NAME, no.reason.as_str(), format!("ls -ld {path}"));
+            return Check::fail(NAME, no.reason.as_str(), format!("ls -ld {}", path_of(name)));
         }
     };
     let Some(config) = &snapshot.config else {
@@ -54,12 +54,22 @@ pub(super) fn registry(seen: &Seen) -> Check {
     }
     if *took > SLOW {
         let what = format!("{name} takes {} ms to be read", took.as_millis());
-        return Check::warn(NAME, what, format!("etcdctl --endpoints {name} check perf"));
+        let cure = if is_etcd {
+            format!("etcdctl --endpoints {name} check perf")
+        } else {
+            format!("findmnt -T {}   # a disk of this host, not busy or full", path_of(name))
+        };
+        return Check::warn(NAME, what, cure);
     }
     let version = registry.servers.iter().find_map(|(_, server)| server.as_ref().ok());
     let version = version.map(|server| format!(", etcd {}", server.version)).unwrap_or_default();
     let leases = snapshot.leases.len();
     Check::ok(NAME, format!("{name}{version}: {leases} leases, read in {} ms", took.as_millis()))
+}
+
+/// Where a directory registry is.
+fn path_of(name: &str) -> &str {
+    name.trim_start_matches("dir:")
 }
 
 /// What is wrong with single servers of etcd.
@@ -77,12 +87,6 @@ fn servers(name: &'static str, registry: &RegistrySeen) -> Option<Check> {
         let what = || format!("{url} is etcd {}, older than weft is tried with", server.version);
         is_old.then(|| Check::warn(name, what(), "apt-get install etcd-server   # 3.4 or newer"))
     })
-}
-
-/// "3.5.1" is 3.5.
-fn version(text: &str) -> Option<(u32, u32)> {
-    let mut parts = text.split('.').map(|part| part.parse().ok());
-    Some((parts.next()??, parts.next()??))
 }
 
 /// Whether our clock and the servers' are the same.
@@ -114,11 +118,7 @@ pub(super) fn public_ip(seen: &Seen) -> Check {
     const NAME: &str = "PublicIP";
     let content = seen.registry.as_ref().and_then(|registry| registry.content.as_ref().ok());
     let Some((snapshot, _)) = content else {
-        return Check::warn(
-            NAME,
-            "not known while the registry cannot be read",
-            "weft registry show",
-        );
+        return Check::unread(NAME);
     };
     let own = seen.status().map(|status| status.node_id.as_str());
     if let Some((ip, nodes)) = nodes_by_address(snapshot, own).into_iter().find(is_shared) {
@@ -201,6 +201,10 @@ mod tests {
         assert_eq!(registry(&seen(vec![server("3.5.1", 0)], quick)).verdict, Verdict::Ok);
         let slow = registry(&seen(vec![server("3.5.1", 0)], Duration::from_secs(2)));
         assert!(slow.verdict == Verdict::Warn && slow.seen.contains("2000 ms"), "{slow:?}");
+        let mut directory = seen(vec![], Duration::from_secs(2));
+        directory.registry.as_mut().unwrap().name = "dir:/r".into();
+        let slow = registry(&directory);
+        assert!(slow.cure.is_some_and(|cure| cure.starts_with("findmnt -T /r ")));
         let old = registry(&seen(vec![server("3.3.27", 0)], quick));
         assert!(old.verdict == Verdict::Warn && old.seen.contains("3.3.27"), "{old:?}");
         let one = registry(&seen(vec![server("3.5.1", 0), Err("refused".into())], quick));

@@ -248,9 +248,12 @@ impl RegistrySeen {
                 (access.endpoints.join(","), servers(access).await)
             }
         };
-        let begun = Instant::now();
         let content = match open_now(settings).await {
-            Ok(registry) => registry.snapshot().await.map(|snapshot| (snapshot, begun.elapsed())),
+            Ok(registry) => {
+                // To find out which API has the config may have taken as long again.
+                let begun = Instant::now();
+                registry.snapshot().await.map(|snapshot| (snapshot, begun.elapsed()))
+            }
             Err(error) => Err(error),
         };
         let no_content = |error: RegistryError| NoContent {
