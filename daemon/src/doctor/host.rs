@@ -1,9 +1,11 @@
 //! The daemon itself, and what it needs of the kernel.
 
+use ipnetwork::IpNetwork;
 use weft_backends::IoKind;
 
 use super::check::Check;
 use super::seen::Seen;
+use super::version;
 
 /// The first kernels with what is worth having: io_uring as the engine uses it, UDP segmentation of
 /// the TUN device, and endless reads from it.
@@ -44,7 +46,11 @@ pub(super) fn kernel(seen: &Seen) -> Check {
     let Some(version) = version(release) else {
         return Check::ok(NAME, release);
     };
-    if uses_tun(seen) && !seen.has_tun {
+    // The kernel moves the packets of the other backends, and any can.
+    if !uses_tun(seen) {
+        return Check::ok(NAME, release);
+    }
+    if !seen.has_tun {
         return Check::fail(NAME, format!("{release}: there is no /dev/net/tun"), "modprobe tun");
     }
     if version < IO_URING_SINCE {
@@ -95,13 +101,16 @@ pub(super) fn io_uring(seen: &Seen) -> Check {
 /// Whether the host routes at all: between containers' bridge and the overlay.
 pub(super) fn ip_forward(seen: &Seen) -> Check {
     const NAME: &str = "ip_forward";
+    let networks = seen.networks();
+    let ipv4 = networks.is_empty() || networks.iter().any(IpNetwork::is_ipv4);
+    let ipv6 = networks.iter().any(IpNetwork::is_ipv6);
+    let wanted = [
+        (ipv4, "net/ipv4/ip_forward", "net.ipv4.ip_forward"),
+        (ipv6, "net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"),
+    ];
+    let wanted = wanted.into_iter().filter(|(carried, ..)| *carried);
     let mut on = Vec::new();
-    let ipv6 = seen.networks().iter().any(|network| network.is_ipv6());
-    let mut wanted = vec![("net/ipv4/ip_forward", "net.ipv4.ip_forward")];
-    if ipv6 {
-        wanted.push(("net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"));
-    }
-    for (path, name) in wanted {
+    for (_, path, name) in wanted {
         match seen.sysctl(path) {
             Some("0") => {
                 let what = format!("{name} is 0: this host drops what containers send to others");
@@ -111,7 +120,8 @@ pub(super) fn ip_forward(seen: &Seen) -> Check {
             None => {}
         }
     }
-    let status = seen.status();
+    // A device has a say in IPv4 only (ip-sysctl.rst).
+    let status = seen.status().filter(|_| ipv4);
     let devices = status.into_iter().flat_map(|it| [it.device.as_deref(), it.interface.as_deref()]);
     for device in devices.flatten() {
         if seen.sysctl(&format!("net/ipv4/conf/{device}/forwarding")) == Some("0") {
@@ -130,10 +140,15 @@ pub(super) fn rp_filter(seen: &Seen) -> Check {
     let Some(status) = seen.status() else {
         return Check::unknown(NAME);
     };
-    let outer = || status.peers.iter().map(|peer| peer.public_ip).collect::<Vec<_>>();
-    let inner = || status.peers.iter().flat_map(|it| it.subnets.iter().map(|net| net.network()));
+    // Direct peers' packets come unwrapped, so not out of the device.
+    let (mut outer, mut inner) = (Vec::new(), Vec::new());
+    for peer in &status.peers {
+        outer.push(peer.public_ip);
+        let way = if peer.way == "direct" { &mut outer } else { &mut inner };
+        way.extend(peer.subnets.iter().map(IpNetwork::network));
+    }
     let mut strict = Vec::new();
-    let ways = [(&status.interface, outer()), (&status.device, inner().collect())];
+    let ways = [(&status.interface, outer), (&status.device, inner)];
     for (device, addresses) in ways {
         let Some(device) = device.as_deref() else { continue };
         let value = |device: &str| {
@@ -167,22 +182,18 @@ pub(super) fn rp_filter(seen: &Seen) -> Check {
     Check::ok(NAME, format!("strict on {}, which all answers leave by", strict.join(" and ")))
 }
 
-/// "6.18.3-generic" is 6.18.
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut parts = release.split(['.', '-']).map(|part| part.parse().ok());
-    Some((parts.next()??, parts.next()??))
-}
-
 fn uses_tun(seen: &Seen) -> bool {
     seen.status().is_none_or(|status| status.backend.as_deref() == Some("udp-tun"))
 }
 
 #[cfg(test)]
 mod tests {
+    use weft_backends::netlink::Link;
+
     use super::*;
     use crate::doctor::check::Verdict;
     use crate::doctor::seen::Daemon;
-    use crate::status::Status;
+    use crate::status::{PeerStatus, ProbeStatus, Status};
 
     fn with_sysctl(path: &str, value: &str) -> Seen {
         let sysctls = [(path.to_owned(), value.to_owned())].into();
@@ -203,6 +214,81 @@ mod tests {
         let no_tun = Seen { has_tun: false, ..with_sysctl("kernel/osrelease", "6.18.3") };
         let found = kernel(&no_tun);
         assert_eq!((found.verdict, found.cure.as_deref()), (Verdict::Fail, Some("modprobe tun")));
+    }
+
+    #[test]
+    fn what_only_the_engine_needs_is_no_matter_to_other_backends() {
+        let mut seen = with_status(Status { backend: Some("vxlan".into()), ..Status::default() });
+        seen.sysctls = with_sysctl("kernel/osrelease", "5.15.0-91-generic").sysctls;
+        assert_eq!(kernel(&seen).verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn forwarding_is_asked_for_in_the_families_of_the_overlay() {
+        let seen = |network: &str| Seen {
+            sysctls: [
+                ("net/ipv4/ip_forward", "0"),
+                ("net/ipv4/conf/flannel.1/forwarding", "0"),
+                ("net/ipv6/conf/all/forwarding", "1"),
+            ]
+            .map(|(path, value)| (path.to_owned(), value.to_owned()))
+            .into(),
+            ..with_status(Status {
+                networks: vec![network.parse().unwrap()],
+                device: Some("flannel.1".into()),
+                ..Status::default()
+            })
+        };
+        assert_eq!(ip_forward(&seen("10.42.0.0/16")).verdict, Verdict::Fail);
+        let found = ip_forward(&seen("fd00:42::/48"));
+        assert_eq!(found.seen, "net.ipv6.conf.all.forwarding is 1", "{found:?}");
+    }
+
+    /// With DirectRouting a peer's packets come unwrapped.
+    #[test]
+    fn strict_filtering_is_judged_by_the_way_of_each_peer() {
+        let peer = |public: &str, subnet: &str, way: &str| PeerStatus {
+            subnets: vec![subnet.parse().unwrap()],
+            public_ip: public.parse().unwrap(),
+            way: way.into(),
+            name: None,
+            version: None,
+            traffic: None,
+            probe: ProbeStatus::default(),
+        };
+        let link = |index, name: &str| Link {
+            index,
+            name: name.into(),
+            mtu: 1500,
+            up: true,
+            queue_len: 0,
+            alias: None,
+            mac: None,
+            kind: None,
+            vxlan: None,
+            addresses: Vec::new(),
+        };
+        let status = Status {
+            device: Some("flannel.1".into()),
+            interface: Some("eth0".into()),
+            peers: vec![
+                peer("192.0.2.2", "10.42.2.0/24", "tunnel"),
+                peer("192.0.2.3", "10.42.3.0/24", "direct"),
+            ],
+            ..Status::default()
+        };
+        let way = |ip: &str, index| (ip.parse().unwrap(), Some(index));
+        let ways = [("192.0.2.2", 1), ("192.0.2.3", 1), ("10.42.2.0", 2), ("10.42.3.0", 1)];
+        let mut seen = Seen {
+            sysctls: with_sysctl("net/ipv4/conf/all/rp_filter", "1").sysctls,
+            links: vec![link(1, "eth0"), link(2, "flannel.1")],
+            ways: ways.map(|(ip, index)| way(ip, index)).into(),
+            ..with_status(status)
+        };
+        assert_eq!(rp_filter(&seen).verdict, Verdict::Ok);
+        seen.ways.extend([way("10.42.3.0", 2)]);
+        let found = rp_filter(&seen);
+        assert!(found.seen.starts_with("strict on eth0, but answers to 10.42.3.0"), "{found:?}");
     }
 
     #[test]
