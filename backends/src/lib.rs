@@ -113,6 +113,15 @@ impl BackendKind {
             _ => None,
         }
     }
+
+    /// The UDP port that its packets go to where the network config names none.
+    pub const fn default_port(self) -> Option<u16> {
+        match self {
+            Self::UdpTun => Some(udp_tun::DEFAULT_PORT),
+            Self::Vxlan => Some(vxlan::KERNEL_PORT),
+            Self::HostGw => None,
+        }
+    }
 }
 
 impl fmt::Display for BackendKind {

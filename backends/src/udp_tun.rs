@@ -29,7 +29,7 @@ use crate::{
 /// The name that flannel's device has; the kernel puts the next free number.
 const DEVICE: &str = "flannel%d";
 /// flannel's port, where the config names none.
-const DEFAULT_PORT: u16 = 8285;
+pub(crate) const DEFAULT_PORT: u16 = 8285;
 /// As many packets may wait in the device for the engine: flannel's 500 lose bursts of a single TCP
 /// stream.
 const SETTINGS: LinkSettings = LinkSettings { mtu: None, queue_len: Some(10_000) };

@@ -28,6 +28,8 @@ use crate::{
 use devices::{Device, devices};
 use ways::Ways;
 
+pub(crate) use devices::KERNEL_PORT;
+
 /// Checksums of inner packets are left to the network card, and some fill in wrong ones.
 const TX_CHECKSUM: &str = "tx-checksum-ip-generic";
 /// The largest IP packet.

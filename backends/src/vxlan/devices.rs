@@ -18,7 +18,7 @@ const OVERHEAD_IPV4: u32 = 50;
 /// The same with an IPv6 header.
 const OVERHEAD_IPV6: u32 = 70;
 /// Where the config names none (drivers/net/vxlan/vxlan_core.c, vxlan_port).
-const KERNEL_PORT: u16 = 8472;
+pub(crate) const KERNEL_PORT: u16 = 8472;
 
 /// A device and what it is for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,14 +1,10 @@
 //! What the daemon's probes of its peers came to.
 
-use weft_backends::{Feature, FeatureState};
+use weft_backends::{BackendKind, Feature, FeatureState};
 
 use super::check::Check;
 use super::seen::Seen;
 use crate::status::{PeerStatus, Status};
-
-/// The port of udp-tun and of vxlan, where the network config names none.
-const UDP_TUN_PORT: u16 = 8285;
-const VXLAN_PORT: u16 = 8472;
 
 /// Whether all peers answer.
 pub(super) fn peers(seen: &Seen) -> Check {
@@ -48,10 +44,10 @@ pub(super) fn port(seen: &Seen) -> Check {
     let Some(peer) = find(status, &["blocked"]) else {
         return Check::ok(NAME, "no peer's is blocked");
     };
-    let backend = status.backend.as_deref().unwrap_or_default();
+    let backend = status.backend.as_deref().and_then(BackendKind::from_config);
     let configured = seen.config().and_then(|it| it.backend.u16_option("Port").ok().flatten());
-    let default = if backend == "vxlan" { VXLAN_PORT } else { UDP_TUN_PORT };
-    let port = configured.filter(|port| *port != 0).unwrap_or(default);
+    let configured = configured.filter(|port| *port != 0);
+    let port = configured.or_else(|| backend?.default_port()).unwrap_or_default();
     let cure =
         format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT   # on {}", peer.public_ip);
     Check::fail(NAME, describe(peer), cure)
