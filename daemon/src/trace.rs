@@ -19,7 +19,8 @@ use crate::status::{PeerStatus, Status};
 
 /// Tell which route, peer, backend, MTU and rules a packet to an address would take; sends nothing.
 ///
-/// Exit status: 0 if it would be delivered as far as this host can tell, else 1.
+/// Exit status: 0 if it would be delivered as far as this host can tell, else 1. Of several daemons
+/// those are asked that have the address in their overlay.
 #[derive(Debug, Args)]
 pub struct TraceArgs {
     /// Where the packet goes.
@@ -80,8 +81,15 @@ pub fn run(
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&traces)?)?,
         Output::Table => traces.iter().try_for_each(|trace| write_text(trace, out))?,
     }
-    let arrives = traces.iter().any(|trace| trace.problems.is_empty());
-    Ok(if arrives { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if arrives(&traces) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Judged by the daemons whose overlay has the address; by all of them if none does.
+fn arrives(traces: &[Trace]) -> bool {
+    let is_carried = |trace: &&Trace| trace.target != Target::Outside;
+    let is_well = |trace: &Trace| trace.problems.is_empty();
+    let mut carried = traces.iter().filter(is_carried).peekable();
+    if carried.peek().is_some() { carried.all(is_well) } else { traces.iter().all(is_well) }
 }
 
 fn write_text(trace: &Trace, out: &mut dyn Write) -> io::Result<()> {
@@ -160,8 +168,16 @@ fn follow(
             "the kernel sends it out of {device}, not {expected}: another route comes first; see `ip \
              route get {to}`"
         )),
+        (None, Some(device)) if target == Target::Local && is_way_out(status, device) => {
+            problems.push(format!(
+                "the kernel sends it out of {device}, away from this host: no bridge here has {to}'s \
+                 subnet; see `weft doctor` on docker0"
+            ));
+        }
         _ => {}
     }
+    let probe = peer.as_ref().and_then(|peer| Some((peer.public_ip, peer.probe.problem.as_ref()?)));
+    problems.extend(probe.map(|(peer, problem)| format!("the peer {peer}: {problem}")));
     let rules = match (rules, from) {
         (Some(rules), Some(from)) if from.is_ipv6() == to.is_ipv6() => {
             let family = rules.family(to.is_ipv6());
@@ -176,6 +192,11 @@ fn follow(
     };
     let backend = peer.as_ref().and_then(|_| status.backend.clone());
     Trace { to, from, target, peer, backend, device, mtu, rules, problems }
+}
+
+/// Whether it leads to other hosts.
+fn is_way_out(status: &Status, device: &str) -> bool {
+    [&status.device, &status.interface].iter().any(|it| it.as_deref() == Some(device))
 }
 
 /// By the longest prefix, as the packet engine and the kernel do it.
@@ -276,5 +297,24 @@ mod tests {
         assert!(first(traced("10.42.9.9", "flannel.1")).contains("no lease"));
         assert!(first(traced("10.42.2.9", "eth1")).contains("out of eth1, not flannel.1"));
         assert!(first(traced("10.42.2.9", "")).contains("no route to 10.42.2.9"));
+        assert!(first(traced("10.42.1.9", "flannel.1")).contains("away from this host"));
+        assert!(first(traced("10.42.1.9", "eth0")).contains("away from this host"));
+        let mut status = status();
+        let problem = "cannot be reached: its host does not answer at all";
+        status.peers[0].probe.problem = Some(problem.into());
+        let to = "10.42.2.9".parse().unwrap();
+        let silent = follow(&status, None, to, None, Some("flannel.1".into()));
+        assert_eq!(silent.problems, [format!("the peer 192.0.2.2: {problem}")]);
+    }
+
+    #[test]
+    fn a_daemon_that_has_nothing_to_do_with_it_does_not_make_it_arrive() {
+        let outside = traced("8.8.8.8", "eth0");
+        let (well, ill) = (traced("10.42.2.9", "flannel.1"), traced("10.42.2.9", "eth1"));
+        assert!(arrives(&[outside.clone(), well.clone()]));
+        assert!(!arrives(&[outside.clone(), ill.clone()]));
+        assert!(!arrives(&[well, ill]));
+        assert!(arrives(&[outside]));
+        assert!(!arrives(&[traced("8.8.8.8", "")]));
     }
 }
