@@ -58,11 +58,14 @@ pub fn run(
         Err(error) => return Err(error),
     };
     let cleaner = Cleaner::new()?;
-    let traces = cleaner.find(&scope)?;
-    if traces.is_empty() {
+    let (traces, unseen) = cleaner.find(&scope)?;
+    if traces.is_empty() && unseen.is_empty() {
         writeln!(out, "there is nothing of weft")?;
     }
-    let mut failures = 0;
+    for error in &unseen {
+        writeln!(out, "cannot look for firewall rules: {error}")?;
+    }
+    let mut failures = unseen.len();
     for trace in &traces {
         if arguments.dry_run {
             writeln!(out, "would remove {trace}")?;
@@ -249,8 +252,8 @@ impl Cleaner {
         })
     }
 
-    /// In the order in which it is removed.
-    fn find(&self, scope: &Scope) -> anyhow::Result<Vec<Trace>> {
+    /// In the order in which it is removed; and what kept us from looking for all of it.
+    fn find(&self, scope: &Scope) -> anyhow::Result<(Vec<Trace>, Vec<FirewallError>)> {
         let devices: Vec<Link> =
             self.netlink.links()?.into_iter().filter(|link| scope.has_link(link)).collect();
         // Routes out of a device go with it.
@@ -265,10 +268,11 @@ impl Cleaner {
         let mut traces: Vec<Trace> = devices.into_iter().map(Trace::Device).collect();
         traces.extend(routes.into_iter().map(Trace::Route));
         traces.extend(blackholes.map(Trace::Blackhole));
-        traces.extend(self.runtime.block_on(firewall(scope))?);
+        let (rules, unseen) = self.runtime.block_on(firewall(scope));
+        traces.extend(rules);
         traces.extend(scope.files.iter().cloned().map(Trace::File));
         traces.extend(scope.directories.iter().cloned().map(Trace::Directory));
-        Ok(traces)
+        Ok((traces, unseen))
     }
 
     fn remove(&self, trace: &Trace) -> anyhow::Result<()> {
@@ -296,24 +300,34 @@ impl Cleaner {
     }
 }
 
-/// The rules by both of iptables' kinds and by nft.
-async fn firewall(scope: &Scope) -> Result<Vec<Trace>, FirewallError> {
-    let mut traces = Vec::new();
-    if !scope.networks.is_empty()
-        && let Ok(iptables) = Iptables::find().await
-    {
-        let other = iptables.other_kind().await;
-        for iptables in [iptables].into_iter().chain(other) {
-            let chains = iptables.chains(&scope.networks).await?.into_iter();
-            traces.extend(chains.map(|chain| Trace::Chain(iptables.clone(), chain)));
+/// The rules by both of iptables' kinds and by nft, and what failed. A program that is missing has
+/// made none.
+async fn firewall(scope: &Scope) -> (Vec<Trace>, Vec<FirewallError>) {
+    let (mut traces, mut failures) = (Vec::new(), Vec::new());
+    if !scope.networks.is_empty() {
+        match Iptables::find().await {
+            Ok(iptables) => {
+                let other = iptables.other_kind().await;
+                for iptables in [iptables].into_iter().chain(other) {
+                    let (chains, failed) = iptables.chains(&scope.networks).await;
+                    let chains = chains.into_iter();
+                    traces.extend(chains.map(|chain| Trace::Chain(iptables.clone(), chain)));
+                    failures.extend(failed);
+                }
+            }
+            Err(FirewallError::Missing(_)) => {}
+            Err(error) => failures.push(error),
         }
     }
-    if let Some(rules) = Nftables::rules().await? {
-        let mut words = rules.split_whitespace();
-        let is_ours = |word: &str| word.parse().is_ok_and(|it| scope.networks.contains(&it));
-        if scope.whole_host || words.any(is_ours) {
-            traces.push(Trace::Table);
+    match Nftables::rules().await {
+        Ok(rules) => {
+            let mut words = rules.iter().flat_map(|rules| rules.split_whitespace());
+            let is_ours = |word: &str| word.parse().is_ok_and(|it| scope.networks.contains(&it));
+            if (rules.is_some() && scope.whole_host) || words.any(is_ours) {
+                traces.push(Trace::Table);
+            }
         }
+        Err(error) => failures.push(error),
     }
-    Ok(traces)
+    (traces, failures)
 }

@@ -1,6 +1,7 @@
 //! `weft cleanup`: after it, a host is as it was before weft, but for what others have made.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -160,6 +161,37 @@ fn after_vxlan_nothing_is_left() -> Result<()> {
     let made = ["device flannel.1", "route that discards 10.42.", "chain FLANNEL-FWD"];
     let data = r#","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}"#;
     leaves_nothing("vxlan", data, &["--firewall=iptables"], &made)
+}
+
+/// A firewall's program that fails keeps nothing from being removed but the records of what there is.
+#[test]
+fn what_a_failing_program_hides_is_left_for_another_try() -> Result<()> {
+    let mut lab = host_of_its_own("host-gw", r#","BackendType":"host-gw""#)?;
+    lab.start_daemon(0, &["--firewall=iptables"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let state_dir = lab.host(0).state_dir.display().to_string();
+    lab.stop_daemon(0)?;
+    let host = lab.host(0);
+    let broken = tempfile::tempdir()?;
+    let save = broken.path().join("iptables-save");
+    fs::write(&save, "#!/bin/sh\necho the lock is taken >&2\nexit 4\n")?;
+    fs::set_permissions(&save, fs::Permissions::from_mode(0o755))?;
+    let path = format!("{}:{}", broken.path().display(), std::env::var("PATH")?);
+    let mut command = Command::new(program("weft")?);
+    command.args(["cleanup", "--state-dir", &state_dir]).env("PATH", path);
+    let output = host.netns.output(&mut command)?;
+    let text = String::from_utf8([output.stdout, output.stderr].concat())?;
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("cannot look for firewall rules: `iptables-save -t filter`"), "{text}");
+    assert!(text.contains("the lock is taken"), "{text}");
+    assert!(text.contains("removed route to 10.42.250.0/24"), "{text}");
+    assert!(text.contains("for another try"), "{text}");
+
+    let (code, text) = cleanup(&host.netns, &["--state-dir", &state_dir])?;
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("removed chain FLANNEL-FWD of iptables -t filter"), "{text}");
+    assert!(!Path::new(&state_dir).exists(), "{text}");
+    lab.remove()
 }
 
 /// Each state directory is one daemon's; without any, all that bears weft's mark goes.

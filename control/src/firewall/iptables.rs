@@ -117,14 +117,26 @@ impl Iptables {
             Err(_) if lines.is_empty() => return Ok(false),
             Err(error) => return Err(error),
         };
-        let Some(script) = chain.script(&Found::read(&saved, chain), &lines, adopt) else {
+        self.change(ipv6, chain, &saved, &lines, adopt).await
+    }
+
+    /// `saved`: what the table holds.
+    async fn change(
+        &self,
+        ipv6: bool,
+        chain: Chain,
+        saved: &str,
+        lines: &[String],
+        adopt: bool,
+    ) -> Result<bool, FirewallError> {
+        let Some(script) = chain.script(&Found::read(saved, chain), lines, adopt) else {
             return Ok(false);
         };
         let restore = self.program(ipv6, "-restore");
         let wait: &[&str] = if self.is_recent { &["--wait", "5"] } else { &[] };
         run(&restore, &[&["--noflush"], wait].concat(), &script).await?;
         let kept = Found::read(&self.save(ipv6, chain.table).await?, chain);
-        match chain.script(&kept, &lines, adopt) {
+        match chain.script(&kept, lines, adopt) {
             None => Ok(true),
             Some(_) => Err(FirewallError::NotKept(restore)),
         }
@@ -146,26 +158,31 @@ impl Iptables {
         Ok(self.save(ipv6, FORWARD.table).await?.lines().any(|it| it.starts_with(":FORWARD DROP")))
     }
 
-    /// The chains with rules for one of these networks. By their names they may be flannel's.
-    ///
-    /// # Errors
-    /// A program failed.
-    pub async fn chains(&self, networks: &[IpNetwork]) -> Result<Vec<OwnChain>, FirewallError> {
-        let mut chains = Vec::new();
+    /// The chains with rules for one of these networks, by their names perhaps flannel's; and what
+    /// kept us from looking into others.
+    pub async fn chains(&self, networks: &[IpNetwork]) -> (Vec<OwnChain>, Vec<FirewallError>) {
+        let (mut chains, mut failures) = (Vec::new(), Vec::new());
         for ipv6 in [false, true] {
             if !networks.iter().any(|network| network.is_ipv6() == ipv6) {
                 continue;
             }
             for chain in [MASQUERADE, FORWARD] {
-                let found = Found::read(&self.save(ipv6, chain.table).await?, chain);
-                let rules = found.rules.unwrap_or_default();
+                let saved = match self.save(ipv6, chain.table).await {
+                    Ok(saved) => saved,
+                    Err(FirewallError::Missing(_)) => continue,
+                    Err(error) => {
+                        failures.push(error);
+                        continue;
+                    }
+                };
+                let rules = Found::read(&saved, chain).rules.unwrap_or_default();
                 let mut words = rules.iter().flat_map(|rule| rule.split(' '));
                 if words.any(|word| word.parse().is_ok_and(|word| networks.contains(&word))) {
                     chains.push(OwnChain { ipv6, chain });
                 }
             }
         }
-        Ok(chains)
+        (chains, failures)
     }
 
     /// Removes a chain and the jumps to it.
@@ -173,7 +190,9 @@ impl Iptables {
     /// # Errors
     /// A program failed.
     pub async fn remove_chain(&self, chain: OwnChain) -> Result<(), FirewallError> {
-        self.apply_chain(chain.ipv6, chain.chain, Vec::new(), false).await.map(drop)
+        let OwnChain { ipv6, chain } = chain;
+        let saved = self.save(ipv6, chain.table).await?;
+        self.change(ipv6, chain, &saved, &[], false).await.map(drop)
     }
 
     /// Removes all that weft or flannel made by iptables.
