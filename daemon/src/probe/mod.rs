@@ -285,6 +285,7 @@ impl Work {
                 for Peer { target, course } in peers.values_mut() {
                     if target.inner == from && target.port == Some(port) {
                         course.probe_refused();
+                    // With host-gw it is the same address, and no port there carries the overlay.
                     } else if target.outer == from && target.inner != from {
                         course.refused();
                     }
