@@ -386,9 +386,8 @@ impl Forwarding<'_> {
     /// Where an offload loses packets, does without it, and sees whether that helps.
     async fn give_up_offload(&self, overlay: &mut Overlay, turn: &mut Turn) -> anyhow::Result<()> {
         let Some(prober) = &turn.prober else { return Ok(()) };
-        let findings: Vec<(Target, Found)> = prober.findings().all().into_values().collect();
         let mut is_news = false;
-        for (offload, peer) in blamed(&findings) {
+        for (offload, peer) in blamed(&prober.findings().all()) {
             let given_up = overlay.call(move |backend| backend.give_up(offload)).await?;
             if let Some(GivenUp { what, cure }) = given_up {
                 let line = format!(

@@ -10,7 +10,8 @@ mod icmp;
 pub(crate) mod packet;
 pub(crate) mod socket;
 
-use std::collections::{HashMap, HashSet};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
@@ -66,6 +67,8 @@ pub(crate) struct Findings(Arc<Mutex<Known>>);
 #[derive(Debug, Default)]
 struct Known {
     peers: Peers,
+    /// When to look at whom.
+    agenda: Agenda,
     /// Of peers that are peers no more.
     left: Totals,
 }
@@ -73,10 +76,27 @@ struct Known {
 /// All peers, by their addresses on the overlay.
 type Peers = HashMap<IpAddr, Peer>;
 
+/// Instants and peers, the earliest first. What an earlier one of the same peer has overtaken stays
+/// until its time comes.
+type Agenda = BinaryHeap<Reverse<(Instant, IpAddr)>>;
+
 #[derive(Debug)]
 struct Peer {
     target: Target,
     course: Course,
+    /// When the agenda has it.
+    noted: Option<Instant>,
+}
+
+impl Peer {
+    /// To be called when something may be due earlier than it was.
+    fn note(&mut self, agenda: &mut Agenda) {
+        let due = self.course.due();
+        if self.noted.is_none_or(|noted| due < noted) {
+            self.noted = Some(due);
+            agenda.push(Reverse((due, self.target.inner)));
+        }
+    }
 }
 
 impl Prober {
@@ -138,14 +158,10 @@ impl Prober {
     /// Has the paths that are not known to be whole probed at once.
     pub(crate) fn probe_paths(&self) {
         let now = Instant::now();
-        for peer in self
-            .findings
-            .lock()
-            .peers
-            .values_mut()
-            .filter(|it| it.course.found().path != Path::Full)
-        {
+        let Known { peers, agenda, .. } = &mut *self.findings.lock();
+        for peer in peers.values_mut().filter(|it| it.course.found().path != Path::Full) {
             peer.course.probe_path_soon(now);
+            peer.note(agenda);
         }
         // Has the work look at what is due.
         self.targets.send_modify(|_| ());
@@ -251,8 +267,8 @@ impl Work {
     fn received(&self, datagram: &[u8], from: SocketAddr) -> Option<Instant> {
         let understood = packet::read(datagram)?;
         let now = Instant::now();
-        let mut known = self.findings.lock();
-        let peer = known.peers.get_mut(&from.ip())?;
+        let Known { peers, agenda, .. } = &mut *self.findings.lock();
+        let peer = peers.get_mut(&from.ip())?;
         match understood {
             Packet::Probe { nonce, intact } => {
                 self.socket.send(&packet::answer(nonce, intact), from);
@@ -264,25 +280,26 @@ impl Work {
                 self.tell(peer, &before);
             }
         }
+        peer.note(agenda);
         Some(peer.course.due())
     }
 
     fn heard(&self, heard: Heard) -> Option<Instant> {
-        let mut known = self.findings.lock();
-        let peers = &mut known.peers;
+        let Known { peers, agenda, .. } = &mut *self.findings.lock();
         match heard {
             Heard::Answer { from, nonce } => {
                 if let Some(peer) = peers.get_mut(&from) {
                     let before = *peer.course.found();
                     peer.course.answered(nonce, true, Instant::now());
                     self.tell(peer, &before);
+                    peer.note(agenda);
                     return Some(peer.course.due());
                 }
                 let outer = peers.values_mut().filter(|peer| peer.target.outer == from);
                 outer.for_each(|peer| peer.course.outer_answered(nonce));
             }
             Heard::Refused { from, port } => {
-                for Peer { target, course } in peers.values_mut() {
+                for Peer { target, course, .. } in peers.values_mut() {
                     if target.inner == from && target.port == Some(port) {
                         course.probe_refused();
                     // With host-gw it is the same address, and no port there carries the overlay.
@@ -326,7 +343,7 @@ impl Work {
 impl Known {
     /// Goes on with those that are known, and spreads those that are new. `pings`: whether we can.
     fn aim(&mut self, targets: &[Target], pings: bool, mtu: u16, now: Instant) {
-        let Self { peers, left } = self;
+        let Self { peers, agenda, left } = self;
         let wanted: HashSet<IpAddr> = targets.iter().map(|target| target.inner).collect();
         peers.retain(|inner, peer| {
             let stays = wanted.contains(inner);
@@ -354,35 +371,46 @@ impl Known {
                 _ => {
                     let means = Means { probes: target.port.is_some(), pings };
                     let course = Course::new(means, mtu, now + distance);
-                    let former = peers.insert(target.inner, Peer { target, course });
+                    let peer = Peer { target, course, noted: None };
+                    let former = peers.insert(target.inner, peer);
                     former.iter().for_each(|former| left.add(former.course.found()));
                     distance += DISTANCE;
                 }
             }
         }
-        peers.values_mut().for_each(|peer| peer.course.set_pace(targets.len()));
+        for peer in peers.values_mut() {
+            peer.course.set_pace(targets.len());
+            peer.note(agenda);
+        }
     }
 
     /// Has those go on that are due, and says when somebody is due again.
     fn step(&mut self, now: Instant, mut go_on: impl FnMut(&mut Peer)) -> Instant {
-        let mut next = now + INTERVAL;
-        for peer in self.peers.values_mut() {
+        let Self { peers, agenda, .. } = self;
+        let mut noted = Vec::new();
+        while let Some(entry) = agenda.peek().filter(|Reverse((at, _))| *at <= now) {
+            noted.push(entry.0);
+            agenda.pop();
+        }
+        for (at, inner) in noted {
+            let Some(peer) = peers.get_mut(&inner).filter(|it| it.noted == Some(at)) else {
+                continue;
+            };
             if peer.course.due() <= now {
                 go_on(peer);
             }
-            next = next.min(peer.course.due());
+            peer.noted = None;
+            peer.note(agenda);
         }
-        next.max(now + TICK)
+        let next = agenda.peek().map_or(now + INTERVAL, |Reverse((at, _))| *at);
+        next.clamp(now + TICK, now + INTERVAL)
     }
 }
 
 impl Findings {
-    /// Of all peers, by their outer addresses.
-    pub(crate) fn all(&self) -> HashMap<IpAddr, (Target, Found)> {
-        let known = self.lock();
-        let found =
-            known.peers.values().map(|it| (it.target.outer, (it.target, *it.course.found())));
-        found.collect()
+    /// Of all peers.
+    pub(crate) fn all(&self) -> Vec<(Target, Found)> {
+        self.lock().peers.values().map(|peer| (peer.target, *peer.course.found())).collect()
     }
 
     /// Of the peer with this address on the overlay.
@@ -512,6 +540,7 @@ mod tests {
         while now < to {
             let is_counted = u32::from(now >= from);
             wake_ups += is_counted;
+            let then = now;
             now = known.step(now, |peer| {
                 for send in peer.course.step(now, || fastrand::u64(..)) {
                     match send {
@@ -531,12 +560,14 @@ mod tests {
                     }
                 }
             });
+            assert!(known.peers.values().all(|peer| peer.course.due() > then), "one is forgotten");
         }
         let reached = known.peers.values().filter(|it| it.course.found().reach == Reach::Reachable);
         assert_eq!(reached.count(), 1_000);
         assert!((9_000..=10_000).contains(&small), "{small} small probes in 100 s");
         assert!((900..=1_000).contains(&pairs), "{pairs} pairs");
         assert!(wake_ups <= 2_000, "{wake_ups} wake-ups");
+        assert_eq!(known.agenda.len(), 1_000);
     }
 
     #[test]
