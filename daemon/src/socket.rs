@@ -9,7 +9,7 @@
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -189,12 +189,22 @@ impl Drop for Socket {
     }
 }
 
-/// For root, and the group where there is one.
+/// For root, and the group where there is one, if the socket can be given to it: nothing else depends
+/// on that.
 fn restrict(path: &Path) -> io::Result<()> {
-    let group = Group::from_name(GROUP).ok().flatten();
-    let mode = if group.is_some() { 0o660 } else { 0o600 };
-    if let Some(group) = group {
-        chown(path, None, Some(group.gid.as_raw()))?;
+    let mut mode = 0o600;
+    if let Some(group) = Group::from_name(GROUP).ok().flatten() {
+        let gid = group.gid.as_raw();
+        // A daemon of that group needs neither a privilege nor the system call.
+        let is_theirs = fs::metadata(path)?.gid() == gid;
+        let given = if is_theirs { Ok(()) } else { chown(path, None, Some(gid)) };
+        match given {
+            Ok(()) => mode = 0o660,
+            Err(error) => tracing::warn!(
+                "only root may ask, since the socket cannot be given to the group {GROUP}: {error}; \
+                 run weftd in that group (systemd: Group={GROUP})"
+            ),
+        }
     }
     fs::set_permissions(path, Permissions::from_mode(mode))
 }

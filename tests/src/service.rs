@@ -23,6 +23,9 @@ pub struct Unit {
     exec_start: String,
     environment_file: Option<String>,
     watchdog_seconds: Option<u64>,
+    /// What it may do; everything, if that is not said.
+    capabilities: Option<String>,
+    group: Option<String>,
 }
 
 impl Unit {
@@ -38,7 +41,23 @@ impl Unit {
             exec_start: value("ExecStart").context("it has no ExecStart=")?,
             environment_file: value("EnvironmentFile"),
             watchdog_seconds: value("WatchdogSec").map(|text| text.parse()).transpose()?,
+            capabilities: value("CapabilityBoundingSet"),
+            group: value("Group"),
         })
+    }
+
+    /// Its command, in its group and with its capabilities.
+    fn words(&self, variables: &[(String, String)]) -> Vec<String> {
+        let mut words = vec!["setpriv".to_owned()];
+        if let Some(capabilities) = &self.capabilities {
+            let kept = capabilities.to_lowercase().replace("cap_", "+").replace(' ', ",");
+            words.push(format!("--bounding-set=-all,{kept}"));
+        }
+        if let Some(group) = &self.group {
+            words.extend([format!("--regid={group}"), "--keep-groups".into()]);
+        }
+        words.extend(expand(&self.exec_start, variables));
+        words
     }
 
     /// The variables of its EnvironmentFile, which lies below `root`.
@@ -114,8 +133,7 @@ impl Service {
         socket.set_nonblocking(true)?;
         let mut variables = unit.variables(root)?;
         variables.extend(more.iter().map(|(name, value)| ((*name).into(), (*value).into())));
-        let words = expand(&unit.exec_start, &variables);
-        let mut command = enter(root, &words);
+        let mut command = enter(root, &unit.words(&variables));
         command.env_clear().env("PATH", PATH).envs(variables).env("NOTIFY_SOCKET", &path);
         let micros = unit.watchdog_seconds.map(|seconds| (seconds * 1_000_000).to_string());
         command.envs(micros.map(|micros| ("WATCHDOG_USEC", micros)));
@@ -175,6 +193,9 @@ impl Drop for Service {
 /// The parts of a file system that `root` has its own of.
 const OWN: [&str; 4] = ["/opt", "/run", "/usr/local/bin", "/var/lib"];
 
+/// The host's groups.
+const GROUPS: &str = "/etc/group";
+
 /// Makes a directory of what [`enter`] puts in place.
 pub fn make_root(root: &Path) -> Result<()> {
     for path in OWN {
@@ -183,11 +204,16 @@ pub fn make_root(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A command in a mount namespace of its own, where `root` is in place of some directories.
+/// A command in a mount namespace of its own, where `root` is in place of some directories, and of
+/// the list of groups if it has one.
 pub fn enter(root: &Path, words: &[String]) -> Command {
     let mut script = String::from("set -e\n");
     for path in OWN {
         script += &format!("mount --bind '{}{path}' {path}\n", root.display());
+    }
+    let groups = root.join(GROUPS.trim_start_matches('/'));
+    if groups.exists() {
+        script += &format!("mount --bind '{}' {GROUPS}\n", groups.display());
     }
     script += "exec \"$@\"\n";
     let mut command = Command::new("unshare");

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -65,6 +66,33 @@ fn systemd_and_health_checks_are_told_how_it_is() -> Result<()> {
     assert!(service.stop()?.success());
     service.says("STOPPING=1")?;
     lab.remove()
+}
+
+#[test]
+fn the_group_may_ask_and_nothing_ends_where_it_cannot() -> Result<()> {
+    let netns = NetNs::create(format!("weft-group-{}", std::process::id()))?;
+    netns.ip(&["link", "set", "lo", "up"])?;
+    let unit = fs::read_to_string(unit_file())?;
+    let options = [("WEFT_OPTIONS", "--registry=dir:/var/lib/weft/registry")];
+    let in_group = unit.replace("#Group=weft", "Group=weft");
+    for (unit, gid, mode) in [(&unit, 0, 0o600), (&in_group, 4242, 0o660)] {
+        let root = tempfile::tempdir()?;
+        make_root(root.path())?;
+        std::os::unix::fs::symlink(program("weftd")?, root.path().join("usr/local/bin/weftd"))?;
+        fs::create_dir_all(root.path().join("etc"))?;
+        fs::write(root.path().join("etc/group"), "root:x:0:\nweft:x:4242:\n")?;
+        let log = root.path().join("log");
+        let unit = Unit::parse(unit)?;
+        let mut service = Service::start(&netns, &unit, root.path(), &options, &log)?;
+        service.says("STATUS=waiting for the network config: there is none")?;
+        let sockets = weft_daemon::socket::sockets(&root.path().join("run/weft"))?;
+        let socket = fs::metadata(sockets.first().context("no socket")?)?;
+        assert_eq!((socket.gid(), socket.mode() & 0o777), (gid, mode), "{}", service.log());
+        let is_told = service.log().contains("cannot be given to the group weft");
+        assert_eq!(is_told, gid == 0, "{}", service.log());
+        assert!(service.stop()?.success());
+    }
+    netns.remove()
 }
 
 /// The overlay works without the firewall's program, but it is not ready for everything.
