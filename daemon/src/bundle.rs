@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -15,14 +15,14 @@ use jiff::Timestamp;
 use regex::bytes::{NoExpand, Regex};
 
 use crate::directories::Directories;
-use crate::node;
+use crate::node::{self, RUN_FILES, STATE_FILES};
 use crate::socket::{self, Request};
 use crate::status::Status;
 use crate::status_command;
 
 /// What stands in place of a secret.
 const STRIPPED: &str = "[stripped]";
-/// A shorter secret would be found in every other word.
+/// A shorter secret would be found in every other word of a text.
 const SECRET_LEN_MIN: usize = 4;
 /// Flags and variables that hold a secret, or name a file that does.
 const SECRET_FLAG: &str = "etcd-password";
@@ -38,7 +38,7 @@ const COMMANDS: [(&str, &str); 18] = [
     ("kernel/neighbours", "ip neighbour show"),
     ("kernel/forwarding-database", "bridge fdb show"),
     ("kernel/sockets", "ss --udp --tcp --all --numeric --processes --memory"),
-    ("kernel/counters", "nstat --zeros --nooutput --json"),
+    ("kernel/counters", "nstat --zeros --ignore --noupdate --json"),
     (
         "kernel/sysctl",
         "sysctl net.ipv4 net.ipv6.conf.all net.bridge net.core kernel.io_uring_disabled",
@@ -57,7 +57,7 @@ const COMMANDS: [(&str, &str); 18] = [
 /// passwords and keys.
 #[derive(Debug, Args)]
 pub struct BundleArgs {
-    /// The archive to write [default: weft-HOST-TIME.tar.gz here].
+    /// The archive to write, which must not exist yet [default: weft-HOST-TIME.tar.gz here].
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
 }
@@ -74,10 +74,30 @@ pub fn run(
     let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
     let name = format!("weft-{}-{time}", node::host_name());
     let path = arguments.file.clone().unwrap_or_else(|| format!("{name}.tar.gz").into());
-    let bundle = Bundle::create(&path, name, secrets(directories))
+    let daemons = ask(directories);
+    let bundle = match Bundle::create(&path, name, secrets(&daemons)) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            bail!("{} is there already; remove it, or name another file", path.display())
+        }
+        bundle => bundle.with_context(|| format!("cannot write {}", path.display()))?,
+    };
+    bundle
+        .fill(directories, &daemons)
         .with_context(|| format!("cannot write {}", path.display()))?;
-    bundle.fill(directories).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(writeln!(out, "wrote {}", path.display())?)
+}
+
+/// A daemon's socket, and what the daemon says of itself.
+type Asked = (PathBuf, anyhow::Result<Status>);
+
+/// Asks each daemon, once: whose secrets are not known must not be written about.
+fn ask(directories: &Directories) -> Vec<Asked> {
+    let sockets = socket::sockets(&directories.run_dir).unwrap_or_default();
+    let asked = sockets.into_iter().map(|socket| {
+        let status = socket::ask_now(&socket, &Request::Status);
+        (socket, status)
+    });
+    asked.collect()
 }
 
 /// An archive that is being written.
@@ -92,29 +112,33 @@ struct Bundle {
 
 impl Bundle {
     fn create(path: &Path, name: String, secrets: BTreeSet<Vec<u8>>) -> io::Result<Self> {
-        // Without secrets it still tells much; it is the owner's to hand on.
+        // Without secrets it still tells much; it is the owner's to hand on. A file that is there
+        // would keep the mode that it has.
         let mut options = File::options();
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let file = options.write(true).create(true).truncate(true).open(path)?;
+        let file = options.write(true).create_new(true).open(path)?;
         let archive = tar::Builder::new(GzEncoder::new(file, Compression::default()));
         let user_in_url = Regex::new("://[^/@\\s\"']+@").map_err(io::Error::other)?;
         Ok(Self { archive, name, secrets, user_in_url })
     }
 
-    fn fill(mut self, directories: &Directories) -> io::Result<()> {
-        self.daemons(directories)?;
+    fn fill(mut self, directories: &Directories, daemons: &[Asked]) -> io::Result<()> {
+        self.daemons(daemons)?;
         for (name, line) in COMMANDS {
             let mut words = line.split_whitespace();
             let mut command = Command::new(words.next().unwrap_or_default());
-            self.add(name, &output_of(line, command.args(words)))?;
+            let mut output = output_of(line, command.args(words));
+            if line.starts_with("sysctl ") {
+                output = without_keys(&output);
+            }
+            self.add(name, &output)?;
         }
         let mut doctor = Command::new(std::env::current_exe()?);
         doctor.arg("doctor").arg("--run-dir").arg(&directories.run_dir);
         doctor.arg("--state-dir").arg(&directories.state_dir);
         self.add("doctor", &output_of("weft doctor", &mut doctor))?;
-        for path in [&directories.state_dir, &directories.run_dir] {
-            self.directory(path)?;
-        }
+        self.directory(&directories.state_dir, &STATE_FILES)?;
+        self.directory(&directories.run_dir, &[RUN_FILES])?;
         for path in ["/run/flannel/subnet.env", "/etc/os-release", "/proc/net/softnet_stat"] {
             self.file(path.trim_start_matches('/'), Path::new(path))?;
         }
@@ -122,26 +146,27 @@ impl Bundle {
     }
 
     /// What each daemon says of itself, and was started with.
-    fn daemons(&mut self, directories: &Directories) -> io::Result<()> {
-        let sockets = socket::sockets(&directories.run_dir).unwrap_or_default();
-        for (number, socket) in sockets.iter().enumerate() {
+    fn daemons(&mut self, daemons: &[Asked]) -> io::Result<()> {
+        for (number, (socket, status)) in daemons.iter().enumerate() {
             let name = format!("daemon-{}", number + 1);
-            let status = match socket::ask_now::<Status>(socket, &Request::Status) {
+            let status = match status {
                 Ok(status) => status,
                 Err(error) => {
                     self.add(&format!("{name}/unreachable"), format!("{error:#}\n").as_bytes())?;
                     continue;
                 }
             };
-            let json = serde_json::to_vec_pretty(&status)?;
+            let json = serde_json::to_vec_pretty(status)?;
             self.add(&format!("{name}/status.json"), &json)?;
             let mut text = Vec::new();
-            status_command::write_text(&status, Timestamp::now(), &mut text)?;
+            status_command::write_text(status, Timestamp::now(), &mut text)?;
             self.add(&format!("{name}/status"), &text)?;
             let metrics = socket::ask_now::<String>(socket, &Request::Metrics);
             let metrics = metrics.unwrap_or_else(|error| format!("{error:#}\n"));
             self.add(&format!("{name}/metrics"), metrics.as_bytes())?;
-            for part in ["cmdline", "limits", "status", "cgroup"] {
+            let words = fs::read(format!("/proc/{}/cmdline", status.pid)).unwrap_or_default();
+            self.add(&format!("{name}/process-cmdline"), &without_values(&words))?;
+            for part in ["limits", "status", "cgroup"] {
                 let path = format!("/proc/{}/{part}", status.pid);
                 self.file(&format!("{name}/process-{part}"), Path::new(&path))?;
             }
@@ -149,11 +174,13 @@ impl Bundle {
         Ok(())
     }
 
-    /// The files of a directory, but not those below it: among these may be a registry.
-    fn directory(&mut self, path: &Path) -> io::Result<()> {
+    /// Weft's own files in a directory, by what their names begin with: others may be keys.
+    fn directory(&mut self, path: &Path, ours: &[&str]) -> io::Result<()> {
         let Ok(entries) = fs::read_dir(path) else { return Ok(()) };
         for entry in entries.filter_map(Result::ok) {
-            if entry.file_type()?.is_file() {
+            let name = entry.file_name();
+            let is_ours = ours.iter().any(|start| name.to_string_lossy().starts_with(start));
+            if is_ours && entry.file_type()?.is_file() {
                 let name = entry.path().to_string_lossy().trim_start_matches('/').to_owned();
                 self.file(&name, &entry.path())?;
             }
@@ -216,13 +243,31 @@ fn output_of(line: &str, command: &mut Command) -> Vec<u8> {
     text
 }
 
-/// The passwords that the daemons of this host were given: by a flag, a variable or a file.
-fn secrets(directories: &Directories) -> BTreeSet<Vec<u8>> {
-    let sockets = socket::sockets(&directories.run_dir).unwrap_or_default();
-    let answers = sockets.iter().filter_map(|it| socket::ask_now(it, &Request::Status).ok());
-    let daemons: Vec<Status> = answers.collect();
+/// What sysctl writes, but for the lines of keys: that of TCP Fast Open, say.
+fn without_keys(output: &[u8]) -> Vec<u8> {
+    let output = String::from_utf8_lossy(output);
+    let is_key = |line: &&str| {
+        let name = line.split('=').next().unwrap_or_default();
+        name.contains("key") || name.contains("secret")
+    };
+    output.split_inclusive('\n').filter(|line| !is_key(line)).collect::<String>().into_bytes()
+}
+
+/// A command line without the passwords in it, however short they are.
+fn without_values(cmdline: &[u8]) -> Vec<u8> {
+    let words: Vec<&[u8]> = cmdline.split(|byte| *byte == 0).collect();
+    let mut shown: Vec<Vec<u8>> = words.iter().map(|word| word.to_vec()).collect();
+    for (word, at) in places(&words, SECRET_FLAG) {
+        shown[word].truncate(at);
+        shown[word].extend(STRIPPED.as_bytes());
+    }
+    shown.join(&0)
+}
+
+/// The passwords that these daemons were given: by a flag, a variable or a file.
+fn secrets(daemons: &[Asked]) -> BTreeSet<Vec<u8>> {
     let mut found = BTreeSet::new();
-    for pid in daemons.iter().map(|status| status.pid) {
+    for pid in daemons.iter().filter_map(|(_, status)| Some(status.as_ref().ok()?.pid)) {
         let read = |part: &str| fs::read(format!("/proc/{pid}/{part}")).unwrap_or_default();
         let words = [read("cmdline"), read("environ")].concat();
         let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
@@ -236,25 +281,32 @@ fn secrets(directories: &Directories) -> BTreeSet<Vec<u8>> {
     found
 }
 
-/// The values that `--flag value`, `-flag=value` and `FLANNELD_FLAG=value` give.
+/// The values that a flag is given.
 fn values(words: &[&[u8]], flag: &str) -> Vec<Vec<u8>> {
+    places(words, flag).into_iter().map(|(word, at)| words[word][at..].to_vec()).collect()
+}
+
+/// Where the values stand that `--flag value`, `-flag=value` and `FLANNELD_FLAG=value` give: in which
+/// word, and from which byte on.
+fn places(words: &[&[u8]], flag: &str) -> Vec<(usize, usize)> {
     let variable = flag.to_uppercase().replace('-', "_");
-    let mut values = Vec::new();
+    let mut places = Vec::new();
     for (number, word) in words.iter().enumerate() {
         let mut parts = word.splitn(2, |byte| *byte == b'=');
         let (name, value) = (parts.next().unwrap_or_default(), parts.next());
+        let start = name.len() + 1;
         let name = String::from_utf8_lossy(name);
         let is_flag = name.starts_with('-') && name.trim_start_matches('-') == flag;
         let is_variable = ["FLANNELD_", "WEFT_"]
             .iter()
             .any(|it| name.strip_prefix(it) == Some(variable.as_str()));
         match value {
-            Some(value) if is_flag || is_variable => values.push(value.to_owned()),
-            None if is_flag => values.extend(words.get(number + 1).map(|next| next.to_vec())),
+            Some(_) if is_flag || is_variable => places.push((number, start)),
+            None if is_flag && number + 1 < words.len() => places.push((number + 1, 0)),
             _ => {}
         }
     }
-    values
+    places
 }
 
 #[cfg(test)]
@@ -274,6 +326,22 @@ mod tests {
         let found: [&[u8]; 3] = [b"one two", b"three=", b"four"];
         assert_eq!(values(&words, SECRET_FLAG), found);
         assert_eq!(values(&words, SECRET_FILE_FLAG), [b"/etc/five"]);
+    }
+
+    #[test]
+    fn a_command_line_is_shown_without_passwords() {
+        let words = b"weftd\0--etcd-password\0p\0-etcd-password=pw\0--etcd-username=p\0";
+        let shown =
+            b"weftd\0--etcd-password\0[stripped]\0-etcd-password=[stripped]\0--etcd-username=p\0";
+        assert_eq!(without_values(words), shown);
+        assert_eq!(without_values(b"weftd\0--etcd-password"), b"weftd\0--etcd-password");
+    }
+
+    #[test]
+    fn keys_of_the_kernel_are_left_out() {
+        let told = b"$ sysctl net\nnet.ipv4.tcp_fastopen_key = 1\nnet.ipv4.ip_forward = 1\n\
+                     net.ipv6.conf.all.stable_secret = fe80::1\n";
+        assert_eq!(without_keys(told), b"$ sysctl net\nnet.ipv4.ip_forward = 1\n");
     }
 
     #[test]

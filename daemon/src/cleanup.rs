@@ -23,7 +23,7 @@ use weft_control::firewall::nftables::{self, Nftables};
 
 use crate::directories::{Directories, STATE_DIR};
 use crate::made::{Made, files_of};
-use crate::node::{self, STATE_FILES};
+use crate::node::{self, RUN_FILES, STATE_FILES};
 use crate::state_file::{LastKnown, StateFile};
 
 /// Remove all that weft has made on this host: devices, routes, firewall rules and files.
@@ -104,7 +104,7 @@ impl Scope {
         let mut files = files_of(state_dir, is_state)?;
         let mut locks: Vec<PathBuf> = made.iter().map(|made| made.lock.clone()).collect();
         if whole_host {
-            let run_files = files_of(run_dir, |name| name.starts_with("weftd-"))?;
+            let run_files = files_of(run_dir, |name| name.starts_with(RUN_FILES))?;
             let is_lock = |path: &&PathBuf| path.extension().is_some_and(|it| it == "lock");
             locks.extend(run_files.iter().filter(is_lock).cloned());
             files.extend(run_files);

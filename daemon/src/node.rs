@@ -40,6 +40,8 @@ pub(crate) struct NodeFiles {
 
 /// What the names of files in the state directory begin with.
 pub(crate) const STATE_FILES: [&str; 4] = ["node-", "last-known-", "made-", "config-"];
+/// The same in the run directory.
+pub(crate) const RUN_FILES: &str = "weftd-";
 
 impl NodeFiles {
     /// In these directories.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
@@ -104,8 +105,14 @@ fn bundle(lab: &Lab) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let archive = directory.path().join("bundle.tar.gz");
     let archive_name = archive.to_str().context("a path that is no text")?;
+    for directory in [&lab.host(0).state_dir, &lab.host(0).run_dir] {
+        fs::write(directory.join("etcd.key"), PASSWORD)?;
+    }
     let (ok, text) = weft(lab, &["support-bundle", archive_name])?;
     ensure!(ok, "{text}");
+    assert_eq!(fs::metadata(&archive)?.mode() & 0o777, 0o600);
+    let (ok, text) = weft(lab, &["support-bundle", archive_name])?;
+    assert!(!ok && text.contains("remove it, or name another file"), "{text}");
     let tar = Command::new("tar").arg("-xzf").arg(&archive).current_dir(&directory).status()?;
     ensure!(tar.success());
     fs::remove_file(&archive)?;
@@ -116,12 +123,19 @@ fn bundle(lab: &Lab) -> Result<()> {
     let status: Value = serde_json::from_str(&read("daemon-1/status.json")?)?;
     assert_eq!(status["state"], "forwarding");
     assert!(read("daemon-1/metrics")?.contains("weft_build_info"));
+    assert!(read("kernel/counters")?.contains("IpInReceives"));
+    let sysctl = read("kernel/sysctl")?;
+    assert!(sysctl.contains("net.ipv4.ip_forward") && !sysctl.contains("tcp_fastopen_key"));
     assert!(read("doctor")?.contains("ip_forward"));
     assert!(read("kernel/routes")?.contains("10.42.0.0/16 dev flannel0 proto 119"));
     assert!(read("firewall/iptables")?.contains("10.42.0.0/16"));
     assert!(read("daemon-1/process-cmdline")?.contains("--etcd-password=[stripped]"));
     let found = Command::new("grep").args(["--recursive", PASSWORD]).arg(&root).output()?;
     assert_eq!(found.status.code(), Some(1), "{}", String::from_utf8_lossy(&found.stdout));
+    let found = Command::new("find").arg(&root).args(["-name", "etcd.key"]).output()?;
+    assert_eq!(String::from_utf8_lossy(&found.stdout), "");
+    let found = Command::new("find").arg(&root).args(["-name", "last-known-*"]).output()?;
+    assert_ne!(String::from_utf8_lossy(&found.stdout), "");
     Ok(())
 }
 
