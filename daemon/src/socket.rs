@@ -102,13 +102,20 @@ pub fn ask_now<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow:
 /// # Errors
 /// None runs, or one does not answer.
 pub fn ask_all<T: DeserializeOwned>(run_dir: &Path, request: &Request) -> anyhow::Result<Vec<T>> {
-    let mut answers = Vec::new();
-    for socket in sockets(run_dir)? {
-        match ask_now(&socket, request) {
-            Err(error) if is_gone(&error) => {}
-            answer => answers.push(answer?),
-        }
-    }
+    ask_each(run_dir, request)?.into_iter().collect()
+}
+
+/// As [`ask_all`], but one that does not answer keeps no others from being heard.
+///
+/// # Errors
+/// None runs.
+pub fn ask_each<T: DeserializeOwned>(
+    run_dir: &Path,
+    request: &Request,
+) -> anyhow::Result<Vec<anyhow::Result<T>>> {
+    let answers = sockets(run_dir)?.into_iter().map(|socket| ask_now(&socket, request));
+    let is_there = |answer: &anyhow::Result<T>| !answer.as_ref().is_err_and(is_gone);
+    let answers: Vec<anyhow::Result<T>> = answers.filter(is_there).collect();
     if answers.is_empty() {
         bail!(
             "no weftd runs with --run-dir {}; start it, or name its --run-dir",

@@ -10,7 +10,8 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::directories::Directories;
 use crate::output::{Output, float, short};
-use crate::status::{self, PeerStatus, ProbeStatus, Status, TrafficStatus};
+use crate::socket::{self, Request};
+use crate::status::{PeerStatus, ProbeStatus, Status, TrafficStatus};
 
 /// What stands where there is nothing to say.
 const NONE: &str = "-";
@@ -25,16 +26,26 @@ pub struct StatusArgs {
     output: Output,
 }
 
-/// Asks each daemon and writes the answers.
+/// Asks each daemon and writes the answers; who does not answer is named on stderr.
 ///
 /// # Errors
-/// No daemon runs, or one does not answer.
+/// No daemon runs.
 pub fn run(
     arguments: &StatusArgs,
     directories: &Directories,
     out: &mut dyn Write,
 ) -> anyhow::Result<ExitCode> {
-    let daemons = status::read_all(&directories.run_dir)?;
+    let mut is_well = true;
+    let mut daemons: Vec<Status> = Vec::new();
+    for answer in socket::ask_each(&directories.run_dir, &Request::Status)? {
+        match answer {
+            Ok(daemon) => daemons.push(daemon),
+            Err(error) => {
+                eprintln!("weft: {error:#}");
+                is_well = false;
+            }
+        }
+    }
     match arguments.output {
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&daemons)?)?,
         Output::Table => {
@@ -46,7 +57,7 @@ pub fn run(
             }
         }
     }
-    let is_well = daemons.iter().all(|daemon| daemon.ready);
+    is_well &= daemons.iter().all(|daemon| daemon.ready && daemon.problems.is_empty());
     Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -1,9 +1,11 @@
 //! `weft status`, as an operator calls it.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use weft_daemon::netns::NetNs;
 use weft_tests::{Weftd, overlay, program, until};
@@ -47,6 +49,12 @@ fn it_tells_people_and_programs() -> Result<()> {
         assert!(stdout.contains(part), "no {part:?} in:\n{stdout}");
     }
 
+    // The node is ready, but there is something to see to.
+    fs::write(lab.registry()?.join("subnets/10.42.253.0-24"), "{")?;
+    until("it is told", || Ok(!weft(&host.netns, &["status", "--run-dir", run_dir])?.0))?;
+    let status = lab.status(0)?;
+    assert!(status.ready && status.problems[0].contains("10.42.253.0-24"), "{status:?}");
+
     let (ok, _, stderr) = weft(&host.netns, &["status", "--run-dir", "/nowhere"])?;
     assert!(!ok);
     assert!(stderr.contains("no weftd runs with --run-dir /nowhere"), "{stderr}");
@@ -76,6 +84,13 @@ fn a_daemon_that_waits_says_what_for_and_a_killed_one_is_passed_over() -> Result
             (0..daemons.len()).any(|it| state(it).contains("waiting for the network config"));
         Ok(!ok && daemons.len() == 2 && waits)
     })?;
+    // Frozen, it hides no others.
+    let waits = |daemon: &&Value| daemon["state"] != "forwarding";
+    let pid = all()?.1.iter().find(waits).context("nobody waits")?["pid"].as_i64();
+    let pid = Pid::from_raw(pid.context("no pid")?.try_into()?).context("no pid")?;
+    kill_process(pid, Signal::STOP)?;
+    let (ok, text, stderr) = weft(&host.netns, &["status", &run_dir])?;
+    assert!(!ok && text.contains("forwarding") && stderr.contains("does not answer"), "{stderr}");
     // Killed, it leaves its socket behind.
     drop(waiting);
     let (_, daemons) = all()?;

@@ -24,7 +24,8 @@ use self::seen::{Fallback, Seen};
 use crate::directories::Directories;
 use crate::flags::RegistryFlags;
 use crate::output::Output;
-use crate::status::{self, Status};
+use crate::socket::{self, Request};
+use crate::status::Status;
 
 /// In the order in which one thing stands on another.
 const CHECKS: [fn(&Seen) -> Check; 23] = [
@@ -113,12 +114,11 @@ pub fn run(
     Ok(if worst == Some(Verdict::Fail) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Every daemon's answer, or the one reason why there is none.
+/// Every daemon's answer, or the reason why there is none.
 fn daemons(run_dir: &Path) -> Vec<Result<Status, String>> {
-    match status::read_all(run_dir) {
-        Ok(answers) => answers.into_iter().map(Ok).collect(),
-        Err(error) => vec![Err(format!("{error:#}"))],
-    }
+    let answers =
+        socket::ask_each(run_dir, &Request::Status).unwrap_or_else(|error| vec![Err(error)]);
+    answers.into_iter().map(|answer| answer.map_err(|error| format!("{error:#}"))).collect()
 }
 
 async fn examine(daemon: Result<Status, String>, fallback: &Fallback) -> anyhow::Result<Report> {
