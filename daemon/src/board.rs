@@ -91,6 +91,16 @@ impl Board {
         facts.engine = backend.engine;
     }
 
+    /// Writes down whether the registry could be read just now.
+    pub(crate) fn registry(&self, readable: bool) {
+        self.update(|status| {
+            status.registry_readable = readable;
+            if readable {
+                status.registry_answered = Some(Timestamp::now());
+            }
+        });
+    }
+
     /// Says where the firewall's state is to be found.
     pub(crate) fn firewall(&self, state: watch::Receiver<FirewallState>) {
         self.facts().firewall = Some(state);

@@ -100,7 +100,7 @@ impl Forwarding<'_> {
                     let View { snapshot, readable } = watch.borrow_and_update().clone();
                     let is_back = readable && !turn.readable;
                     turn.readable = readable;
-                    self.tell_registry(readable);
+                    self.board.registry(readable);
                     if !readable {
                         (turn.renewals, turn.records) = Default::default();
                         self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
@@ -362,8 +362,9 @@ impl Forwarding<'_> {
     }
 
     fn claim<'t>(&'t self, turn: &'t Turn) -> Claim<'t> {
-        let (ttl, health) = (self.settings.lease_ttl, self.health);
-        Claim { config: &turn.config, identity: &turn.identity, ttl, health }
+        let Self { health, board, .. } = *self;
+        let ttl = self.settings.lease_ttl;
+        Claim { config: &turn.config, identity: &turn.identity, ttl, health, board }
     }
 
     fn write_subnet_file(&self, turn: &Turn) -> bool {
@@ -426,7 +427,7 @@ impl Forwarding<'_> {
         let published = self.registry.publish_node(&record, NODE_TTL).await;
         turn.records.note("publish this node's record", &published);
         if published.is_ok() {
-            self.tell_registry(true);
+            self.board.registry(true);
         }
     }
 
@@ -448,15 +449,6 @@ impl Forwarding<'_> {
             Err(_) => {}
         }
         false
-    }
-
-    fn tell_registry(&self, readable: bool) {
-        self.board.update(|status| {
-            status.registry_readable = readable;
-            if readable {
-                status.registry_answered = Some(Timestamp::now());
-            }
-        });
     }
 }
 

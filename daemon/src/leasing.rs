@@ -8,6 +8,7 @@ use weft_control::lease::NodeRecord;
 use weft_control::subnet_env::Previous;
 use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry, RegistryError};
 
+use crate::board::Board;
 use crate::health::Health;
 use crate::retry::Repeats;
 
@@ -23,6 +24,8 @@ pub(crate) struct Claim<'a> {
     pub(crate) ttl: Duration,
     /// Who is told of what keeps us from a lease.
     pub(crate) health: &'a Health,
+    /// Where it is written down whether the registry can be read.
+    pub(crate) board: &'a Board,
 }
 
 impl Claim<'_> {
@@ -73,7 +76,9 @@ impl Claim<'_> {
         rng: &mut fastrand::Rng,
     ) -> Result<Attempt, RegistryError> {
         let Self { config, identity, ttl, .. } = *self;
-        let snapshot = registry.snapshot().await?;
+        let snapshot = registry.snapshot().await;
+        self.board.registry(snapshot.is_ok());
+        let snapshot = snapshot?;
         if let Some(other) = keeper::claimant(identity, &snapshot.nodes) {
             return Ok(Attempt::Claimed(Box::new(other.clone())));
         }

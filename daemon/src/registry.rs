@@ -5,6 +5,7 @@ use weft_control::{
     Access, DirectoryRegistry, Etcd2Registry, Etcd3Registry, Registry, RegistryError,
 };
 
+use crate::board::Board;
 use crate::flags::{EtcdApi, RegistrySettings, Settings};
 use crate::health::Health;
 use crate::node;
@@ -19,6 +20,7 @@ use crate::state_file::StateFile;
 pub(crate) async fn open(
     settings: &Settings,
     health: &Health,
+    board: &Board,
 ) -> Result<Box<dyn Registry>, RegistryError> {
     match &settings.registry {
         RegistrySettings::Directory(path) => {
@@ -30,7 +32,7 @@ pub(crate) async fn open(
             Ok(Box::new(registry))
         }
         RegistrySettings::Etcd { access, prefix, api: EtcdApi::Auto } => {
-            Ok(find_config(settings, access, prefix, Repeats::told_to(health)).await)
+            Ok(find_config(settings, access, prefix, board, Repeats::told_to(health)).await)
         }
         RegistrySettings::Etcd { access, prefix, api: EtcdApi::V3 } => {
             Ok(Box::new(Etcd3Registry::new(access, prefix)))
@@ -80,12 +82,14 @@ async fn find_config(
     settings: &Settings,
     access: &Access,
     prefix: &str,
+    board: &Board,
     mut said: Repeats,
 ) -> Box<dyn Registry> {
     loop {
         let v3 = Etcd3Registry::new(access, prefix);
         let v2 = Etcd2Registry::new(access, prefix);
         let (by_v3, by_v2) = tokio::join!(v3.snapshot(), v2.snapshot());
+        board.registry(by_v3.is_ok() || by_v2.is_ok());
         match (has_config(&by_v3), has_config(&by_v2)) {
             (true, both) => {
                 if both {

@@ -68,12 +68,13 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
     if let Some(address) = settings.health {
         http::serve(address, board.clone()).await?;
     }
-    let registry = registry::open(settings, health).await?;
+    let registry = registry::open(settings, health, board).await?;
     board.update(|status| status.registry = registry.describe());
     let mut said = Repeats::told_to(health);
     let mut backoff = Backoff::default();
     loop {
-        let (text, config, kind) = wait_for_config(registry.as_ref(), settings, &mut said).await?;
+        let (text, config, kind) =
+            wait_for_config(registry.as_ref(), settings, board, &mut said).await?;
         let around = Surroundings::look(settings.wish.can_reach).await?;
         let chosen = around.choose(settings, &config)?;
         if let Some(reason) = around.conflict(settings, &config, &chosen.interface) {
@@ -127,6 +128,7 @@ impl Daemon<'_> {
             identity: &station.place.identity,
             ttl: settings.lease_ttl,
             health,
+            board: self.board,
         };
         let (mut lease, last) = self.first_lease(&claim, &station.last_known).await;
         if let Err(error) = config_file(settings, registry).save(&self.text) {
@@ -328,12 +330,13 @@ fn require_net_admin() -> anyhow::Result<()> {
 async fn wait_for_config(
     registry: &dyn Registry,
     settings: &Settings,
+    board: &Board,
     said: &mut Repeats,
 ) -> anyhow::Result<(String, NetworkConfig, BackendKind)> {
     let wanted = settings.network.map(minimal_config).transpose()?;
     let file = config_file(settings, registry);
     loop {
-        let text = read_config(registry, wanted.as_deref(), &file).await;
+        let text = read_config(registry, wanted.as_deref(), &file, board).await;
         let parsed = text.and_then(|text| {
             let bad = |error| format!("{} holds a bad one: {error}", registry.describe());
             text.parse().map(|config: NetworkConfig| (text, config)).map_err(bad)
@@ -355,8 +358,11 @@ async fn read_config(
     registry: &dyn Registry,
     wanted: Option<&str>,
     file: &StateFile<String>,
+    board: &Board,
 ) -> Result<String, String> {
-    let found = match registry.snapshot().await {
+    let snapshot = registry.snapshot().await;
+    board.registry(snapshot.is_ok());
+    let found = match snapshot {
         Ok(snapshot) => snapshot.config,
         Err(error) => {
             let (text, since) = file.load().ok_or_else(|| error.to_string())?;

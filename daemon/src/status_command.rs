@@ -226,18 +226,24 @@ mod tests {
 
     #[test]
     fn a_daemon_that_waits_says_what_for() {
-        let daemon = Status {
+        let mut daemon = Status {
             version: "1.2.3".into(),
             pid: 7,
             state: "waiting for the network config: there is none".into(),
             registry: "etcd".into(),
+            registry_readable: true,
+            registry_answered: Some(Timestamp::UNIX_EPOCH),
             ..Status::default()
         };
-        let mut text = Vec::new();
-        write_text(&daemon, Timestamp::UNIX_EPOCH, &mut text).unwrap();
-        let text = String::from_utf8(text).unwrap();
+        let written = |daemon: &Status| {
+            let mut text = Vec::new();
+            write_text(daemon, Timestamp::UNIX_EPOCH, &mut text).unwrap();
+            String::from_utf8(text).unwrap()
+        };
         let wanted = "weftd 1.2.3, pid 7, up 0s: waiting for the network config: there is none\n  \
-                      registry   etcd (has not answered yet)\n";
-        assert_eq!(text, wanted);
+                      registry   etcd (answered 0s ago)\n";
+        assert_eq!(written(&daemon), wanted);
+        (daemon.registry_readable, daemon.registry_answered) = (false, None);
+        assert!(written(&daemon).ends_with("registry   etcd (has not answered yet)\n"));
     }
 }

@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use weft_daemon::lab::{Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{Service, Unit, make_root};
-use weft_tests::{DEADLINE, health, hosts, http_get, program, run_weftd, until, write_config};
+use weft_tests::{
+    DEADLINE, health, hosts, http_get, metrics, program, run_weftd, until, write_config,
+};
 
 fn unit_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd/weftd.service")
@@ -48,6 +50,8 @@ fn systemd_and_health_checks_are_told_how_it_is() -> Result<()> {
     assert_eq!((code, &why["ready"]), (503, &json!(false)));
     assert!(why["reasons"][0].to_string().contains("waiting for the network config"), "{why}");
     assert!(!service.is_ready()?);
+    // It waits for the config, not for the registry.
+    assert_eq!(metrics(netns, 8081)?["weft_registry_readable"].to_bits(), 1f64.to_bits());
 
     write_config(&lab, r#"{"Network":"10.42.0.0/16"}"#)?;
     service.says("READY=1")?;
