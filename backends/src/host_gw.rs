@@ -60,7 +60,8 @@ impl Backend for HostGw {
     }
 
     fn start(&mut self, _: &Lease) -> Result<Started, BackendError> {
-        Ok(Started { device: self.interface.name.clone(), mtu: self.interface.mtu })
+        let device = self.interface.name.clone();
+        Ok(Started { device, other_devices: Vec::new(), mtu: self.interface.mtu })
     }
 
     fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {

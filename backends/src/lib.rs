@@ -199,6 +199,8 @@ impl fmt::Display for ExternalInterface {
 pub struct Started {
     /// The overlay device.
     pub device: String,
+    /// The device of the other family, where each has one.
+    pub other_devices: Vec<String>,
     /// The largest packet that containers may send, in bytes.
     pub mtu: u32,
 }

@@ -121,7 +121,7 @@ impl Backend for UdpTun {
         let engine = engine.start(RouteTable::default(), on_failure)?;
         self.running =
             Some(Running { engine, device: device.clone(), peers: Vec::new(), published: None });
-        Ok(Started { device, mtu: mtu.into() })
+        Ok(Started { device, other_devices: Vec::new(), mtu: mtu.into() })
     }
 
     fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {

@@ -119,8 +119,9 @@ impl Backend for Vxlan {
     fn start(&mut self, lease: &Lease) -> Result<Started, BackendError> {
         self.is_known = false;
         self.look_after_devices(Some(lease))?;
-        let device = self.devices.first().map(|device| device.name.clone()).unwrap_or_default();
-        Ok(Started { device, mtu: self.mtu()? })
+        let mut names = self.devices.iter().map(|device| device.name.clone());
+        let device = names.next().unwrap_or_default();
+        Ok(Started { device, other_devices: names.collect(), mtu: self.mtu()? })
     }
 
     fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {

@@ -19,7 +19,7 @@ use crate::health::{Health, Phase};
 use crate::log::Log;
 use crate::probe::{self, Findings, Totals};
 use crate::status::{PeerStatus, ProbeStatus, SCHEMA, Status, TrafficStatus};
-use crate::usage::Usage;
+use crate::usage;
 
 /// How long one turn of the loop may take: some work waits for slow servers, and for the kernel.
 const STILL_MAX: Duration = Duration::from_secs(120);
@@ -185,7 +185,7 @@ impl Board {
             Phase::Starting(what) => (what.clone(), false),
             Phase::Forwarding { problems, .. } => ("forwarding".into(), problems.is_empty()),
         };
-        status.cpu_millis = Usage::now().cpu_millis;
+        status.cpu_millis = usage::now().cpu_millis;
         status.changes = self.log.recent();
         status
     }

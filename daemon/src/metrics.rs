@@ -13,7 +13,7 @@ use weft_backends::{BUCKETS, Counter, Direction, Distribution, EngineMeter, Hist
 use crate::board::Board;
 use crate::probe::{FAULTS, RTT_BOUNDS_US, Totals};
 use crate::status::Status;
-use crate::usage::Usage;
+use crate::usage::{self, Usage};
 
 /// What an HTTP client is told of the form.
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -26,13 +26,17 @@ const WAYS: [&str; 2] = ["tunnel", "direct"];
 /// All metrics as they are now. Asks the kernel, so it blocks.
 pub(crate) fn read(board: &Board) -> String {
     let status = board.read();
-    let device = status.device.as_deref().and_then(|name| {
+    let devices = status.device.iter().chain(&status.other_devices).filter_map(|name| {
         let counters = Netlink::open().ok()?.link_counters(name);
         // It may be gone this instant.
-        counters.inspect_err(|error| tracing::debug!("no counters of {name}: {error}")).ok()
+        let counters =
+            counters.inspect_err(|error| tracing::debug!("no counters of {name}: {error}"));
+        Some((name.clone(), counters.ok()?))
     });
+    let devices: Vec<(String, LinkCounters)> = devices.collect();
     let (engine, probes) = (board.engine(), board.probe_totals());
-    let families = families(&status, &probes, engine.as_ref(), device, &Usage::now());
+    let process = (usage::now(), usage::open_files());
+    let families = families(&status, &probes, engine.as_ref(), &devices, &process);
     let mut registry = Registry::with_prefix(PREFIX);
     registry.register_collector(Box::new(Families(families)));
     let mut text = String::new();
@@ -93,18 +97,20 @@ impl Sample {
 
     fn encode(&self, encoder: &mut MetricEncoder<'_>) -> fmt::Result {
         let labels: &[(&str, String)] = &self.labels;
-        if let Value::Info = self.value {
-            return encoder.encode_info(&labels);
+        if labels.is_empty() || matches!(self.value, Value::Info) {
+            return self.value.encode(encoder, labels);
         }
-        if labels.is_empty() {
-            return self.value.encode(encoder);
-        }
-        self.value.encode(&mut encoder.encode_family(&labels)?)
+        self.value.encode(&mut encoder.encode_family(&labels)?, labels)
     }
 }
 
 impl Value {
-    fn encode(&self, encoder: &mut MetricEncoder<'_>) -> fmt::Result {
+    /// `labels` is all that an info has to say.
+    fn encode(
+        &self,
+        encoder: &mut MetricEncoder<'_>,
+        labels: &[(&'static str, String)],
+    ) -> fmt::Result {
         match self {
             Self::Gauge(value) => encoder.encode_gauge(value),
             Self::Counter(count) => encoder.encode_counter::<NoLabelSet, _, u64>(count, None),
@@ -113,7 +119,7 @@ impl Value {
                 let count = buckets.iter().map(|(_, count)| count).sum();
                 encoder.encode_histogram::<NoLabelSet>(*sum, count, buckets, None)
             }
-            Self::Info => encoder.encode_info(&[("", ""); 0]),
+            Self::Info => encoder.encode_info(&labels),
         }
     }
 }
@@ -152,14 +158,14 @@ fn families(
     status: &Status,
     probes: &Totals,
     engine: Option<&EngineMeter>,
-    device: Option<LinkCounters>,
-    process: &Usage,
+    devices: &[(String, LinkCounters)],
+    process: &(Usage, u64),
 ) -> Vec<Family> {
     let mut families = of_daemon(status);
     families.extend(of_probes(status, probes));
     families.extend(of_registry(status));
     families.extend(of_engine(status, engine));
-    families.extend(of_device(status.device.as_deref(), device));
+    families.extend(of_devices(devices));
     families.extend(of_process(process));
     families
 }
@@ -475,7 +481,8 @@ fn of_engine(status: &Status, engine: Option<&EngineMeter>) -> Vec<Family> {
         ),
         histogram(
             "batch_duration_seconds",
-            "From waking up until all that had come in was handed on",
+            "From waking up until all that had come in was handed on; for tun_to_udp without the \
+             system calls that send",
             (engine, Distribution::BatchNanos),
             (10..=25, 1e-9),
         ),
@@ -509,18 +516,21 @@ fn histogram(
     Family { name, labels: &["direction"], help, kind: MetricType::Histogram, samples }
 }
 
-fn of_device(name: Option<&str>, device: Option<LinkCounters>) -> Vec<Family> {
+fn of_devices(devices: &[(String, LinkCounters)]) -> Vec<Family> {
     let both = |pick: fn(&LinkCounters) -> (u64, u64)| -> Vec<Sample> {
-        let (Some(name), Some(device)) = (name, &device) else { return Vec::new() };
-        let (transmitted, received) = pick(device);
-        let ways = [("transmit", transmitted), ("receive", received)];
-        ways.map(|(way, count)| counted(&[("device", name), ("way", way)], count)).into()
+        let of_device = |(name, device): &(String, LinkCounters)| {
+            let (transmitted, received) = pick(device);
+            let ways = [("transmit", transmitted), ("receive", received)];
+            ways.map(|(way, count)| counted(&[("device", name), ("way", way)], count))
+        };
+        devices.iter().flat_map(of_device).collect()
     };
     vec![
         counter(
             "device_packets",
             &["device", "way"],
-            "The kernel's count of the overlay device's packets: transmit is from the containers",
+            "The kernel's count of the overlay devices' packets: transmit is from the containers; \
+             for host-gw the external interface's, with all of its traffic",
             both(|it| (it.tx_packets, it.rx_packets)),
         ),
         counter(
@@ -532,20 +542,20 @@ fn of_device(name: Option<&str>, device: Option<LinkCounters>) -> Vec<Family> {
         counter(
             "device_dropped_packets",
             &["device", "way"],
-            "What the kernel dropped at the device: in transmit, its queue was full",
+            "What the kernel dropped at the device: in transmit of udp-tun's, its queue was full",
             both(|it| (it.tx_dropped, it.rx_dropped)),
         ),
     ]
 }
 
-fn of_process(process: &Usage) -> Vec<Family> {
-    let Usage { cpu_millis, resident_bytes, threads, open_files } = *process;
+fn of_process((usage, open_files): &(Usage, u64)) -> Vec<Family> {
+    let Usage { cpu_millis, resident_bytes, threads } = *usage;
     let cpu = Sample { labels: Vec::new(), value: Value::Seconds(number(cpu_millis) / 1000.0) };
     vec![
         counter("process_cpu_seconds", &[], "CPU time that the daemon has used", vec![cpu]),
         gauge("process_resident_memory_bytes", "Memory in use", [number(resident_bytes)]),
         gauge("process_threads", "Threads", [number(threads)]),
-        gauge("process_open_fds", "Open files", [number(open_files)]),
+        gauge("process_open_fds", "Open files", [number(*open_files)]),
     ]
 }
 
@@ -556,7 +566,7 @@ mod tests {
     /// The families with their types and meanings, as rows of a table.
     fn rows() -> Vec<String> {
         let families =
-            families(&Status::default(), &Totals::default(), None, None, &Usage::default());
+            families(&Status::default(), &Totals::default(), None, &[], &<(Usage, u64)>::default());
         let row = |family: &Family| {
             let behind = match family.kind {
                 MetricType::Counter => "_total",
@@ -576,6 +586,15 @@ mod tests {
         let documented: Vec<&str> =
             document.lines().filter(|line| line.starts_with("| `weft_")).collect();
         assert_eq!(documented, rows(), "what docs/metrics.md should say:\n{}", rows().join("\n"));
+    }
+
+    #[test]
+    fn each_device_has_its_samples() {
+        let devices = ["flannel.1", "flannel-v6.1"].map(|it| (it.into(), LinkCounters::default()));
+        for family in of_devices(&devices) {
+            let of: Vec<&str> = family.samples.iter().map(|it| it.labels[0].1.as_str()).collect();
+            assert_eq!(of, ["flannel.1", "flannel.1", "flannel-v6.1", "flannel-v6.1"]);
+        }
     }
 
     #[test]

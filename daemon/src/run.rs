@@ -147,6 +147,7 @@ impl Daemon<'_> {
                 "forwarding");
             self.board.update(|status| {
                 status.device = Some(started.device.clone());
+                status.other_devices.clone_from(&started.other_devices);
                 status.mtu = Some(started.mtu);
                 status.mtu_why = Some(mtu_why(&station.place.interface, started.mtu));
             });

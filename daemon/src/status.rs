@@ -52,8 +52,11 @@ pub struct Status {
     pub interface_why: Option<String>,
     /// The address that other nodes send to.
     pub public_ip: Option<IpAddr>,
-    /// The overlay device.
+    /// The overlay device; for host-gw the external interface.
     pub device: Option<String>,
+    /// The device of the other family, where vxlan has one for each.
+    #[serde(default)]
+    pub other_devices: Vec<String>,
     /// The MTU handed to containers.
     pub mtu: Option<u32>,
     /// How it was found.
@@ -79,7 +82,7 @@ pub struct Status {
     /// How the packet engine does input and output: "uring" or "mmsg".
     pub io: Option<String>,
     /// What the kernel does for many packets at once, by the names of `--offload`: "on", "off" by a
-    /// flag, "missing" in this kernel, or "refused" by it.
+    /// flag, "missing" in this kernel, "refused" by it, or "lossy": packets got lost by it.
     pub offloads: BTreeMap<String, String>,
     /// Milliseconds of CPU time that the daemon has used.
     pub cpu_millis: u64,

@@ -8,17 +8,20 @@ pub(crate) struct Usage {
     pub(crate) cpu_millis: u64,
     pub(crate) resident_bytes: u64,
     pub(crate) threads: u64,
-    pub(crate) open_files: u64,
+}
+
+/// How it is now.
+pub(crate) fn now() -> Usage {
+    let read = fs::read_to_string("/proc/self/stat").ok();
+    read.and_then(|text| Usage::parse(&text)).unwrap_or_default()
+}
+
+/// How many files are open.
+pub(crate) fn open_files() -> u64 {
+    fs::read_dir("/proc/self/fd").map_or(0, Iterator::count) as u64
 }
 
 impl Usage {
-    pub(crate) fn now() -> Self {
-        let read = fs::read_to_string("/proc/self/stat").ok();
-        let usage = read.and_then(|text| Self::parse(&text)).unwrap_or_default();
-        let open_files = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count) as u64;
-        Self { open_files, ..usage }
-    }
-
     /// Reads `/proc/self/stat`.
     fn parse(text: &str) -> Option<Self> {
         // The name, in parentheses, may hold anything.
@@ -30,7 +33,6 @@ impl Usage {
             cpu_millis: (field(14)? + field(15)?) * 1000 / rustix::param::clock_ticks_per_second(),
             threads: field(20)?,
             resident_bytes: field(24)? * rustix::param::page_size() as u64,
-            open_files: 0,
         })
     }
 }
