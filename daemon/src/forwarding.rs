@@ -305,8 +305,8 @@ impl Forwarding<'_> {
                 status.subnets = subnets;
                 status.lease_since = Some(Timestamp::now());
             }
-            status.lease_expires = end(&turn.lease);
         });
+        self.tell_lease(turn);
         self.tell_health(turn);
         Ok(report.changed)
     }
@@ -440,7 +440,7 @@ impl Forwarding<'_> {
             Ok(Some(lease)) => {
                 tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
                 turn.hold(lease, self.settings.renewal().0);
-                self.board.update(|status| status.lease_expires = end(&turn.lease));
+                self.tell_lease(turn);
                 return true;
             }
             Ok(None) => {
@@ -449,6 +449,15 @@ impl Forwarding<'_> {
             Err(_) => {}
         }
         false
+    }
+
+    /// Writes down how long the lease lasts.
+    fn tell_lease(&self, turn: &Turn) {
+        self.board.update(|status| {
+            status.lease_expires = end(&turn.lease);
+            status.lease_reserved = turn.lease.expires == Expiry::Never;
+            status.lease_renewal = turn.renewal.and_then(on_the_clock);
+        });
     }
 }
 
@@ -503,6 +512,13 @@ fn end(lease: &Lease) -> Option<Timestamp> {
         Expiry::At(end) => Some(end),
         Expiry::Never | Expiry::Unknown => None,
     }
+}
+
+/// The same moment by the clock that people set, as that stands now.
+fn on_the_clock(at: Instant) -> Option<Timestamp> {
+    let (here, now) = (Instant::now(), Timestamp::now());
+    let ahead = now.checked_add(at.saturating_duration_since(here)).ok()?;
+    ahead.checked_sub(here.saturating_duration_since(at)).ok()
 }
 
 /// When a lease ends, for whoever reads the log.

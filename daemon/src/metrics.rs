@@ -257,8 +257,13 @@ fn of_registry(status: &Status) -> Vec<Family> {
         gauge(
             "lease_expiry_timestamp_seconds",
             "When the lease ends unless it is renewed, in seconds since 1970; missing for a \
-             reservation",
+             reservation, and while it is not known",
             status.lease_expires.map(seconds),
+        ),
+        gauge(
+            "lease_renewal_timestamp_seconds",
+            "When the lease is due to be renewed, in seconds since 1970; missing for a reservation",
+            status.lease_renewal.map(seconds),
         ),
     ]
 }

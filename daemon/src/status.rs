@@ -65,8 +65,14 @@ pub struct Status {
     pub subnets: Vec<IpNetwork>,
     /// Since when this daemon has had the lease.
     pub lease_since: Option<Timestamp>,
-    /// When the lease expires if it is not renewed; absent for a reservation.
+    /// When the lease expires if it is not renewed; absent for a reservation, and while it is not
+    /// known.
     pub lease_expires: Option<Timestamp>,
+    /// When the lease is due to be renewed; absent for a reservation.
+    pub lease_renewal: Option<Timestamp>,
+    /// Whether the lease is a reservation, which does not expire.
+    #[serde(default)]
+    pub lease_reserved: bool,
     /// Peers that traffic is forwarded to.
     pub peers: Vec<PeerStatus>,
     /// What writes the firewall's rules.

@@ -128,8 +128,10 @@ fn lease(daemon: &Status, now: Timestamp) -> Option<String> {
     let since = daemon.lease_since?;
     let subnets: Vec<String> = daemon.subnets.iter().map(ToString::to_string).collect();
     let end = match daemon.lease_expires {
+        Some(end) if end < now => format!("expired {} ago", ago(end, now)),
         Some(end) => format!("expires in {}", length(end.duration_since(now))),
-        None => "no end known".into(),
+        None if daemon.lease_reserved => "reserved".into(),
+        None => "its end is not known".into(),
     };
     Some(format!("{}, held for {}, {end}", subnets.join(" and "), ago(since, now)))
 }
@@ -245,5 +247,23 @@ mod tests {
         assert_eq!(written(&daemon), wanted);
         (daemon.registry_readable, daemon.registry_answered) = (false, None);
         assert!(written(&daemon).ends_with("registry   etcd (has not answered yet)\n"));
+    }
+
+    #[test]
+    fn a_lease_says_how_long_it_lasts() {
+        let now = Timestamp::UNIX_EPOCH;
+        let written = |expires: Option<i64>, lease_reserved| {
+            let daemon = Status {
+                lease_since: Some(now),
+                lease_expires: expires.map(|seconds| now + SignedDuration::from_secs(seconds)),
+                lease_reserved,
+                ..Status::default()
+            };
+            lease(&daemon, now).unwrap()
+        };
+        assert_eq!(written(Some(90), false), ", held for 0s, expires in 1m30s");
+        assert_eq!(written(Some(-90), false), ", held for 0s, expired 1m30s ago");
+        assert_eq!(written(None, true), ", held for 0s, reserved");
+        assert_eq!(written(None, false), ", held for 0s, its end is not known");
     }
 }

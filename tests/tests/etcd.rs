@@ -113,7 +113,8 @@ fn a_reservation_stays_one() -> Result<()> {
     bring_up(&mut lab, &["--subnet-lease-ttl=10s"])?;
     assert_eq!(subnet(&lab, 0)?.to_string(), "10.42.7.0/24");
     assert_eq!(lab.status(0)?.lease_expires, None);
-    assert!(lab.status(1)?.lease_expires.is_some());
+    assert!(lab.status(0)?.lease_reserved);
+    assert!(lab.status(1)?.lease_expires > lab.status(1)?.lease_renewal);
     let other = get_one(&lab, &lease_path(&lab, 1)?)?;
     until("the other lease is renewed", || {
         Ok(get_one(&lab, &lease_path(&lab, 1)?)?.revision > other.revision)
