@@ -1,12 +1,13 @@
 //! `weft doctor` on a host of a lab, as programs read it.
 
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use weft_daemon::lab::Lab;
 
-use crate::{program, until};
+use crate::{DEADLINE, program, until_within};
 
 /// One check.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,13 +53,26 @@ pub fn check(lab: &Lab, host: usize, name: &str) -> Result<Check> {
 
 /// Waits until a check comes to `verdict`, and what it saw or its cure contains `text`.
 pub fn finds(lab: &Lab, host: usize, name: &str, verdict: &str, text: &str) -> Result<()> {
+    finds_within(DEADLINE, lab, host, name, verdict, text).map(drop)
+}
+
+/// The same with another deadline.
+pub fn finds_within(
+    limit: Duration,
+    lab: &Lab,
+    host: usize,
+    name: &str,
+    verdict: &str,
+    text: &str,
+) -> Result<Check> {
     let mut last = None;
-    let found = until(&format!("doctor says {verdict} {name} with {text:?}"), || {
+    let found = until_within(limit, &format!("doctor says {verdict} {name} with {text:?}"), || {
         let found = check(lab, host, name)?;
         let has = found.seen.contains(text) || found.cure.contains(text);
         let agrees = found.verdict == verdict && has && (verdict == "OK" || !found.cure.is_empty());
         last = Some(found);
         Ok(agrees)
     });
-    found.with_context(|| format!("{last:?}"))
+    found.with_context(|| format!("{last:?}"))?;
+    last.context("it was found")
 }

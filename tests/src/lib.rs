@@ -82,14 +82,25 @@ pub fn all_acquainted(lab: &Lab) -> Result<()> {
 ///
 /// # Errors
 /// The deadline passed; the last error or `what` says what was waited for.
-pub fn until(what: &str, mut ask: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + DEADLINE;
+pub fn until(what: &str, ask: impl FnMut() -> Result<bool>) -> Result<()> {
+    until_within(DEADLINE, what, ask)
+}
+
+/// The same with another deadline. A yes that comes after it is one too late.
+pub fn until_within(
+    limit: Duration,
+    what: &str,
+    mut ask: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    let begun = Instant::now();
     loop {
-        match ask() {
-            Ok(true) => return Ok(()),
-            Ok(false) if Instant::now() > deadline => bail!("never happened: {what}"),
-            Err(error) if Instant::now() > deadline => return Err(error.context(what.to_owned())),
-            Ok(false) | Err(_) => thread::sleep(Duration::from_millis(20)),
+        let answer = ask();
+        let is_late = begun.elapsed() > limit;
+        match answer {
+            Ok(true) if !is_late => return Ok(()),
+            Ok(_) if is_late => bail!("not within {limit:?}: {what}"),
+            Err(error) if is_late => return Err(error.context(what.to_owned())),
+            Ok(_) | Err(_) => thread::sleep(Duration::from_millis(20)),
         }
     }
 }

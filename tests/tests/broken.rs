@@ -2,31 +2,21 @@
 
 use std::fs;
 use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use weft_daemon::lab::{Lab, LabOptions, PingOptions};
-use weft_tests::doctor::{Check, check, finds};
-use weft_tests::{DEADLINE, bring_up, etcd, hosts, overlay, plain_wire, program, until};
+use weft_tests::doctor::{Check, finds, finds_within};
+use weft_tests::{
+    DEADLINE, bring_up, etcd, hosts, overlay, plain_wire, program, until, until_within,
+};
 
 /// How long a break may go unnamed.
 const NAMED_WITHIN: Duration = Duration::from_secs(15);
 
 /// Waits until doctor on the first host names it, in what it saw or in the cure.
 fn named(lab: &Lab, name: &str, verdict: &str, text: &str) -> Result<Check> {
-    let broken = Instant::now();
-    loop {
-        let found = check(lab, 0, name)?;
-        if found.verdict == verdict && (found.seen.contains(text) || found.cure.contains(text)) {
-            ensure!(!found.cure.is_empty(), "no cure: {found:?}");
-            return Ok(found);
-        }
-        if broken.elapsed() > NAMED_WITHIN {
-            bail!("not {verdict} with {text:?}: {found:?}");
-        }
-        thread::sleep(Duration::from_millis(200));
-    }
+    finds_within(NAMED_WITHIN, lab, 0, name, verdict, text)
 }
 
 /// Waits until the first host's probes of the other have found that all is well.
@@ -215,14 +205,12 @@ fn a_mac_that_somebody_changes() -> Result<()> {
     let mut lab =
         Lab::new(LabOptions { hosts: 1, backend: "vxlan".into(), ..LabOptions::default() })?;
     bring_up(&mut lab, &[])?;
-    let changed = Instant::now();
     lab.host(0).netns.ip(&["link", "set", "flannel.1", "address", "02:00:00:00:00:07"])?;
     let is_named = || -> Result<bool> {
         let changes = lab.status(0)?.changes;
         Ok(changes.iter().any(|line| line.text.contains("changed the MAC of the device")))
     };
-    until("status names the change", is_named)?;
-    ensure!(changed.elapsed() < NAMED_WITHIN);
+    until_within(NAMED_WITHIN, "status names the change", is_named)?;
     finds(&lab, 0, "MAC", "OK", "the MAC of the lease, 02:00:00:00:00:07")
 }
 

@@ -23,9 +23,13 @@ fn cure(lab: &Lab, host: usize, name: &str) -> Result<()> {
 fn healthy() -> Result<Lab> {
     let mut lab = etcd::hosts(2, 1)?;
     bring_up(&mut lab, &["--ip-masq"])?;
-    let (checks, content) = doctor(&lab, 0, &[])?;
-    let bad: Vec<_> = checks.iter().filter(|check| check.verdict != "OK").collect();
-    ensure!(content && bad.is_empty(), "{bad:#?}");
+    let mut bad = Vec::new();
+    let healthy = until("doctor is content", || {
+        let (checks, content) = doctor(&lab, 0, &[])?;
+        bad = checks.into_iter().filter(|check| check.verdict != "OK").collect();
+        Ok(content && bad.is_empty())
+    });
+    healthy.with_context(|| format!("{bad:#?}"))?;
     Ok(lab)
 }
 
