@@ -5,7 +5,6 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use weft_daemon::lab::{Bytes, Lab, PingOptions};
-use weft_daemon::netns::NetNs;
 use weft_tests::{counter, overlay, until};
 
 /// The path's MTU, and what is left of it for an inner packet.
@@ -13,41 +12,17 @@ const PATH_MTU: &str = "1400";
 const INNER_MTU: &str = "1372";
 
 /// A router that stands on the lab's switch, with a smaller way from there to host 1 (the second).
-fn behind_a_router(lab: &Lab) -> Result<NetNs> {
-    let router = NetNs::create(format!("weft-{}-r", lab.id()))?;
-    let switch = lab.switch()?;
-    switch.ip(&[
-        "link",
-        "add",
-        "r",
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "eth0",
-        "netns",
-        router.name(),
-    ])?;
-    switch.ip(&["link", "set", "r", "master", "br0", "up"])?;
-    router.run(|| -> Result<()> {
-        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
-        // It stands on the same wire as both, and would send them past itself.
-        std::fs::write("/proc/sys/net/ipv4/conf/all/send_redirects", "0")?;
-        std::fs::write("/proc/sys/net/ipv4/conf/eth0/send_redirects", "0")?;
-        Ok(())
-    })??;
-    router.ip(&["address", "add", "10.168.0.200/24", "dev", "eth0"])?;
-    router.ip(&["link", "set", "eth0", "up"])?;
-    let (near, far) = (lab.host(0), lab.host(1).address.to_string());
+fn behind_a_router(lab: &mut Lab) -> Result<()> {
+    let far = lab.host(1).address.to_string();
+    let router = lab.add_router(&["10.168.0.200/24".parse()?])?;
     router.ip(&["route", "add", &far, "dev", "eth0", "mtu", "lock", PATH_MTU])?;
-    near.netns.ip(&["route", "add", &far, "via", "10.168.0.200"])?;
-    Ok(router)
+    lab.host(0).netns.ip(&["route", "add", &far, "via", "10.168.0.200"])
 }
 
 #[test]
 fn a_smaller_path_is_told_and_transfers_pass() -> Result<()> {
-    let lab = overlay(2)?;
-    let router = behind_a_router(&lab)?;
+    let mut lab = overlay(2)?;
+    behind_a_router(&mut lab)?;
 
     // First those that may be cut: afterwards the container knows the path's MTU.
     let to = lab.container(1)?.address()?.to_string();
@@ -69,6 +44,5 @@ fn a_smaller_path_is_told_and_transfers_pass() -> Result<()> {
     let report = lab.ping(0, 1, &fitting)?;
     assert!(report.complete(), "{report:?}");
     assert!(lab.transfer(0, 1, Bytes(8 << 20))?.intact());
-    router.remove()?;
     lab.remove()
 }

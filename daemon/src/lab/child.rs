@@ -86,10 +86,10 @@ impl RunningChild {
     }
 }
 
-/// weftd with these arguments. The lab says what a daemon does; the caller's own settings are for
+/// `weftd`, or the usual one, with these arguments. The lab says what a daemon does; the caller's own settings are for
 /// the caller's daemon.
-pub(super) fn weftd(arguments: &[String]) -> anyhow::Result<Command> {
-    let mut command = Command::new(program()?);
+pub(super) fn weftd(weftd: Option<&Path>, arguments: &[String]) -> anyhow::Result<Command> {
+    let mut command = Command::new(weftd.map_or_else(program, |path| Ok(path.to_owned()))?);
     command.args(arguments);
     for (name, value) in env::vars_os() {
         let text = name.to_string_lossy();

@@ -36,6 +36,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use ipnetwork::IpNetwork;
 use tempfile::TempDir;
 
 use self::child::RunningChild;
@@ -107,7 +108,10 @@ pub struct Lab {
     options: LabOptions,
     sites: Vec<Site>,
     etcd: Vec<EtcdMember>,
+    router: Option<NetNs>,
     switch: Option<NetNs>,
+    /// What daemons are started from, if not from what was built beside us.
+    weftd: Option<PathBuf>,
     /// None once removed or kept.
     directory: Option<TempDir>,
     record: Record,
@@ -143,8 +147,16 @@ impl Lab {
         };
         let hosts = options.hosts;
         let directory = Some(directory);
-        let mut lab =
-            Self { options, sites: Vec::new(), etcd: Vec::new(), switch: None, directory, record };
+        let mut lab = Self {
+            options,
+            sites: Vec::new(),
+            etcd: Vec::new(),
+            router: None,
+            switch: None,
+            weftd: None,
+            directory,
+            record,
+        };
         let name = lab.announce("sw")?;
         lab.switch = Some(topology::make_switch(name)?);
         lab.add_etcd()?;
@@ -248,6 +260,19 @@ impl Lab {
         Ok(host)
     }
 
+    /// Plugs a router with these addresses into the switch, which forwards what hosts send to it.
+    ///
+    /// # Errors
+    /// There is one already, or the kernel refuses something.
+    pub fn add_router(&mut self, addresses: &[IpNetwork]) -> anyhow::Result<&NetNs> {
+        if self.router.is_some() {
+            bail!("there is a router already");
+        }
+        let name = self.announce("r")?;
+        let router = topology::make_router(self.switch()?, name, addresses)?;
+        Ok(self.router.insert(router))
+    }
+
     /// Starts a weftd on a host.
     ///
     /// # Errors
@@ -259,12 +284,17 @@ impl Lab {
         let mut arguments = self.arguments(host)?;
         arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
         let Host { netns, log, .. } = self.host(host);
-        let mut command = child::weftd(&arguments)?;
+        let mut command = child::weftd(self.weftd.as_deref(), &arguments)?;
         command.envs(self.options.search_path.iter().map(|path| ("PATH", path)));
         let daemon = RunningChild::start(netns, log, command)?;
         self.record.daemons.push(daemon.id());
         self.sites[host].daemon = Some(daemon);
         self.record.save()
+    }
+
+    /// Starts weftd from this file from now on.
+    pub fn use_weftd(&mut self, program: PathBuf) {
+        self.weftd = Some(program);
     }
 
     /// Stops a host's weftd by SIGTERM and says how it ended.
@@ -381,8 +411,8 @@ impl Lab {
             }
         }
         self.etcd.drain(..).for_each(EtcdMember::leave);
-        if let Some(switch) = self.switch.take() {
-            switch.leave();
+        for netns in [self.router.take(), self.switch.take()].into_iter().flatten() {
+            netns.leave();
         }
         self.directory.take().map(TempDir::keep);
         Ok(self.record.id.clone())
@@ -453,7 +483,7 @@ impl Lab {
         let namespaces = containers.map(|container| &container.netns);
         let namespaces = namespaces.chain(self.sites.iter().map(|site| &site.host.netns));
         let namespaces = namespaces.chain(self.etcd.iter().map(|member| &member.netns));
-        let namespaces = namespaces.chain(self.switch.as_ref());
+        let namespaces = namespaces.chain(self.router.as_ref()).chain(self.switch.as_ref());
         failures.extend(namespaces.filter_map(|netns| netns.remove().err()));
         failures.extend(directory.close().context("cannot remove the lab's directory").err());
         if failures.is_empty() {

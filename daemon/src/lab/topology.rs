@@ -17,6 +17,10 @@ pub(super) const MAX_HOSTS: usize = 160;
 const FORWARDING: [&str; 2] =
     ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"];
 
+/// What has a router tell its neighbours of shorter ways; either is enough.
+const SEND_REDIRECTS: [&str; 2] =
+    ["/proc/sys/net/ipv4/conf/all/send_redirects", "/proc/sys/net/ipv4/conf/eth0/send_redirects"];
+
 /// The bridge that a container runtime makes on a host.
 const DOCKER0: &str = "docker0";
 
@@ -116,9 +120,34 @@ pub(super) fn make_etcd(
     number: usize,
     address: IpAddr,
 ) -> anyhow::Result<NetNs> {
+    plug_in(switch, name, &format!("e{number}"), &[on_the_switch(address)?])
+}
+
+/// Makes a router of one leg, which is plugged into the switch.
+pub(super) fn make_router(
+    switch: &NetNs,
+    name: String,
+    addresses: &[IpNetwork],
+) -> anyhow::Result<NetNs> {
+    let router = plug_in(switch, name, "r", addresses)?;
+    router.run(|| {
+        set_forwarding(router.name())?;
+        // It would tell those who share its wire that they need no router.
+        set_all(SEND_REDIRECTS, "0", router.name())
+    })??;
+    Ok(router)
+}
+
+/// Makes a namespace whose `eth0` leads to this port of the switch.
+fn plug_in(
+    switch: &NetNs,
+    name: String,
+    port: &str,
+    addresses: &[IpNetwork],
+) -> anyhow::Result<NetNs> {
     let netns = NetNs::create(name)?;
-    plug(switch, "br0", &format!("e{number}"), &netns, None)?;
-    add_address(&netns, &on_the_switch(address)?, "eth0")?;
+    plug(switch, "br0", port, &netns, None)?;
+    addresses.iter().try_for_each(|address| add_address(&netns, address, "eth0"))?;
     netns.ip(&["link", "set", "eth0", "up"])?;
     Ok(netns)
 }
@@ -185,8 +214,13 @@ fn add_address(netns: &NetNs, address: &IpNetwork, device: &str) -> anyhow::Resu
 }
 
 fn set_forwarding(name: &str) -> anyhow::Result<()> {
-    for path in FORWARDING.into_iter().filter(|path| Path::new(path).exists()) {
-        fs::write(path, "1").with_context(|| format!("cannot set {path} in {name}"))?;
+    set_all(FORWARDING, "1", name)
+}
+
+/// Sets those of these switches that there are.
+fn set_all(paths: [&str; 2], value: &str, name: &str) -> anyhow::Result<()> {
+    for path in paths.into_iter().filter(|path| Path::new(path).exists()) {
+        fs::write(path, value).with_context(|| format!("cannot set {path} in {name}"))?;
     }
     Ok(())
 }
