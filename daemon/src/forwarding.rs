@@ -346,7 +346,10 @@ impl Forwarding<'_> {
             DesiredPeer { lease, other_addresses, is_weft }
         });
         let desired = Desired { lease: turn.lease.clone(), peers: desired.collect() };
-        let refused = peers.refused.iter().map(|(key, why)| format!("lease {key} refused: {why}"));
+        // Until it is read anew, our own lease tells what we were.
+        let is_ours = |key| key == turn.lease.key && turn.former.is_some();
+        let refused = peers.refused.iter().filter(|(key, _)| !is_ours(*key));
+        let refused = refused.map(|(key, why)| format!("lease {key} refused: {why}"));
         let skipped =
             snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
         (desired, refused.chain(skipped).collect())
