@@ -4,7 +4,9 @@
 pub mod doctor;
 pub mod etcd;
 pub mod fuzz;
+pub mod load;
 pub mod service;
+pub mod slow_proxy;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

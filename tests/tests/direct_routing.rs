@@ -9,33 +9,20 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use weft_daemon::lab::{Lab, LabOptions, PingOptions, ping};
+use weft_daemon::lab::{Lab, LabOptions, PingOptions};
 use weft_daemon::netns::NetNs;
+use weft_tests::load::{ends, loses_nothing_while};
 use weft_tests::{all_acquainted, bring_up, until, write_config};
 
 /// Two hops, both in kernels.
 const TTL_DIRECT: u8 = 62;
 
-/// The lab, and its router, which goes with the drop.
-fn lab(backend: &str) -> Result<(Lab, NetNs)> {
-    let lab = Lab::new(LabOptions { hosts: 3, backend: backend.into(), ..LabOptions::default() })?;
-    let router = NetNs::create(format!("weft-{}-router", lab.id()))?;
-    let cable = ["link", "add", "router", "type", "veth", "peer", "name", "eth0", "netns"];
-    lab.switch()?.ip(&[&cable[..], &[router.name()]].concat())?;
-    lab.switch()?.ip(&["link", "set", "router", "master", "br0", "up"])?;
-    router.ip(&["link", "set", "eth0", "up"])?;
-    set(&router, "all", "forwarding", "1")?;
-    for device in ["all", "eth0"] {
-        // It would tell hosts of one link that they need no router.
-        set(&router, device, "send_redirects", "0")?;
-    }
-    for address in ["10.168.0.1/24", "10.169.0.1/24"] {
-        router.ip(&["address", "add", address, "dev", "eth0"])?;
-    }
+fn lab(backend: &str) -> Result<Lab> {
+    let mut lab =
+        Lab::new(LabOptions { hosts: 3, backend: backend.into(), ..LabOptions::default() })?;
+    lab.add_router(&["10.168.0.1/24".parse()?, "10.169.0.1/24".parse()?])?;
     let far = &lab.host(2).netns;
     far.ip(&["address", "flush", "dev", "eth0"])?;
     far.ip(&["address", "add", "10.169.0.96/24", "dev", "eth0"])?;
@@ -46,7 +33,7 @@ fn lab(backend: &str) -> Result<(Lab, NetNs)> {
     let kind = if backend == "udp-tun" { "udp" } else { backend };
     let options = format!(r#"{{"Type":"{kind}","DirectRouting":true}}"#);
     write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16","Backend":{options}}}"#))?;
-    Ok((lab, router))
+    Ok(lab)
 }
 
 fn set(netns: &NetNs, device: &str, key: &str, value: &str) -> Result<()> {
@@ -87,7 +74,7 @@ fn entries(netns: &NetNs) -> Result<usize> {
 }
 
 fn the_same_link_needs_no_tunnel(backend: &str) -> Result<()> {
-    let (mut lab, _router) = lab(backend)?;
+    let mut lab = lab(backend)?;
     bring_up(&mut lab, &[])?;
     let host = NetNs::open(lab.host(0).netns.name());
     let is_as_at_first = || {
@@ -110,19 +97,13 @@ fn the_same_link_needs_no_tunnel(backend: &str) -> Result<()> {
     }
 
     // The way to the neighbour is by the router now, and then is not any more.
-    let how =
-        PingOptions { count: 400, interval: Duration::from_millis(10), ..PingOptions::default() };
-    let [from, to] = [lab.container(0)?.clone(), lab.container(1)?.clone()];
-    let report = thread::scope(|scope| -> Result<_> {
-        let pinging = scope.spawn(|| ping(&from.netns, to.address()?, &how));
+    loses_nothing_while(&ends(&lab)?, || {
         let detour = ["10.168.0.95", "via", "10.168.0.1"];
         host.ip(&[&["route", "add"], &detour[..]].concat())?;
         until("the tunnel is taken", || is_tunnelled(&lab, backend, 0, 1))?;
         host.ip(&[&["route", "del"], &detour[..]].concat())?;
-        until("it is direct again", is_as_at_first)?;
-        pinging.join().expect("the ping panicked")
+        until("it is direct again", is_as_at_first)
     })?;
-    assert!(report.complete(), "{} of {}: {:?}", report.received, report.sent, report.errors);
 
     // What a peer sends another way than we do must not be dropped.
     let device = lab.status(0)?.device.context("no device")?;

@@ -2,36 +2,24 @@
 //! sockets follow it, and peers follow the lease.
 
 use std::fs;
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use weft_daemon::lab::{
-    Bytes, Cancel, EtcdOptions, Lab, LabOptions, Patience, PingOptions, ping, transfer,
-};
+use weft_daemon::lab::{Bytes, Cancel, EtcdOptions, Lab, LabOptions, Patience, transfer};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status::Status;
+use weft_tests::load::{ends, outage_while};
 use weft_tests::{DEADLINE, bring_up, counter, etcd, until};
 
 /// Two seconds are what is promised; the machine is busy with other tests.
-const OUTAGE_MAX: Duration = Duration::from_secs(6);
-const INTERVAL: Duration = Duration::from_millis(50);
+const OUTAGE_MAX: Duration = Duration::from_secs(4);
+const _: () =
+    assert!(DEADLINE.as_millis() > 2 * OUTAGE_MAX.as_millis(), "longer ones are measured");
 
 /// The longest time for which nothing came across while `change` was made.
 fn outage(lab: &Lab, change: impl FnOnce() -> Result<()>) -> Result<Duration> {
-    let [from, to] = [Arc::clone(lab.container(0)?), Arc::clone(lab.container(1)?)];
-    let how = PingOptions { count: 100, interval: INTERVAL, ..PingOptions::default() };
-    let report = thread::scope(|scope| {
-        let pinging = scope.spawn(|| ping(&from.netns, to.address()?, &how));
-        change()?;
-        pinging.join().expect("the ping panicked")
-    })?;
-    let arrived = report.replies.iter().map(|reply| reply.sequence);
-    let ends = [0].into_iter().chain(arrived).chain([how.count + 1]);
-    let ends: Vec<u32> = ends.collect();
-    let gap = ends.windows(2).map(|pair| pair[1].saturating_sub(pair[0] + 1)).max();
-    Ok(INTERVAL * gap.unwrap_or_default())
+    outage_while(&ends(lab)?, change)
 }
 
 /// The files that carry the daemon's name, in both of its directories.

@@ -70,6 +70,36 @@ impl PingReport {
     pub fn complete(&self) -> bool {
         self.sent > 0 && self.received == self.sent
     }
+
+    /// Understands what `ping` wrote.
+    ///
+    /// # Errors
+    /// It never began; the error is what it says.
+    pub fn parse(stdout: &str, stderr: &str) -> anyhow::Result<Self> {
+        let Some(counts) = stdout.lines().find(|line| line.contains(" packets transmitted, "))
+        else {
+            bail!("{}", stderr.trim());
+        };
+        let number_before = |what: &str| {
+            let text = counts.split(", ").find_map(|part| part.strip_suffix(what));
+            text.and_then(|text| text.parse().ok())
+                .with_context(|| format!("it wrote a summary that we do not know: {counts}"))
+        };
+        let replies: Vec<Reply> = stdout.lines().filter_map(reply).collect();
+        let total: Duration = replies.iter().map(|reply| reply.rtt).sum();
+        Ok(Self {
+            sent: number_before(" packets transmitted")?,
+            received: number_before(" received")?,
+            rtt: u32::try_from(replies.len()).ok().and_then(|count| total.checked_div(count)),
+            replies,
+            errors: stdout
+                .lines()
+                .chain(stderr.lines())
+                .filter(|line| is_trouble(line))
+                .map(str::to_owned)
+                .collect(),
+        })
+    }
 }
 
 /// Pings `address` from inside `netns`. No answer is a report, not an error.
@@ -85,7 +115,8 @@ pub fn ping(netns: &NetNs, address: IpAddr, options: &PingOptions) -> anyhow::Re
     })?;
     let stdout = String::from_utf8_lossy(&output.stdout);
     let stderr = String::from_utf8_lossy(&output.stderr);
-    parse(&stdout, &stderr).with_context(|| format!("ping of {address} from {}", netns.name()))
+    PingReport::parse(&stdout, &stderr)
+        .with_context(|| format!("ping of {address} from {}", netns.name()))
 }
 
 fn missing(error: &anyhow::Error) -> bool {
@@ -105,31 +136,6 @@ fn arguments(address: IpAddr, options: &PingOptions) -> Vec<String> {
     arguments.extend(options.df.then(|| "-Mdo".to_owned()));
     arguments.push(address.to_string());
     arguments
-}
-
-fn parse(stdout: &str, stderr: &str) -> anyhow::Result<PingReport> {
-    let Some(counts) = stdout.lines().find(|line| line.contains(" packets transmitted, ")) else {
-        bail!("{}", stderr.trim());
-    };
-    let number_before = |what: &str| {
-        let text = counts.split(", ").find_map(|part| part.strip_suffix(what));
-        text.and_then(|text| text.parse().ok())
-            .with_context(|| format!("it wrote a summary that we do not know: {counts}"))
-    };
-    let replies: Vec<Reply> = stdout.lines().filter_map(reply).collect();
-    let total: Duration = replies.iter().map(|reply| reply.rtt).sum();
-    Ok(PingReport {
-        sent: number_before(" packets transmitted")?,
-        received: number_before(" received")?,
-        rtt: u32::try_from(replies.len()).ok().and_then(|count| total.checked_div(count)),
-        replies,
-        errors: stdout
-            .lines()
-            .chain(stderr.lines())
-            .filter(|line| is_trouble(line))
-            .map(str::to_owned)
-            .collect(),
-    })
 }
 
 /// Understands `64 bytes from 10.42.7.2: icmp_seq=1 ttl=60 time=0.31 ms`.
@@ -159,7 +165,7 @@ mod tests {
             --- 10.42.7.2 ping statistics ---\n\
             3 packets transmitted, 2 received, 33.3333% packet loss, time 2003ms\n\
             rtt min/avg/max/mdev = 0.500/1.000/1.500/0.500 ms\n";
-        let report = parse(stdout, "").unwrap();
+        let report = PingReport::parse(stdout, "").unwrap();
         assert_eq!((report.sent, report.received), (3, 2));
         assert_eq!(report.rtt, Some(Duration::from_millis(1)));
         let seen: Vec<_> = report.replies.iter().map(|reply| (reply.sequence, reply.ttl)).collect();
@@ -175,7 +181,7 @@ mod tests {
             --- 10.42.7.2 ping statistics ---\n\
             2 packets transmitted, 0 received, +2 errors, 100% packet loss, time 1001ms\n\npipe 2\n";
         let stderr = "ping: local error: message too long, mtu=1400\n";
-        let report = parse(stdout, stderr).unwrap();
+        let report = PingReport::parse(stdout, stderr).unwrap();
         assert_eq!((report.sent, report.received, report.rtt), (2, 0, None));
         assert_eq!(report.errors.len(), 2);
         assert!(report.errors[0].contains("mtu = 1400"), "{:?}", report.errors);
@@ -184,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_ping_that_never_began_is_an_error() {
-        let error = parse("", "ping: connect: Network is unreachable\n").unwrap_err();
+        let error = PingReport::parse("", "ping: connect: Network is unreachable\n").unwrap_err();
         assert_eq!(error.to_string(), "ping: connect: Network is unreachable");
     }
 
