@@ -2,32 +2,24 @@
 //! what udp-tun needs of the kernel is kept, too.
 
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use weft_daemon::lab::{Bytes, Cancel, Lab, LabOptions, Patience, PingOptions, ping, transfer};
+use weft_daemon::lab::{Bytes, Lab, LabOptions, PingOptions, ping};
 use weft_daemon::netns::NetNs;
-use weft_tests::{
-    DEADLINE, all_acquainted, bring_up, dual_stack, health, hosts, overlay, until, write_config,
-};
+use weft_tests::load::loses_nothing_over_restarts;
+use weft_tests::{DEADLINE, bring_up, dual_stack, health, hosts, overlay, until, write_config};
 
 /// Two hops, both in kernels.
 const TTL_ACROSS: u8 = 62;
 
+/// What is promised of a repair, which a busy machine may keep once in several times.
+const REPAIRED_WITHIN: Duration = Duration::from_secs(1);
 /// Repairs in a minute.
 const REPAIRS_MAX: usize = 10;
-
-/// Says, when dropped, that what others go on beside is over, also by an error.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
+/// Events bring repairs sooner than this, the slow timer later.
+const GIVEN_UP_FOR: Duration = Duration::from_secs(2);
 
 fn lab(hosts: usize) -> Result<Lab> {
     Lab::new(LabOptions { hosts, backend: "host-gw".into(), ..LabOptions::default() })
@@ -100,7 +92,13 @@ fn both_families_have_routes() -> Result<()> {
     bring_up(&mut lab, &[])?;
     are_as_wanted(&lab, 0)?;
     let ipv6 = lab.status(1)?.subnets[1].to_string();
-    assert_eq!(routes(&lab.host(0).netns, "-6")?, [(ipv6, "fd00:168::95".to_owned())]);
+    let ipv6 = [(ipv6, "fd00:168::95".to_owned())];
+    let netns = &lab.host(0).netns;
+    for meddling in [None, Some(["-6", "route", "flush", "proto", "119"])] {
+        meddling.map_or(Ok(()), |meddling| netns.ip(&meddling))?;
+        until("the IPv6 route is there", || Ok(routes(netns, "-6")? == ipv6))
+            .with_context(|| format!("{:?}, not {ipv6:?}", routes(netns, "-6")))?;
+    }
     let [from, to] = [lab.container(0)?, lab.container(1)?];
     for address in &to.addresses {
         until(&format!("{address} answers"), || {
@@ -116,13 +114,17 @@ fn routes_that_somebody_removes_come_back() -> Result<()> {
     let mut lab = lab(3)?;
     bring_up(&mut lab, &[])?;
     let host = NetNs::open(lab.host(0).netns.name());
+    let mut quickest = DEADLINE;
     for (subnet, gateway) in wanted(&lab, 0)? {
         host.ip(&["route", "del", &subnet])?;
+        let removed = Instant::now();
         are_as_wanted(&lab, 0)?;
+        quickest = quickest.min(removed.elapsed());
         host.ip(&["route", "replace", &subnet, "via", "10.168.0.200", "proto", "119"])?;
         are_as_wanted(&lab, 0)?;
         assert_ne!(gateway, "10.168.0.200");
     }
+    assert!(quickest < REPAIRED_WITHIN, "{quickest:?}");
     host.ip(&["route", "flush", "proto", "119"])?;
     are_as_wanted(&lab, 0)?;
     host.ip(&["link", "set", "eth0", "down"])?;
@@ -150,54 +152,34 @@ fn a_fight_is_given_up_and_told() -> Result<()> {
         given_up()
     })?;
     assert_eq!(health(&host, "/readyz")?.0, 503);
-    // From now on only the slow timer puts it right.
+    // From now on only the slow timer puts it right, which may come once.
+    let (since, mut refills) = (Instant::now(), 0);
+    host.ip(&["route", "flush", "proto", "119"])?;
+    until("it would have been put right", || {
+        if !routes(&host, "-4")?.is_empty() {
+            refills += 1;
+            host.ip(&["route", "flush", "proto", "119"])?;
+        }
+        Ok(since.elapsed() > GIVEN_UP_FOR)
+    })?;
+    assert!(refills <= 1, "put right {refills} times");
     let log = fs::read_to_string(&lab.host(0).log)?;
     assert_eq!(log.matches("somebody changed links or routes").count(), REPAIRS_MAX, "{log}");
     assert_eq!(log.matches("another program keeps changing").count(), 1, "{log}");
     lab.remove()
 }
 
-/// A running ping, 100 times a second, and transfers, over a stop, a start, a kill and a start.
 #[test]
 fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     let mut lab = lab(2)?;
     bring_up(&mut lab, &[])?;
+    are_as_wanted(&lab, 0)?;
     let before = wanted(&lab, 0)?;
-    let [from, to] = [lab.container(0)?.clone(), lab.container(1)?.clone()];
-    let interval = Duration::from_millis(10);
-    let how = PingOptions { count: 600, interval, ..PingOptions::default() };
     let host = NetNs::open(lab.host(0).netns.name());
-    let restarted = AtomicBool::new(false);
-    thread::scope(|scope| -> Result<()> {
-        let pinging = scope.spawn(|| ping(&from.netns, to.address()?, &how));
-        let moving = scope.spawn(|| -> Result<()> {
-            let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
-            while !restarted.load(Ordering::Relaxed) {
-                let moved =
-                    transfer(&from.netns, &to.netns, to.address()?, Bytes(32 << 20), &patience)?;
-                assert!(moved.intact(), "{moved:?}");
-            }
-            Ok(())
-        });
-        let over = Over(&restarted);
-        lab.stop_daemon(0)?;
-        assert_eq!(routes(&host, "-4")?, before);
-        // Of a node that has left meanwhile.
-        host.ip(&["route", "add", "10.42.250.0/24", "via", "10.168.0.250", "proto", "119"])?;
-        lab.start_daemon(0, &[])?;
-        lab.wait_ready(0, DEADLINE)?;
-        until("what is gone is forgotten", || Ok(routes(&host, "-4")? == before))?;
-        lab.kill_daemon(0)?;
-        assert_eq!(routes(&host, "-4")?, before);
-        lab.start_daemon(0, &[])?;
-        lab.wait_ready(0, DEADLINE)?;
-        all_acquainted(&lab)?;
-        drop(over);
-        moving.join().expect("a transfer panicked")?;
-        let report = pinging.join().expect("the ping panicked")?;
-        assert!(report.complete(), "{} of {}: {:?}", report.received, report.sent, report.errors);
-        Ok(())
-    })?;
+    // Of a node that has left meanwhile.
+    let gone = ["10.42.250.0/24", "via", "10.168.0.250", "proto", "119"];
+    let leave_behind = || host.ip(&[&["route", "add"], &gone[..]].concat());
+    loses_nothing_over_restarts(&mut lab, || routes(&host, "-4"), leave_behind)?;
     assert_eq!(wanted(&lab, 0)?, before, "the subnets are the same");
     lab.remove()
 }

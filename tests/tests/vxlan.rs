@@ -4,22 +4,22 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ipnetwork::IpNetwork;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use weft_daemon::lab::{Bytes, Cancel, Lab, LabOptions, Patience, PingOptions, ping, transfer};
+use weft_daemon::lab::{Bytes, Lab, LabOptions, PingOptions, ping};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status;
-use weft_tests::{
-    DEADLINE, Weftd, all_acquainted, bring_up, dual_stack, has_device, until, write_config,
-};
+use weft_tests::load::loses_nothing_over_restarts;
+use weft_tests::{DEADLINE, Weftd, bring_up, dual_stack, until, write_config};
 
 /// Two hops, both in kernels.
 const TTL_ACROSS: u8 = 62;
+/// What is promised of a repair, which a busy machine may keep once in several times.
+const REPAIRED_WITHIN: Duration = Duration::from_secs(1);
 /// Where a hand-made flannel node is: no weftd runs on it.
 const FLANNEL: usize = 1;
 const FLANNEL_MAC: &str = "c6:d2:32:6f:8f:44";
@@ -198,10 +198,24 @@ fn both_families_have_their_devices() -> Result<()> {
     let mac = lease["BackendV6Data"]["VtepMAC"].as_str().context("no MAC")?;
     assert_ne!(lease["BackendData"]["VtepMAC"], mac);
     let wanted = BTreeSet::from(wanted(ipv6, mac, "fd00:168::95"));
-    until("the device for IPv6 has its entries", || {
-        Ok(objects(&site.netns, "flannel-v6.1")? == wanted)
-    })
-    .with_context(|| format!("{:?}, not {wanted:?}", objects(&site.netns, "flannel-v6.1")))?;
+    let has_its_entries = || {
+        until("the device for IPv6 has its entries", || {
+            Ok(objects(&site.netns, "flannel-v6.1")? == wanted)
+        })
+        .with_context(|| format!("{:?}, not {wanted:?}", objects(&site.netns, "flannel-v6.1")))
+    };
+    has_its_entries()?;
+    let (subnet, base) = (ipv6.to_string(), ipv6.network().to_string());
+    let fdb = ["fdb", "del", mac, "dev", "flannel-v6.1", "dst", "fd00:168::95"];
+    for (program, meddling) in [
+        ("ip", &["-6", "route", "del", &subnet][..]),
+        ("ip", &["-6", "neigh", "del", &base, "dev", "flannel-v6.1"]),
+        ("bridge", &fdb),
+        ("ip", &["link", "del", "flannel-v6.1"]),
+    ] {
+        site.netns.tool(program, meddling)?;
+        has_its_entries()?;
+    }
     let [from, to] = [lab.container(0)?, lab.container(1)?];
     for address in &to.addresses {
         until(&format!("{address} answers"), || {
@@ -241,15 +255,21 @@ fn entries_that_somebody_removes_come_back() -> Result<()> {
         let addresses = host.ip_json(&["-4", "address", "show", "dev", "flannel.1"])?;
         Ok(addresses[0]["addr_info"][0]["local"] == own.trim_end_matches("/32"))
     };
+    let mut quickest = DEADLINE;
+    let mut comes_back = |program: &str, meddling: &[&str]| -> Result<()> {
+        host.tool(program, meddling)?;
+        let meddled = Instant::now();
+        are_as_wanted(&lab, 0)?;
+        quickest = quickest.min(meddled.elapsed());
+        Ok(())
+    };
     let fdb = ["fdb", "del", &mac, "dev", "flannel.1", "dst", &far];
-    host.ip(&["route", "del", &subnet])?;
-    are_as_wanted(&lab, 0)?;
-    host.ip(&["neigh", "del", &base, "dev", "flannel.1"])?;
-    are_as_wanted(&lab, 0)?;
-    host.tool("bridge", &fdb)?;
-    are_as_wanted(&lab, 0)?;
-    host.tool("bridge", &["fdb", "replace", &mac, "dev", "flannel.1", "dst", "10.168.0.200"])?;
-    are_as_wanted(&lab, 0)?;
+    comes_back("ip", &["route", "del", &subnet])?;
+    comes_back("ip", &["neigh", "del", &base, "dev", "flannel.1"])?;
+    comes_back("bridge", &fdb)?;
+    let elsewhere = ["fdb", "replace", &mac, "dev", "flannel.1", "dst", "10.168.0.200"];
+    comes_back("bridge", &elsewhere)?;
+    assert!(quickest < REPAIRED_WITHIN, "{quickest:?}");
     host.ip(&["address", "del", &own, "dev", "flannel.1"])?;
     until("the address is back", has_own)?;
     host.ip(&["route", "del", &subnet])?;
@@ -301,58 +321,30 @@ fn a_device_that_somebody_changes_is_put_right_or_followed() -> Result<()> {
     lab.remove()
 }
 
-/// A running ping, 100 times a second, and a transfer, over a stop, a start, a kill and a start.
 #[test]
 fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     let mut lab = lab(2)?;
     bring_up(&mut lab, &[])?;
     are_as_wanted(&lab, 0)?;
-    let (subnet, before) = (lab.status(0)?.subnets[0], all_wanted(&lab, 0)?);
+    let subnet = lab.status(0)?.subnets[0];
     let host = NetNs::open(lab.host(0).netns.name());
     let state = |lab: &Lab| -> Result<Value> {
         let device = link(&host, "flannel.1")?;
         Ok(json!([device["ifindex"], device["address"], lease(lab, subnet)?]))
     };
-    let state_before = state(&lab)?;
-    let [from, to] = [lab.container(0)?.clone(), lab.container(1)?.clone()];
-    let interval = Duration::from_millis(10);
-    let how = PingOptions { count: 600, interval, ..PingOptions::default() };
-    thread::scope(|scope| -> Result<()> {
-        let pinging = scope.spawn(|| ping(&from.netns, to.address()?, &how));
-        let moving = scope.spawn(|| -> Result<bool> {
-            let patience = Patience { stall: Duration::from_secs(5), cancel: Cancel::default() };
-            let mut intact = true;
-            for _ in 0..6 {
-                let address = to.address()?;
-                let moved = transfer(&from.netns, &to.netns, address, Bytes(64 << 20), &patience)?;
-                intact &= moved.intact();
-            }
-            Ok(intact)
-        });
-        lab.stop_daemon(0)?;
-        assert_eq!(objects(&host, "flannel.1")?, before);
-        // Of a node that has left meanwhile.
+    let before = state(&lab)?;
+    // Of a node that has left meanwhile.
+    let leave_behind = || {
         let device = ["dev", "flannel.1"];
         let mac = "02:00:00:00:00:fa";
         host.ip(&[&["neigh", "add", "10.42.250.0", "lladdr", mac], &device[..]].concat())?;
         let fdb = ["fdb", "append", mac, "dst", "10.168.0.250"];
         host.tool("bridge", &[&fdb[..], &device].concat())?;
         let via = ["route", "add", "10.42.250.0/24", "via", "10.42.250.0", "onlink"];
-        host.ip(&[&via[..], &device, &["proto", "119"]].concat())?;
-        lab.start_daemon(0, &[])?;
-        lab.wait_ready(0, DEADLINE)?;
-        are(&host, &before)?;
-        lab.kill_daemon(0)?;
-        assert_eq!(objects(&host, "flannel.1")?, before);
-        lab.start_daemon(0, &[])?;
-        lab.wait_ready(0, DEADLINE)?;
-        all_acquainted(&lab)?;
-        let report = pinging.join().expect("the ping panicked")?;
-        assert!(report.complete(), "{} of {}: {:?}", report.received, report.sent, report.errors);
-        assert!(moving.join().expect("the transfer panicked")?, "what arrives is what was sent");
-        Ok(())
-    })?;
-    assert_eq!(state(&lab)?, state_before, "device, MAC and lease are the same");
+        host.ip(&[&via[..], &device, &["proto", "119"]].concat())
+    };
+    loses_nothing_over_restarts(&mut lab, || objects(&host, "flannel.1"), leave_behind)?;
+    assert_eq!(state(&lab)?, before, "device, MAC and lease are the same");
     lab.remove()
 }
 
@@ -473,12 +465,15 @@ fn what_flannel_left_is_taken_over() -> Result<()> {
     lab.stop_daemon(0)?;
     host.ip(&["link", "del", "flannel.1"])?;
     host.ip(&["link", "add", "flannel.1", "type", "bridge"])?;
+    let strangers = link(&host, "flannel.1")?;
     lab.start_daemon(0, &[])?;
     until("it is told", || {
         let log = fs::read_to_string(&lab.host(0).log)?;
         Ok(log.contains("the name flannel.1, which the VXLAN device needs, is that of a bridge"))
     })?;
-    assert!(has_device(&host, "flannel.1")?);
+    let device = link(&host, "flannel.1")?;
+    let kind = |device: &Value| device["linkinfo"]["info_kind"].clone();
+    assert_eq!((&device["ifindex"], kind(&device)), (&strangers["ifindex"], kind(&strangers)));
     lab.remove()
 }
 
@@ -551,20 +546,21 @@ fn leases_that_cannot_be_served_are_told() -> Result<()> {
     lab.remove()
 }
 
-/// vxlan and host-gw, each with a Network of its own.
-#[test]
-fn two_daemons_on_a_host_leave_each_others_state_alone() -> Result<()> {
+/// Beside the lab's daemons, which are vxlan's, others with a Network of their own. `way` is where
+/// their route to a subnet leads, given its base and the host that has it.
+fn two_daemons(backend: &str, way: impl Fn(&str, &str) -> [String; 2]) -> Result<()> {
     let mut lab = lab(2)?;
     bring_up(&mut lab, &[])?;
+    let registry = lab.registry()?.with_file_name("second-registry");
+    fs::create_dir_all(&registry)?;
+    let config = format!(r#"{{"Network":"10.43.0.0/16","Backend":{backend}}}"#);
+    fs::write(registry.join("config"), config)?;
     let start = |lab: &Lab, host: usize| -> Result<Weftd> {
         let site = lab.host(host);
         let second = site.run_dir.with_file_name("second");
         fs::create_dir_all(&second)?;
-        let registry = lab.registry()?.with_file_name("second-registry");
         let arguments = [
             format!("--registry=dir:{}", registry.display()),
-            "--network=10.43.0.0/16".into(),
-            "--backend=host-gw".into(),
             format!("--state-dir={}", second.join("state").display()),
             format!("--run-dir={}", second.join("run").display()),
             format!("--subnet-file={}", second.join("subnet.env").display()),
@@ -575,44 +571,65 @@ fn two_daemons_on_a_host_leave_each_others_state_alone() -> Result<()> {
     let second = |lab: &Lab, host: usize| {
         status::read(&lab.host(host).run_dir.with_file_name("second").join("run"))
     };
-    let daemons = [start(&lab, 0)?, start(&lab, 1)?];
+    let [first, other] = [start(&lab, 0)?, start(&lab, 1)?];
     let host = NetNs::open(lab.host(0).netns.name());
     until("the second overlay is up", || {
         Ok(second(&lab, 0)?.peers.len() == 1 && !second(&lab, 1)?.subnets.is_empty())
     })?;
     let theirs = second(&lab, 1)?.subnets[0];
-    let far = lab.host(1).address.to_string();
+    let [via, device] = way(&theirs.network().to_string(), &lab.host(1).address.to_string());
     let has_both = |lab: &Lab| {
         let routes = host.ip_json(&["route", "show", &theirs.to_string(), "proto", "119"])?;
-        let is_there = routes[0]["gateway"] == far.as_str() && routes[0]["dev"] == "eth0";
+        let is_there = routes[0]["gateway"] == via.as_str() && routes[0]["dev"] == device.as_str();
         Ok(is_there && objects(&host, "flannel.1")? == all_wanted(lab, 0)?)
     };
     until("both have their routes", || has_both(&lab))?;
     ping_both_ways(&lab, 0, 1)?;
 
     // Each looks at the kernel anew when it starts.
-    let [first, _other] = daemons;
+    let log = first.log()?;
     assert!(first.end(Signal::TERM)?.success());
-    let _first = start(&lab, 0)?;
+    let first = start(&lab, 0)?;
     until("the second overlay is up again", || Ok(second(&lab, 0)?.peers.len() == 1))?;
     assert!(has_both(&lab)?);
     lab.kill_daemon(0)?;
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, DEADLINE)?;
-    until("both have their routes", || has_both(&lab))?;
+    assert!(has_both(&lab)?);
+    let mut logs = vec![log, first.log()?, other.log()?];
+    for host in 0..2 {
+        logs.push(fs::read_to_string(&lab.host(host).log)?);
+    }
+    for log in logs {
+        assert!(!log.contains("somebody changed links or routes"), "{log}");
+    }
+    drop((first, other));
     lab.remove()
 }
 
 #[test]
-fn twenty_hosts_reach_each_other() -> Result<()> {
-    let mut lab = lab(20)?;
-    bring_up(&mut lab, &[])?;
-    let once = PingOptions { count: 1, ..PingOptions::default() };
-    for from in 0..lab.hosts() {
-        are_as_wanted(&lab, from)?;
-        for to in (0..lab.hosts()).filter(|to| *to != from) {
-            until(&format!("{from} reaches {to}"), || Ok(lab.ping(from, to, &once)?.complete()))?;
-        }
-    }
+fn two_daemons_on_a_host_leave_each_others_state_alone() -> Result<()> {
+    two_daemons(r#"{"Type":"host-gw"}"#, |_, host| [host.to_owned(), "eth0".to_owned()])
+}
+
+#[test]
+fn two_daemons_of_vxlan_leave_each_others_state_alone() -> Result<()> {
+    let config = r#"{"Type":"vxlan","VNI":7}"#;
+    two_daemons(config, |base, _| [base.to_owned(), "flannel.7".to_owned()])
+}
+
+#[test]
+fn the_devices_options_are_the_configs() -> Result<()> {
+    let mut lab = lab(1)?;
+    let options = r#"{"Type":"vxlan","VNI":7,"Port":4790,"GBP":true,"Learning":true}"#;
+    write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16","Backend":{options}}}"#))?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let data = link(&lab.host(0).netns, "flannel.7")?["linkinfo"]["info_data"].clone();
+    assert_eq!(
+        json!([data["id"], data["port"], data["gbp"], data["learning"]]),
+        json!([7, 4790, true, true]),
+        "{data}"
+    );
     lab.remove()
 }
