@@ -1,5 +1,6 @@
 //! `weft cleanup`: after it, a host is as it was before weft, but for what others have made.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -10,15 +11,20 @@ use rustix::process::Signal;
 use serde_json::Value;
 use weft_daemon::lab::{Host, Lab, LabOptions};
 use weft_daemon::netns::NetNs;
-use weft_tests::{DEADLINE, Weftd, program, until};
+use weft_tests::{DEADLINE, Weftd, dual_stack, program, until};
+
+/// The key of the peer's lease, in an overlay of IPv4 and in one of both families.
+const IPV4: &str = "10.42.250.0-24";
+const BOTH_FAMILIES: &str = "10.42.250.0-24&fd00:42:0:fa::-64";
 
 /// Everything about a host that weft could change.
 #[derive(Debug, PartialEq)]
 struct Picture {
     links: Vec<(String, Value)>,
     addresses: Value,
-    routes: Value,
-    routes_v6: Value,
+    routes: [Value; 2],
+    neighbours: Value,
+    forwarding: BTreeSet<String>,
     iptables: Vec<String>,
     nftables: String,
     files: Vec<PathBuf>,
@@ -43,9 +49,17 @@ impl Picture {
         files.retain(|path| !path.ends_with("weftd.log"));
         Ok(Self {
             links,
-            addresses: netns.ip_json(&["-4", "address", "show"])?,
-            routes: netns.ip_json(&["-4", "route", "show", "table", "all"])?,
-            routes_v6: netns.ip_json(&["-6", "route", "show", "proto", "119"])?,
+            addresses: netns.ip_json(&["address", "show"])?,
+            routes: [
+                netns.ip_json(&["-4", "route", "show", "table", "all"])?,
+                netns.ip_json(&["-6", "route", "show", "table", "all"])?,
+            ],
+            neighbours: netns.ip_json(&["neigh", "show", "nud", "permanent"])?,
+            forwarding: netns
+                .tool("bridge", &["fdb", "show"])?
+                .lines()
+                .map(str::to_owned)
+                .collect(),
             iptables,
             nftables: netns.tool("nft", &["-s", "list", "ruleset"])?,
             files,
@@ -58,9 +72,8 @@ fn list(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         let path = entry?.path();
         if path.is_dir() {
             list(&path, files)?;
-        } else {
-            files.push(path);
         }
+        files.push(path);
     }
     files.sort();
     Ok(())
@@ -75,28 +88,42 @@ fn cleanup(netns: &NetNs, arguments: &[&str]) -> Result<(Option<i32>, String)> {
 }
 
 /// A host with rules, a route and a table of its own, and a lease of some peer in the registry.
-fn host_of_its_own(backend: &str, peers_type: &str) -> Result<Lab> {
+fn host_of_its_own(backend: &str, key: &str, peers_type: &str) -> Result<Lab> {
     let lab = Lab::new(LabOptions { hosts: 1, backend: backend.into(), ..LabOptions::default() })?;
+    if key == BOTH_FAMILIES {
+        dual_stack(&lab)?;
+    }
     let netns = &lab.host(0).netns;
     netns.ip(&["route", "add", "198.51.100.0/24", "via", "10.168.0.1"])?;
-    let own = ["-s", "192.0.2.0/24", "-j", "RETURN"];
-    for (program, chain, table) in
-        [("iptables", "POSTROUTING", "nat"), ("iptables", "FORWARD", "filter")]
-    {
-        netns.tool(program, &[&["-t", table, "-A", chain], &own[..]].concat())?;
+    for (program, source) in [("iptables", "192.0.2.0/24"), ("ip6tables", "2001:db8::/32")] {
+        for (chain, table) in [("POSTROUTING", "nat"), ("FORWARD", "filter")] {
+            netns.tool(program, &["-t", table, "-A", chain, "-s", source, "-j", "RETURN"])?;
+        }
+    }
+    for directory in [&lab.host(0).run_dir, &lab.host(0).state_dir] {
+        fs::remove_dir(directory)?;
     }
     netns.tool("nft", &["add table inet other"])?;
     let subnets = lab.registry()?.join("subnets");
     fs::create_dir_all(&subnets)?;
     let lease = format!(r#"{{"PublicIP":"10.168.0.250"{peers_type}}}"#);
-    fs::write(subnets.join("10.42.250.0-24"), lease)?;
+    fs::write(subnets.join(key), lease)?;
+    until("the kernel knows that nobody else has its addresses", || {
+        Ok(!netns.ip_json(&["address", "show"])?.to_string().contains("tentative"))
+    })?;
     Ok(lab)
 }
 
 /// Runs weftd, and takes away what it has made; `made` is what a cleanup must tell of, once the
 /// daemon has stopped.
-fn leaves_nothing(backend: &str, peers_type: &str, flags: &[&str], made: &[&str]) -> Result<()> {
-    let mut lab = host_of_its_own(backend, peers_type)?;
+fn leaves_nothing(
+    backend: &str,
+    key: &str,
+    peers_type: &str,
+    flags: &[&str],
+    made: &[&str],
+) -> Result<()> {
+    let mut lab = host_of_its_own(backend, key, peers_type)?;
     let before = Picture::of(lab.host(0))?;
     let flags = [&["--ip-masq", "--ip-blackhole-route"], flags].concat();
     lab.start_daemon(0, &flags)?;
@@ -147,26 +174,42 @@ fn after_host_gw_and_iptables_nothing_is_left() -> Result<()> {
         "chain FLANNEL-POSTRTG of iptables -t nat",
         "chain FLANNEL-FWD of iptables -t filter",
     ];
-    leaves_nothing("host-gw", r#","BackendType":"host-gw""#, &["--firewall=iptables"], &made)
+    let host_gw = r#","BackendType":"host-gw""#;
+    leaves_nothing("host-gw", IPV4, host_gw, &["--firewall=iptables"], &made)
 }
 
 #[test]
 fn after_udp_tun_and_nftables_nothing_is_left() -> Result<()> {
     let made = ["route that discards 10.42.", "table inet weft of nft"];
-    leaves_nothing("udp-tun", "", &["--firewall=nftables"], &made)
+    leaves_nothing("udp-tun", IPV4, "", &["--firewall=nftables"], &made)
 }
 
 #[test]
 fn after_vxlan_nothing_is_left() -> Result<()> {
     let made = ["device flannel.1", "route that discards 10.42.", "chain FLANNEL-FWD"];
     let data = r#","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}"#;
-    leaves_nothing("vxlan", data, &["--firewall=iptables"], &made)
+    leaves_nothing("vxlan", IPV4, data, &["--firewall=iptables"], &made)
+}
+
+#[test]
+fn after_vxlan_of_both_families_nothing_is_left() -> Result<()> {
+    let made = [
+        "device flannel.1",
+        "device flannel-v6.1",
+        "route that discards 10.42.",
+        "route that discards fd00:42:",
+        "chain FLANNEL-FWD of ip6tables",
+    ];
+    let data = r#","PublicIPv6":"fd00:168::fa","BackendType":"vxlan",
+        "BackendData":{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"},
+        "BackendV6Data":{"VNI":1,"VtepMAC":"0a:00:00:00:00:02"}"#;
+    leaves_nothing("vxlan", BOTH_FAMILIES, data, &["--firewall=iptables"], &made)
 }
 
 /// A firewall's program that fails keeps nothing from being removed but the records of what there is.
 #[test]
 fn what_a_failing_program_hides_is_left_for_another_try() -> Result<()> {
-    let mut lab = host_of_its_own("host-gw", r#","BackendType":"host-gw""#)?;
+    let mut lab = host_of_its_own("host-gw", IPV4, r#","BackendType":"host-gw""#)?;
     lab.start_daemon(0, &["--firewall=iptables"])?;
     lab.wait_ready(0, DEADLINE)?;
     let state_dir = lab.host(0).state_dir.display().to_string();
@@ -197,7 +240,7 @@ fn what_a_failing_program_hides_is_left_for_another_try() -> Result<()> {
 /// Each state directory is one daemon's; without any, all that bears weft's mark goes.
 #[test]
 fn another_daemons_things_stay() -> Result<()> {
-    let mut lab = host_of_its_own("host-gw", r#","BackendType":"host-gw""#)?;
+    let mut lab = host_of_its_own("host-gw", IPV4, r#","BackendType":"host-gw""#)?;
     lab.start_daemon(0, &["--firewall=iptables"])?;
     lab.wait_ready(0, DEADLINE)?;
     let host = lab.host(0);
@@ -231,7 +274,7 @@ fn another_daemons_things_stay() -> Result<()> {
     assert!(text.contains("removed route to 10.42.250.0/24"), "{text}");
     assert!(!text.contains("10.43.") && !text.contains("other"), "{text}");
     let left = Picture::of(host)?;
-    assert!(left.routes.to_string().contains("10.43.7.0/24"), "{left:?}");
+    assert!(left.routes[0].to_string().contains("10.43.7.0/24"), "{left:?}");
     assert!(left.files.iter().any(|path| path.starts_with(&other)), "{left:?}");
     assert!(left.files.contains(&subnet_file.clone().into()), "{left:?}");
 
@@ -250,6 +293,6 @@ fn another_daemons_things_stay() -> Result<()> {
     assert_eq!(code, Some(0), "{text}");
     let now = Picture::of(host)?;
     assert!(!now.files.iter().any(|path| path.starts_with(&other)), "{now:?}");
-    assert!(!now.routes.to_string().contains("\"119\""), "{now:?}");
+    assert!(!now.routes[0].to_string().contains("\"119\""), "{now:?}");
     lab.remove()
 }

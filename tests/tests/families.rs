@@ -10,7 +10,7 @@ use weft_daemon::lab::{
     Bytes, Cancel, EtcdOptions, Lab, LabOptions, Patience, PingOptions, Underlay, ping, transfer,
 };
 use weft_daemon::netns::NetNs;
-use weft_tests::{DEADLINE, bring_up, etcd, until, write_config};
+use weft_tests::{DEADLINE, bring_up, dual_stack, etcd, until, write_config};
 
 const IPV4: &str = "10.42.0.0/16";
 const IPV6: &str = "fd00:42::/48";
@@ -223,6 +223,26 @@ fn host_gw_carries_what_the_kernel_can_route() -> Result<()> {
     lab.start_daemon(0, &[])?;
     let error = format!("{:#}", lab.wait_ready(0, DEADLINE).unwrap_err());
     assert!(error.contains("host-gw needs an IPv6 address on eth0"), "{error}");
+    lab.remove()
+}
+
+/// Where hosts have both families, one socket is enough: packets of both go by IPv4.
+#[test]
+fn udp_tun_sends_both_families_over_ipv4_where_there_are_both() -> Result<()> {
+    let mut lab = Lab::new(LabOptions { hosts: 2, ..LabOptions::default() })?;
+    dual_stack(&lab)?;
+    for family in ["ipv4", "ipv6"] {
+        let rule = format!("meta nfproto {family} udp dport 8285 counter");
+        let chain = format!("chain {family} {{ type filter hook output priority 0; {rule}; }}");
+        lab.host(0).netns.tool("nft", &[&format!("add table inet count {{ {chain}; }}")])?;
+    }
+    bring_up(&mut lab, &[])?;
+    traffic(&lab)?;
+    let counted = |family: &str| -> Result<bool> {
+        let chain = ["list", "chain", "inet", "count", family];
+        Ok(!lab.host(0).netns.tool("nft", &chain)?.contains("counter packets 0 "))
+    };
+    assert_eq!((counted("ipv4")?, counted("ipv6")?), (true, false));
     lab.remove()
 }
 
