@@ -173,6 +173,19 @@ pub fn program(name: &str) -> Result<PathBuf> {
     bail!("{} is missing: run the tests by `make test`, which builds it first", path.display())
 }
 
+/// What `make install` puts in place below `root`, of what was built beside the tests.
+pub fn install(root: &Path, prefix: &str) -> Result<()> {
+    let programs = program("weft")?;
+    let programs = programs.parent().context("no directory")?.display();
+    let mut make = Command::new("make");
+    make.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).env_remove("MAKEFLAGS");
+    make.args(["--old-file=build", "install"]).arg(format!("PREFIX={prefix}"));
+    make.arg(format!("DESTDIR={}", root.display())).arg(format!("BIN={programs}"));
+    let output = make.output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
 /// Runs weftd to its end and returns its exit status and what it wrote to stderr.
 pub fn run_weftd(netns: &NetNs, arguments: &[&str]) -> Result<(Option<i32>, String)> {
     run_to_end(netns, Command::new(program("weftd")?).args(arguments))

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +13,7 @@ use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{enter, make_root};
-use weft_tests::{bring_up, hosts, program, run_to_end, until};
+use weft_tests::{bring_up, hosts, install, program, run_to_end, until};
 
 const PASSWORD: &str = "hunter2hunter2";
 
@@ -160,27 +160,25 @@ fn shell(shell: &str, script: &str, directory: &Path) -> Result<String> {
 }
 
 #[test]
-fn make_install_puts_pages_and_completions_in_place() -> Result<()> {
+fn make_install_puts_everything_in_place() -> Result<()> {
     let root = tempfile::tempdir()?;
-    let programs = program("weft")?;
-    let programs = programs.parent().context("no directory")?;
-    let mut make = Command::new("make");
-    make.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-    // It is built already.
-    make.args(["--old-file=build", "install", "PREFIX=/usr"]);
-    make.arg(format!("DESTDIR={}", root.path().display()));
-    let output = make.arg(format!("BIN={}", programs.display())).output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-
+    install(root.path(), "/usr")?;
     let usr = root.path().join("usr");
-    for file in [
-        "bin/weftd",
-        "lib/systemd/system/weftd.service",
-        "share/weft/docker-weft.conf",
-        "share/weft/weft-dashboard.json",
-        "share/weft/weft-alerts.yml",
+    for (file, mode) in [
+        ("bin/weftd", 0o755),
+        ("bin/weft", 0o755),
+        ("bin/mk-docker-opts.sh", 0o755),
+        ("lib/systemd/system/weftd.service", 0o644),
+        ("share/weft/docker-weft.conf", 0o644),
+        ("share/weft/weft-dashboard.json", 0o644),
+        ("share/weft/weft-alerts.yml", 0o644),
     ] {
-        assert!(usr.join(file).is_file(), "no {file}");
+        let found = fs::metadata(usr.join(file)).with_context(|| format!("no {file}"))?;
+        assert_eq!(found.permissions().mode() & 0o755, mode, "{file}");
+    }
+    for file in ["lib/systemd/system/weftd.service", "share/weft/docker-weft.conf"] {
+        let text = fs::read_to_string(usr.join(file))?;
+        assert!(text.contains("/usr/bin/weft") && !text.contains("/usr/local"), "{text}");
     }
     let man = "MANWIDTH=100 man --local-file --warnings --no-justification share/man/";
     let page = shell("sh", &format!("{man}man1/weft-trace.1"), &usr)?;

@@ -3,9 +3,8 @@
 
 use std::env;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use ipnetwork::IpNetwork;
@@ -15,7 +14,7 @@ use weft_daemon::lab::{Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status;
 use weft_tests::service::{Service, Unit, enter, make_root};
-use weft_tests::{has_device, hosts, until};
+use weft_tests::{has_device, hosts, install, until};
 
 const TEXT: &str = include_str!("../../docs/walkthrough.md");
 
@@ -44,11 +43,10 @@ const SHOW: &[&str] = &["weft registry"];
 const DOCKER_OPTIONS: &[&str] = &["mk-docker-opts.sh"];
 
 /// Its single commands. Those of systemctl are the test's to play.
-const INSTALL: &str = "make install";
 const LINK: &str = "ln -sf weftd /usr/local/bin/flanneld";
 const RELOAD: &str = "systemctl daemon-reload";
 const SINGLE_COMMANDS: [&str; 6] = [
-    INSTALL,
+    "make install",
     LINK,
     RELOAD,
     "systemctl enable --now etcd",
@@ -127,17 +125,6 @@ impl Node {
     }
 }
 
-/// Puts programs and units in place as an operator does, but for building them, which is done.
-fn run_make(variables: &[&str]) -> Result<()> {
-    let (program, target) = INSTALL.split_once(' ').context("no target")?;
-    let mut command = Command::new(program);
-    command.arg(target).arg("CARGO=true").args(variables).env_remove("MAKEFLAGS");
-    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
-    let output = command.output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
 fn address(host: usize) -> String {
     format!("10.168.0.{}", 94 + host)
 }
@@ -173,7 +160,7 @@ fn walk(api: &Api) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let etcd = etcd()?;
     let installed = directory.path().join("installed");
-    run_make(&[&format!("DESTDIR={}", installed.display())])?;
+    install(&installed, "/usr/local")?;
     for (name, program) in [("etcd", etcd.clone()), ("etcdctl", etcd.with_file_name("etcdctl"))] {
         symlink(program, installed.join("usr/local/bin").join(name))?;
     }
@@ -330,27 +317,4 @@ fn by_etcds_v3_api() -> Result<()> {
 #[test]
 fn by_etcds_v2_api() -> Result<()> {
     walk(&Api { set: commands(SET_BY_V2)?, list: commands(LIST_BY_V2)? })
-}
-
-/// What `make install` puts where, and that nothing of it points elsewhere.
-#[test]
-fn an_installation_is_whole() -> Result<()> {
-    let root = tempfile::tempdir()?;
-    run_make(&["PREFIX=/usr", &format!("DESTDIR={}", root.path().display())])?;
-    for (path, mode) in [
-        ("usr/bin/weftd", 0o755),
-        ("usr/bin/weft", 0o755),
-        ("usr/bin/mk-docker-opts.sh", 0o755),
-        ("usr/lib/systemd/system/weftd.service", 0o644),
-        ("usr/share/weft/docker-weft.conf", 0o644),
-    ] {
-        let path = root.path().join(path);
-        let found = fs::metadata(&path).with_context(|| path.display().to_string())?;
-        assert_eq!(found.permissions().mode() & 0o755, mode, "{}", path.display());
-        if mode == 0o644 {
-            let text = fs::read_to_string(&path)?;
-            assert!(text.contains("/usr/bin/weft") && !text.contains("/usr/local"), "{text}");
-        }
-    }
-    Ok(())
 }
