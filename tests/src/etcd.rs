@@ -9,17 +9,21 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use etcd_client::{Client, ConnectOptions, DeleteOptions, GetOptions, PutOptions};
 use serde_json::Value;
+use tokio::task::JoinSet;
 use ureq::Agent;
 use weft_control::{Access, Etcd2Registry, Etcd3Registry, Registry};
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 
-use crate::{program, until};
+use crate::{program, subnet, until};
 
 /// flannel's default.
 pub const PREFIX: &str = "/coreos.com/network";
-/// More events than etcd keeps by its v2 API.
-const V2_HISTORY: usize = 1_100;
+/// More events than etcd keeps by its v2 API, and than it has in store for one who watches by v3;
+/// and so long that the connection holds but some of them.
+const WRITES: usize = 2_000;
+const PADDING: usize = 8 << 10;
+const WRITES_AT_ONCE: usize = 50;
 /// Watches are told every now and then that nothing has happened; by default every ten minutes.
 const PROGRESS: &str = "--experimental-watch-progress-notify-interval=500ms";
 
@@ -232,6 +236,12 @@ fn collect(node: &Value, found: &mut Vec<Entry>) {
     }
 }
 
+/// The key of a host's lease, below the prefix.
+pub fn lease_path(lab: &Lab, host: usize) -> Result<String> {
+    let subnet = subnet(lab, host)?;
+    Ok(format!("subnets/{}-{}", subnet.network(), subnet.prefix()))
+}
+
 /// Writes a key below the prefix, without a time to live.
 pub fn put(lab: &Lab, path: &str, value: impl Into<String>) -> Result<()> {
     let value = value.into();
@@ -275,17 +285,31 @@ pub fn delete(lab: &Lab, path: &str) -> Result<()> {
     })
 }
 
-/// Has etcd forget what has happened so far.
-pub fn forget_history(lab: &Lab) -> Result<()> {
+/// Writes a key so often, and so much each time, that who watches without reading falls behind, and
+/// has etcd forget it.
+pub fn outrun_watchers(lab: &Lab, path: &str, value: &str) -> Result<()> {
+    let value = value.to_owned() + &" ".repeat(PADDING);
     if is_v2() {
-        let many = |agent: &Agent, url| {
-            let url = format!("{url}/elsewhere");
-            (1..V2_HISTORY).try_for_each(|_| put_by_v2(agent, &url, "x").map(drop))?;
-            put_by_v2(agent, &url, "x")
-        };
-        return v2(lab, many).map(drop);
+        return v2(lab, |agent, url| {
+            let url = format!("{url}/{path}");
+            (1..WRITES).try_for_each(|_| put_by_v2(agent, &url, &value).map(drop))?;
+            put_by_v2(agent, &url, &value)
+        })
+        .map(drop);
     }
+    let key = format!("{PREFIX}/{path}");
     client(lab, |mut client| async move {
+        let mut writes = JoinSet::new();
+        for _ in 0..WRITES {
+            let (mut client, key, value) = (client.clone(), key.clone(), value.clone());
+            writes.spawn(async move { client.put(key, value, None).await });
+            if writes.len() == WRITES_AT_ONCE {
+                writes.join_next().await.context("no write")???;
+            }
+        }
+        while let Some(written) = writes.join_next().await {
+            written??;
+        }
         let revision = client.get("x", None).await?.header().context("no header")?.revision();
         client.compact(revision, None).await?;
         Ok(())

@@ -18,8 +18,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use etherparse::PacketBuilder;
+use ipnetwork::IpNetwork;
 use rustix::process::{Pid, Signal, kill_process};
-use weft_daemon::lab::{Lab, LabOptions};
+use weft_daemon::lab::{Lab, LabOptions, PingOptions};
 use weft_daemon::netns::NetNs;
 
 /// How long anything may take on a machine that is busy with other tests.
@@ -145,10 +146,34 @@ pub fn metrics(netns: &NetNs, port: u16) -> Result<BTreeMap<String, f64>> {
         .collect()
 }
 
+/// The first of a host's subnets.
+pub fn subnet(lab: &Lab, host: usize) -> Result<IpNetwork> {
+    lab.status(host)?.subnets.first().copied().context("no subnet")
+}
+
+/// Pings between the first two hosts' containers, both ways; all echoes come back.
+pub fn pings(lab: &Lab) -> Result<()> {
+    for (from, to) in [(0, 1), (1, 0)] {
+        let report = lab.ping(from, to, &PingOptions::default())?;
+        ensure!(report.complete(), "{report:?}");
+    }
+    Ok(())
+}
+
+/// Everything that a host's daemons have logged so far.
+pub fn log(lab: &Lab, host: usize) -> Result<String> {
+    Ok(fs::read_to_string(&lab.host(host).log)?)
+}
+
+/// Waits until a host's daemon logs a line that contains `text`.
+pub fn logs(lab: &Lab, host: usize, text: &str) -> Result<()> {
+    until(&format!("host {host} logs {text:?}"), || Ok(log(lab, host)?.contains(text)))
+        .with_context(|| log(lab, host).unwrap_or_default())
+}
+
 /// The base of a host's subnet, which is also its address on the overlay device.
 pub fn base(lab: &Lab, host: usize) -> Result<IpAddr> {
-    let subnets = lab.status(host)?.subnets;
-    Ok(subnets.first().context("no subnet")?.network())
+    Ok(subnet(lab, host)?.network())
 }
 
 /// What a health check at port 8081 gets: the code and the body.
