@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use etherparse::PacketBuilder;
 use ipnetwork::IpNetwork;
 use rustix::process::{Pid, Signal, kill_process};
-use weft_daemon::lab::{Lab, LabOptions, PingOptions};
+use weft_daemon::lab::{Lab, LabOptions, PingOptions, ping};
 use weft_daemon::netns::NetNs;
 
 /// How long anything may take on a machine that is busy with other tests.
@@ -29,6 +29,11 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 /// Hosts on a switch, nothing running yet.
 pub fn hosts(hosts: usize) -> Result<Lab> {
     Lab::new(LabOptions { hosts, ..LabOptions::default() })
+}
+
+/// The same, for another backend than the lab's usual one.
+pub fn hosts_of(backend: &str, hosts: usize) -> Result<Lab> {
+    Lab::new(LabOptions { hosts, backend: backend.into(), ..LabOptions::default() })
 }
 
 /// Hosts with a weftd and a container each, all of which know each other.
@@ -158,6 +163,31 @@ pub fn pings(lab: &Lab) -> Result<()> {
         ensure!(report.complete(), "{report:?}");
     }
     Ok(())
+}
+
+/// Waits until each address of a container answers another's echo requests.
+pub fn reaches(lab: &Lab, from: usize, to: usize) -> Result<()> {
+    let from = lab.container(from)?;
+    for address in &lab.container(to)?.addresses {
+        until(&format!("{address} answers"), || {
+            Ok(ping(&from.netns, address.ip(), &PingOptions::default())?.complete())
+        })?;
+    }
+    Ok(())
+}
+
+/// Stops a host's daemon and starts it with these flags, until it is ready.
+pub fn restart(lab: &mut Lab, host: usize, flags: &[&str]) -> Result<()> {
+    lab.stop_daemon(host)?;
+    lab.start_daemon(host, flags)?;
+    lab.wait_ready(host, DEADLINE)
+}
+
+/// Waits until a problem that contains `text` is in a host's status.
+pub fn tells(lab: &Lab, host: usize, text: &str) -> Result<()> {
+    let is_told = || Ok(lab.status(host)?.problems.iter().any(|problem| problem.contains(text)));
+    until(&format!("host {host} tells {text:?}"), is_told)
+        .with_context(|| format!("{:?}", lab.status(host)))
 }
 
 /// Everything that a host's daemons have logged so far.

@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tempfile::TempDir;
-use weft_daemon::lab::{Bytes, Cancel, Container, Lab, Patience, PingReport, transfer};
+use weft_daemon::lab::{Bytes, Container, Lab, Patience, PingReport, transfer};
 
 use crate::{DEADLINE, all_acquainted, end, program, until};
 
@@ -97,7 +97,7 @@ pub fn loses_nothing_over_restarts<T: PartialEq + Debug>(
 
 /// One transfer after the other, until it is over.
 fn move_data([from, to]: &Ends, has_begun: &AtomicBool, is_over: &AtomicBool) -> Result<()> {
-    let patience = Patience { stall: STALL, cancel: Cancel::default() };
+    let patience = Patience { stall: STALL, ..Patience::default() };
     let mut amount = FIRST;
     while !is_over.load(Ordering::Relaxed) {
         let moved = transfer(&from.netns, &to.netns, to.address()?, amount, &patience)?;

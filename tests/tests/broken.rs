@@ -5,10 +5,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use weft_daemon::lab::{Lab, LabOptions, PingOptions};
+use weft_daemon::lab::{Lab, PingOptions};
 use weft_tests::doctor::{Check, finds, finds_within};
 use weft_tests::{
-    DEADLINE, bring_up, etcd, hosts, overlay, plain_wire, program, until, until_within,
+    DEADLINE, bring_up, etcd, hosts, hosts_of, overlay, plain_wire, program, until, until_within,
 };
 
 /// How long a break may go unnamed.
@@ -66,8 +66,7 @@ fn a_peer_whose_daemon_has_ended() -> Result<()> {
 #[test]
 fn a_peer_whose_daemon_has_ended_though_its_kernel_answers() -> Result<()> {
     for backend in ["vxlan", "host-gw"] {
-        let options = LabOptions { hosts: 2, backend: backend.into(), ..LabOptions::default() };
-        let mut lab = Lab::new(options)?;
+        let mut lab = hosts_of(backend, 2)?;
         bring_up(&mut lab, &[])?;
         probed(&lab)?;
         lab.kill_daemon(1)?;
@@ -133,8 +132,7 @@ fn an_offload_that_loses_what_it_cuts() -> Result<()> {
 
 #[test]
 fn a_checksum_offload_that_loses_udp() -> Result<()> {
-    let vxlan = LabOptions { hosts: 2, backend: "vxlan".into(), ..LabOptions::default() };
-    let mut lab = Lab::new(vxlan)?;
+    let mut lab = hosts_of("vxlan", 2)?;
     bring_up(&mut lab, &[])?;
     probed(&lab)?;
     // Behind UDP, VXLAN and Ethernet: the protocol in the inner IPv4 header.
@@ -202,8 +200,7 @@ fn a_host_that_does_not_forward() -> Result<()> {
 
 #[test]
 fn a_mac_that_somebody_changes() -> Result<()> {
-    let mut lab =
-        Lab::new(LabOptions { hosts: 1, backend: "vxlan".into(), ..LabOptions::default() })?;
+    let mut lab = hosts_of("vxlan", 1)?;
     bring_up(&mut lab, &[])?;
     lab.host(0).netns.ip(&["link", "set", "flannel.1", "address", "02:00:00:00:00:07"])?;
     let is_named = || -> Result<bool> {

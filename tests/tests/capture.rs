@@ -12,9 +12,8 @@ use etherparse::{Ipv4HeaderSlice, NetSlice, SlicedPacket, TransportSlice};
 use socket2::{Domain, Protocol, Socket, Type};
 use weft_benches::subject::Running;
 use weft_benches::topology::{Mode, Topology, inner, outer};
-use weft_daemon::lab::{Bytes, Cancel, Patience, transfer};
+use weft_daemon::lab::{Bytes, Patience, transfer};
 use weft_daemon::netns::NetNs;
-use weft_tests::DEADLINE;
 
 /// ETH_P_IP (include/uapi/linux/if_ether.h).
 const IPV4_FRAMES: u16 = 0x0800;
@@ -132,9 +131,8 @@ fn every_packet_is_right(net: &Topology) -> Result<()> {
         let done = &done;
         let wire = scope.spawn(move || check_all(host, outside, done, on_the_wire));
         let container = scope.spawn(move || check_all(container, inside, done, behind_the_tun));
-        let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
         let [from, to] = &net.containers;
-        let moved = transfer(from, to, inner(1), Bytes(16 << 20), &patience);
+        let moved = transfer(from, to, inner(1), Bytes(16 << 20), &Patience::default());
         done.store(true, Ordering::Relaxed);
         let counts = [wire, container].map(|it| it.join().expect("a capture panicked"));
         ensure!(moved?.intact(), "the bytes are others");

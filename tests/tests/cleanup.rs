@@ -9,9 +9,9 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use rustix::process::Signal;
 use serde_json::Value;
-use weft_daemon::lab::{Host, Lab, LabOptions};
+use weft_daemon::lab::{Host, Lab};
 use weft_daemon::netns::NetNs;
-use weft_tests::{DEADLINE, Weftd, dual_stack, program, until};
+use weft_tests::{DEADLINE, Weftd, dual_stack, hosts_of, program, until};
 
 /// The key of the peer's lease, in an overlay of IPv4 and in one of both families.
 const IPV4: &str = "10.42.250.0-24";
@@ -89,7 +89,7 @@ fn cleanup(netns: &NetNs, arguments: &[&str]) -> Result<(Option<i32>, String)> {
 
 /// A host with rules, a route and a table of its own, and a lease of some peer in the registry.
 fn host_of_its_own(backend: &str, key: &str, peers_type: &str) -> Result<Lab> {
-    let lab = Lab::new(LabOptions { hosts: 1, backend: backend.into(), ..LabOptions::default() })?;
+    let lab = hosts_of(backend, 1)?;
     if key == BOTH_FAMILIES {
         dual_stack(&lab)?;
     }

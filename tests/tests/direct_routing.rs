@@ -11,17 +11,16 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result};
-use weft_daemon::lab::{Lab, LabOptions, PingOptions};
+use weft_daemon::lab::{Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::load::{ends, loses_nothing_while};
-use weft_tests::{all_acquainted, bring_up, until, write_config};
+use weft_tests::{all_acquainted, bring_up, hosts_of, tells, until, write_config};
 
 /// Two hops, both in kernels.
 const TTL_DIRECT: u8 = 62;
 
 fn lab(backend: &str) -> Result<Lab> {
-    let mut lab =
-        Lab::new(LabOptions { hosts: 3, backend: backend.into(), ..LabOptions::default() })?;
+    let mut lab = hosts_of(backend, 3)?;
     lab.add_router(&["10.168.0.1/24".parse()?, "10.169.0.1/24".parse()?])?;
     let far = &lab.host(2).netns;
     far.ip(&["address", "flush", "dev", "eth0"])?;
@@ -111,10 +110,7 @@ fn the_same_link_needs_no_tunnel(backend: &str) -> Result<()> {
     // Something that the daemon hears of.
     host.ip(&["address", "add", "192.0.2.1/32", "dev", "lo"])?;
     until("our own device takes it", || Ok(read(&host, &device, "rp_filter")? == "2"))?;
-    until("the card's filter is told of", || {
-        let told = "strict reverse path filtering on eth0";
-        Ok(lab.status(0)?.problems.iter().any(|it| it.contains(told)))
-    })?;
+    tells(&lab, 0, "strict reverse path filtering on eth0")?;
     assert_eq!(read(&host, "eth0", "rp_filter")?, "0", "it is not ours to change");
 
     // Without the option all goes through the tunnel, and nothing is left of the plain route.

@@ -17,7 +17,7 @@ use weft_tests::etcd::{
     delete, get, get_one, hosts, inside, keep_subnets_free, lease_path, put, registry, weftd,
 };
 use weft_tests::{
-    DEADLINE, Weftd, all_acquainted, bring_up, health, log, logs, pings, subnet, until,
+    DEADLINE, Weftd, all_acquainted, bring_up, health, log, logs, pings, subnet, tells, until,
 };
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -148,9 +148,7 @@ fn garbage_is_skipped_and_named() -> Result<()> {
         ("subnets/10.42.9.0-24", ours.as_str(), "it has our own address"),
     ] {
         put(&lab, path, value)?;
-        until(&format!("{path} is told of: {said}"), || {
-            Ok(lab.status(0)?.problems.iter().any(|problem| problem.contains(said)))
-        })?;
+        tells(&lab, 0, said).with_context(|| path.to_owned())?;
         // Half of our subnet is another node's to others: the longer prefix wins there.
         if path != half {
             pings(&lab)?;
@@ -359,10 +357,7 @@ fn a_changed_config_is_gone_by_where_it_can_be() -> Result<()> {
 
     put(&lab, "config", r#"{"Network":"10.44.0.0/16"}"#)?;
     for host in 0..2 {
-        until("a restart is asked for", || {
-            let problems = lab.status(host)?.problems;
-            Ok(problems.iter().any(|problem| problem.contains("restart weftd to go by it")))
-        })?;
+        tells(&lab, host, "restart weftd to go by it")?;
     }
     lab.remove()
 }

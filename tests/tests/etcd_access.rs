@@ -1,15 +1,15 @@
 //! etcd with TLS and with users.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
 use weft_tests::etcd::{PREFIX, client, get, hosts, put as put_by_v3, wait_until_it_serves, weftd};
-use weft_tests::{Weftd, bring_up, until};
+use weft_tests::{Weftd, bring_up, log, logs, until};
 
 /// Where the lab's first member of etcd lives.
 const ADDRESS: &str = "10.168.0.1";
@@ -60,16 +60,10 @@ impl Certificates {
     }
 }
 
-fn log(path: &Path) -> String {
-    fs::read_to_string(path).unwrap_or_default()
-}
-
 /// Starts a daemon that gets nothing from etcd, and waits for the reason.
 fn is_told(lab: &mut Lab, flags: &[&str], reason: &str) -> Result<()> {
     lab.start_daemon(0, flags)?;
-    let path = lab.host(0).log.clone();
-    until(&format!("the log says {reason:?}"), || Ok(log(&path).contains(reason)))
-        .with_context(|| log(&path))?;
+    logs(lab, 0, reason)?;
     lab.stop_daemon(0)?;
     Ok(())
 }
@@ -81,7 +75,7 @@ fn the_authority_alone_is_enough_and_a_wrong_one_is_told() -> Result<()> {
         let mut lab = right.lab(false)?;
         let flag = wrong.flag("etcd-cafile", "ca.pem");
         is_told(&mut lab, &[api, &flag], WAITING)?;
-        assert!(log(&lab.host(0).log).contains("invalid peer certificate"));
+        assert!(log(&lab, 0)?.contains("invalid peer certificate"));
         let nowhere = "cannot read /nowhere, which --etcd-cafile";
         is_told(&mut lab, &[api, "--etcd-cafile=/nowhere"], nowhere)?;
         bring_up(&mut lab, &[api, &right.flag("etcd-cafile", "ca.pem")])?;
@@ -134,8 +128,7 @@ fn the_api_is_the_one_that_has_a_config() -> Result<()> {
     lab.stop_daemon(1)?;
     put_by_v3(&lab, "config", r#"{"Network":"10.42.0.0/16"}"#)?;
     lab.start_daemon(1, &[])?;
-    let path = lab.host(1).log.clone();
-    until("both are told of", || Ok(log(&path).contains("and one by its v2 API; taking v3's")))?;
+    logs(&lab, 1, "and one by its v2 API; taking v3's")?;
     lab.remove()
 }
 
@@ -173,7 +166,7 @@ fn users_are_known_by_password_and_again_when_tokens_are_gone() -> Result<()> {
     is_renewed(&lab)?;
     assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
     for host in 0..2 {
-        assert!(!log(&lab.host(host).log).contains("hunter"));
+        assert!(!log(&lab, host)?.contains("hunter"));
     }
     lab.remove()
 }
@@ -198,6 +191,6 @@ fn users_are_known_by_password_by_the_v2_api_too() -> Result<()> {
     is_told(&mut lab, &[api], refused)?;
     is_told(&mut lab, &[api, "--etcd-username=root", "--etcd-password=hunter3"], refused)?;
     bring_up(&mut lab, &[api, "--etcd-username=root", "--etcd-password=hunter2"])?;
-    assert!(!log(&lab.host(0).log).contains("hunter"));
+    assert!(!log(&lab, 0)?.contains("hunter"));
     lab.remove()
 }

@@ -14,7 +14,7 @@ use weft_tests::etcd::{
     wait_until_it_serves,
 };
 use weft_tests::slow_proxy::SlowProxy;
-use weft_tests::{DEADLINE, all_acquainted, bring_up, log, logs, pings, subnet, until};
+use weft_tests::{DEADLINE, all_acquainted, bring_up, log, logs, pings, subnet, tells, until};
 
 /// CPU time of a host's daemon, in seconds.
 fn cpu_seconds(lab: &Lab, host: usize) -> Result<f64> {
@@ -143,10 +143,7 @@ fn what_cannot_be_written_is_told_until_it_can() -> Result<()> {
         })
     };
     alarm(AlarmAction::Activate)?;
-    until("it is told", || {
-        let problems = lab.status(0)?.problems;
-        Ok(problems.iter().any(|it| it.starts_with("cannot renew the lease, trying again: ")))
-    })?;
+    tells(&lab, 0, "cannot renew the lease, trying again: ")?;
     let log = log(&lab, 0)?;
     let told = alarms(&log);
     assert!(told[0].contains("space exceeded"), "{told:#?}");
@@ -189,9 +186,7 @@ fn wiped_data_are_written_again() -> Result<()> {
     until("both leases are there", || Ok(get(&lab, "subnets/")?.len() == 2))?;
     all_acquainted(&lab)?;
     assert_eq!([subnet(&lab, 0)?, subnet(&lab, 1)?], before);
-    until("the config is missed", || {
-        Ok(lab.status(0)?.problems.iter().any(|problem| problem.contains("config is gone")))
-    })?;
+    tells(&lab, 0, "config is gone")?;
     pings(&lab)?;
     lab.remove()
 }

@@ -7,10 +7,10 @@ use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
 use serde_json::Value;
 use weft_daemon::lab::{
-    Bytes, Cancel, EtcdOptions, Lab, LabOptions, Patience, PingOptions, Underlay, ping, transfer,
+    Bytes, EtcdOptions, Lab, LabOptions, Patience, PingOptions, Underlay, ping, transfer,
 };
 use weft_daemon::netns::NetNs;
-use weft_tests::{DEADLINE, bring_up, dual_stack, etcd, until, write_config};
+use weft_tests::{DEADLINE, bring_up, dual_stack, etcd, reaches, until, write_config};
 
 const IPV4: &str = "10.42.0.0/16";
 const IPV6: &str = "fd00:42::/48";
@@ -87,14 +87,11 @@ fn rules(lab: &Lab, inner: Inner) -> Result<()> {
 /// Both ways, by each of the addresses.
 fn traffic(lab: &Lab) -> Result<()> {
     for (from, to) in [(0, 1), (1, 0)] {
+        reaches(lab, from, to)?;
         let (from, to) = (lab.container(from)?, lab.container(to)?);
         for address in &to.addresses {
             let ip = address.ip();
-            until(&format!("{ip} answers"), || {
-                Ok(ping(&from.netns, ip, &PingOptions::default())?.complete())
-            })?;
-            let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
-            let moved = transfer(&from.netns, &to.netns, ip, Bytes(2 << 20), &patience)?;
+            let moved = transfer(&from.netns, &to.netns, ip, Bytes(2 << 20), &Patience::default())?;
             assert!(moved.intact(), "{moved:?}");
         }
     }

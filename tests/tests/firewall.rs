@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use ipnetwork::IpNetwork;
 use tempfile::TempDir;
-use weft_daemon::lab::{Lab, LabOptions, PingOptions};
+use weft_daemon::lab::{Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::{
-    DEADLINE, all_acquainted, bring_up, dual_stack, hosts, run_weftd, until, write_config,
+    DEADLINE, all_acquainted, bring_up, dual_stack, hosts, pings, restart, run_weftd, tells, until,
+    write_config,
 };
 
 /// How rules come into the kernel.
@@ -181,14 +182,6 @@ fn is_flannels(lab: &Lab, host: usize, mode: Mode) -> Result<()> {
     until("the rules are as they should be", || assert_flannels(lab, host, mode).map(|()| true))
 }
 
-fn pings(lab: &Lab) -> Result<()> {
-    for (from, to) in [(0, 1), (1, 0)] {
-        let report = lab.ping(from, to, &PingOptions::default())?;
-        ensure!(report.complete(), "{report:?}");
-    }
-    Ok(())
-}
-
 /// Who a socket at `to` takes a datagram from `from` to be from.
 fn seen_source(from: &NetNs, to: &NetNs, at: IpAddr) -> Result<IpAddr> {
     let receiver = to.run(|| UdpSocket::bind(SocketAddr::new(at, 0)))??;
@@ -246,14 +239,10 @@ fn switches_leave_out_what_they_say() -> Result<()> {
     bring_up(&mut lab, &["--firewall=iptables"])?;
     // Hosts that masquerade, but not at random.
     let flags = ["--ip-masq", "--ip-masq-fully-random-disable", "--firewall=nftables"];
-    lab.stop_daemon(1)?;
-    lab.start_daemon(1, &flags)?;
-    lab.wait_ready(1, DEADLINE)?;
+    restart(&mut lab, 1, &flags)?;
     let table = nft_table(&lab.host(1).netns)?;
     assert!(table.contains("masquerade comment") && !table.contains("random"), "{table}");
-    lab.stop_daemon(1)?;
-    lab.start_daemon(1, &[&flags[..2], &["--firewall=iptables"]].concat())?;
-    lab.wait_ready(1, DEADLINE)?;
+    restart(&mut lab, 1, &[&flags[..2], &["--firewall=iptables"]].concat())?;
     let found = listed(&lab.host(1).netns, Mode::Nft, false)?.concat();
     assert!(found.contains("-j MASQUERADE") && !found.contains("random"), "{found}");
 
@@ -306,13 +295,8 @@ fn the_policy_drop_is_overcome_by_iptables_and_told_by_nftables() -> Result<()> 
     for host in 0..2 {
         let log = fs::read_to_string(&lab.host(host).log)?;
         assert!(log.contains("the chain FORWARD drops by its policy"), "{log}");
-        lab.stop_daemon(host)?;
-        lab.start_daemon(host, &["--firewall=nftables"])?;
-        lab.wait_ready(host, DEADLINE)?;
-        until("it is told", || {
-            let problems = lab.status(host)?.problems;
-            Ok(problems.iter().any(|it| it.contains("`iptables -P FORWARD ACCEPT`")))
-        })?;
+        restart(&mut lab, host, &["--firewall=nftables"])?;
+        tells(&lab, host, "`iptables -P FORWARD ACCEPT`")?;
     }
     lab.remove()
 }
@@ -356,9 +340,7 @@ fn wiped_rules_come_back_and_foreign_ones_stay() -> Result<()> {
     pings(&lab)?;
 
     for host in 0..2 {
-        lab.stop_daemon(host)?;
-        lab.start_daemon(host, &["--ip-masq", "--firewall=nftables", "--iptables-resync=600"])?;
-        lab.wait_ready(host, DEADLINE)?;
+        restart(&mut lab, host, &["--ip-masq", "--firewall=nftables", "--iptables-resync=600"])?;
     }
     all_acquainted(&lab)?;
     let table = nft_table(&host)?;
@@ -497,7 +479,7 @@ fn without_the_program_the_overlay_goes_on_and_says_so() -> Result<()> {
     bring_up(&mut lab, &["--ip-masq", "--firewall=iptables", "--iptables-resync=1"])?;
     pings(&lab)?;
     let told = "there is no iptables; install it, or choose the other --firewall";
-    until("it is told", || Ok(lab.status(0)?.problems.iter().any(|it| it.contains(told))))?;
+    tells(&lab, 0, told)?;
     let log = fs::read_to_string(&lab.host(0).log)?;
     assert_eq!(log.matches(told).count(), 1, "{log}");
     lab.remove()
@@ -524,9 +506,7 @@ fn a_blackhole_takes_what_no_bridge_does() -> Result<()> {
         host.ip(&[family(subnet), "route", "del", "blackhole", &subnet.to_string()])?;
         until("it is back", || there(subnet))?;
     }
-    lab.stop_daemon(0)?;
-    lab.start_daemon(0, &[])?;
-    lab.wait_ready(0, DEADLINE)?;
+    restart(&mut lab, 0, &[])?;
     for subnet in &subnets {
         assert!(!there(subnet)?);
     }

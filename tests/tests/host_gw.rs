@@ -6,10 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use weft_daemon::lab::{Bytes, Lab, LabOptions, PingOptions, ping};
+use weft_daemon::lab::{Bytes, Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::load::loses_nothing_over_restarts;
-use weft_tests::{DEADLINE, bring_up, dual_stack, health, hosts, overlay, until, write_config};
+use weft_tests::{
+    DEADLINE, bring_up, dual_stack, health, hosts, hosts_of, overlay, reaches, tells, until,
+    write_config,
+};
 
 /// Two hops, both in kernels.
 const TTL_ACROSS: u8 = 62;
@@ -22,7 +25,7 @@ const REPAIRS_MAX: usize = 10;
 const GIVEN_UP_FOR: Duration = Duration::from_secs(2);
 
 fn lab(hosts: usize) -> Result<Lab> {
-    Lab::new(LabOptions { hosts, backend: "host-gw".into(), ..LabOptions::default() })
+    hosts_of("host-gw", hosts)
 }
 
 /// A host's routes that are weft's, by destination: where they lead.
@@ -99,12 +102,7 @@ fn both_families_have_routes() -> Result<()> {
         until("the IPv6 route is there", || Ok(routes(netns, "-6")? == ipv6))
             .with_context(|| format!("{:?}, not {ipv6:?}", routes(netns, "-6")))?;
     }
-    let [from, to] = [lab.container(0)?, lab.container(1)?];
-    for address in &to.addresses {
-        until(&format!("{address} answers"), || {
-            Ok(ping(&from.netns, address.ip(), &PingOptions::default())?.complete())
-        })?;
-    }
+    reaches(&lab, 0, 1)?;
     lab.remove()
 }
 
@@ -219,7 +217,7 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
         "the node of 10.42.2.0-24 is of the backend udp, not host-gw",
         "the route to 10.42.4.0/24 is somebody else's",
     ] {
-        until(told, || Ok(lab.status(0)?.problems.iter().any(|it| it.contains(told))))?;
+        tells(&lab, 0, told)?;
     }
     until("flannel's route is ours", || {
         Ok(routes(&host, "-4")?.contains(&("10.42.3.0/24".into(), "10.168.0.130".into())))

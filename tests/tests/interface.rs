@@ -6,11 +6,11 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use weft_daemon::lab::{Bytes, Cancel, EtcdOptions, Lab, LabOptions, Patience, transfer};
+use weft_daemon::lab::{Bytes, EtcdOptions, Lab, LabOptions, Patience, transfer};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status::Status;
 use weft_tests::load::{ends, outage_while};
-use weft_tests::{DEADLINE, bring_up, counter, etcd, until};
+use weft_tests::{DEADLINE, bring_up, counter, etcd, tells, until};
 
 /// Two seconds are what is promised; the machine is busy with other tests.
 const OUTAGE_MAX: Duration = Duration::from_secs(4);
@@ -116,9 +116,7 @@ fn follows(backend: &str, members: usize, overhead: u32, unbroken: bool) -> Resu
 
     let flapped = outage(&lab, || {
         host.ip(&["link", "set", "eth1", "down"])?;
-        until("it says that there is no way out", || {
-            Ok(lab.status(0)?.problems.iter().any(|it| it.contains("cannot be followed")))
-        })?;
+        tells(&lab, 0, "cannot be followed")?;
         host.ip(&["link", "set", "eth1", "up"])?;
         host.ip(&["route", "add", "default", "dev", "eth1"])
     })?;
@@ -174,9 +172,8 @@ fn an_address_that_is_gone_for_a_moment_costs_no_feature() -> Result<()> {
     let before = lab.status(0)?;
     let [from, to] = [lab.container(0)?, lab.container(1)?];
     let moved = thread::scope(|scope| {
-        let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
         let moving = scope.spawn(move || {
-            transfer(&from.netns, &to.netns, to.address()?, Bytes(512 << 20), &patience)
+            transfer(&from.netns, &to.netns, to.address()?, Bytes(512 << 20), &Patience::default())
         });
         until("some of it has moved", || Ok(counter(&lab, 0, "tun_to_udp_packets")? > 1_000))?;
         host.ip(&["address", "del", "10.168.0.94/24", "dev", "eth0"])?;

@@ -1,19 +1,13 @@
 //! Nodes come, go, die and race: who has which subnet, and where packets go meanwhile.
 
 use std::fs;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
-use weft_daemon::lab::{Bytes, Cancel, Lab, Patience, PingOptions, transfer};
-use weft_tests::{DEADLINE, all_acquainted, has_device, hosts, overlay, until};
-
-fn subnet(lab: &Lab, host: usize) -> Result<IpNetwork> {
-    lab.status(host)?.subnets.first().copied().context("no subnet")
-}
+use weft_daemon::lab::{Lab, PingOptions};
+use weft_tests::load::{ends, loses_nothing_while};
+use weft_tests::{DEADLINE, all_acquainted, has_device, hosts, overlay, subnet, tells, until};
 
 /// The file of a host's lease.
 fn lease_file(lab: &Lab, host: usize) -> Result<std::path::PathBuf> {
@@ -24,36 +18,18 @@ fn lease_file(lab: &Lab, host: usize) -> Result<std::path::PathBuf> {
 #[test]
 fn a_fourth_host_joins_while_traffic_flows() -> Result<()> {
     let mut lab = overlay(3)?;
-    let (from, to) = (Arc::clone(lab.container(0)?), Arc::clone(lab.container(1)?));
-    let joined = Arc::new(AtomicBool::new(false));
-    let traffic = {
-        let joined = Arc::clone(&joined);
-        thread::spawn(move || -> Result<u32> {
-            let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
-            let mut rounds = 0;
-            loop {
-                let last = joined.load(Ordering::Relaxed);
-                let address = to.address()?;
-                let moved = transfer(&from.netns, &to.netns, address, Bytes(4 << 20), &patience)?;
-                assert!(moved.intact());
-                rounds += 1;
-                if last {
-                    return Ok(rounds);
-                }
-            }
-        })
-    };
-    let fourth = lab.add_host()?;
-    lab.start_daemon(fourth, &[])?;
-    lab.wait_ready(fourth, DEADLINE)?;
-    lab.attach_container(fourth)?;
-    all_acquainted(&lab)?;
-    for host in 0..3 {
-        assert!(lab.ping(host, fourth, &PingOptions::default())?.complete());
-        assert!(lab.ping(fourth, host, &PingOptions::default())?.complete());
-    }
-    joined.store(true, Ordering::Relaxed);
-    assert!(traffic.join().unwrap()? > 0);
+    loses_nothing_while(&ends(&lab)?, || {
+        let fourth = lab.add_host()?;
+        lab.start_daemon(fourth, &[])?;
+        lab.wait_ready(fourth, DEADLINE)?;
+        lab.attach_container(fourth)?;
+        all_acquainted(&lab)?;
+        for host in 0..3 {
+            assert!(lab.ping(host, fourth, &PingOptions::default())?.complete());
+            assert!(lab.ping(fourth, host, &PingOptions::default())?.complete());
+        }
+        Ok(())
+    })?;
     lab.remove()
 }
 
@@ -182,9 +158,7 @@ fn hostile_leases_are_refused_by_name() -> Result<()> {
         ("10.42.253.0-24", "{"),
     ] {
         fs::write(lab.registry()?.join("subnets").join(name), text)?;
-        until(&format!("{name} is among the problems"), || {
-            Ok(lab.status(0)?.problems.iter().any(|line| line.contains(name)))
-        })?;
+        tells(&lab, 0, name)?;
     }
     assert_eq!(lab.status(0)?.peers.len(), 1);
     assert!(lab.ping(0, 1, &PingOptions::default())?.complete());

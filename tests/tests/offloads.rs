@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Result, ensure};
-use weft_daemon::lab::{Bytes, Cancel, Container, Lab, Patience, transfer};
-use weft_tests::{DEADLINE, bring_up, counter, hosts, plain_wire};
+use weft_daemon::lab::{Bytes, Container, Lab, Patience, transfer};
+use weft_tests::{bring_up, counter, hosts, plain_wire};
 
 const KINDS: [&str; 7] = [
     "tun-tso",
@@ -55,8 +55,8 @@ fn transfers_are_intact(lab: &Lab, total: u64) -> Result<()> {
 }
 
 fn one(from: &Arc<Container>, to: &Arc<Container>, bytes: u64) -> Result<()> {
-    let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
-    let moved = transfer(&from.netns, &to.netns, to.address()?, Bytes(bytes), &patience)?;
+    let moved =
+        transfer(&from.netns, &to.netns, to.address()?, Bytes(bytes), &Patience::default())?;
     ensure!(moved.intact(), "{bytes} bytes arrived as others: {moved:?}");
     Ok(())
 }

@@ -3,8 +3,8 @@
 use std::thread;
 
 use anyhow::Result;
-use weft_daemon::lab::{Bytes, Cancel, Patience, PingOptions, ping, transfer};
-use weft_tests::{DEADLINE, base, bring_up, counter, dual_stack, hosts, overlay, until};
+use weft_daemon::lab::{Bytes, Patience, PingOptions, ping, transfer};
+use weft_tests::{base, bring_up, counter, dual_stack, hosts, overlay, reaches};
 
 /// Two hops in the kernels, two in the engines: what flannel shows.
 const TTL_ACROSS: u8 = 60;
@@ -108,17 +108,15 @@ fn both_families_cross_an_ipv4_underlay() -> Result<()> {
     bring_up(&mut lab, &[])?;
     let [from, to] = [lab.container(0)?, lab.container(1)?];
     assert_eq!(to.addresses.len(), 2);
+    reaches(&lab, 0, 1)?;
     for address in &to.addresses {
         let how = PingOptions::default();
-        until(&format!("{address} answers"), || {
-            Ok(ping(&from.netns, address.ip(), &how)?.complete())
-        })?;
         let report = ping(&from.netns, address.ip(), &how)?;
         assert!(report.replies.iter().all(|reply| reply.ttl == TTL_ACROSS), "{report:?}");
         let expired = ping(&from.netns, address.ip(), &PingOptions { ttl: Some(3), ..how })?;
         assert!(expired.errors.iter().any(|line| line.contains("exceeded")), "{expired:?}");
-        let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
-        let moved = transfer(&from.netns, &to.netns, address.ip(), Bytes(8 << 20), &patience)?;
+        let moved =
+            transfer(&from.netns, &to.netns, address.ip(), Bytes(8 << 20), &Patience::default())?;
         assert!(moved.intact(), "{moved:?}");
     }
     lab.remove()

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result};
-use weft_daemon::lab::{Bytes, Cancel, Lab, LabOptions, Patience, transfer};
-use weft_tests::{DEADLINE, bring_up};
+use weft_daemon::lab::{Bytes, Patience, transfer};
+use weft_tests::{bring_up, hosts_of};
 
 const HOSTS: usize = 20;
 /// Enough for some super-packets each.
@@ -13,17 +13,16 @@ const AMOUNT: Bytes = Bytes(256 << 10);
 
 /// A transfer between each two, both ways, several at a time.
 fn all_pairs(backend: &str) -> Result<()> {
-    let mut lab =
-        Lab::new(LabOptions { hosts: HOSTS, backend: backend.into(), ..LabOptions::default() })?;
+    let mut lab = hosts_of(backend, HOSTS)?;
     bring_up(&mut lab, &[])?;
     let containers: Vec<_> =
         (0..HOSTS).map(|host| lab.container(host).map(Arc::clone)).collect::<Result<_>>()?;
     let from_each = |from: usize| -> Result<usize> {
-        let patience = Patience { stall: DEADLINE, cancel: Cancel::default() };
         let others = (0..HOSTS).filter(|to| *to != from);
         let moved = others.map(|to| {
             let (from, to) = (&containers[from], &containers[to]);
-            let moved = transfer(&from.netns, &to.netns, to.address()?, AMOUNT, &patience)?;
+            let moved =
+                transfer(&from.netns, &to.netns, to.address()?, AMOUNT, &Patience::default())?;
             Ok(usize::from(moved.intact()))
         });
         moved.sum::<Result<usize>>().with_context(|| format!("from h{}", from + 1))

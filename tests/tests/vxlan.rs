@@ -10,11 +10,13 @@ use anyhow::{Context, Result, bail};
 use ipnetwork::IpNetwork;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use weft_daemon::lab::{Bytes, Lab, LabOptions, PingOptions, ping};
+use weft_daemon::lab::{Bytes, Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status;
 use weft_tests::load::loses_nothing_over_restarts;
-use weft_tests::{DEADLINE, Weftd, bring_up, dual_stack, until, write_config};
+use weft_tests::{
+    DEADLINE, Weftd, bring_up, dual_stack, hosts_of, reaches, tells, until, write_config,
+};
 
 /// Two hops, both in kernels.
 const TTL_ACROSS: u8 = 62;
@@ -26,7 +28,7 @@ const FLANNEL_MAC: &str = "c6:d2:32:6f:8f:44";
 const FLANNEL_SUBNET: &str = "10.42.77.0";
 
 fn lab(hosts: usize) -> Result<Lab> {
-    Lab::new(LabOptions { hosts, backend: "vxlan".into(), ..LabOptions::default() })
+    hosts_of("vxlan", hosts)
 }
 
 fn bridge_json(netns: &NetNs, arguments: &[&str]) -> Result<Value> {
@@ -216,12 +218,7 @@ fn both_families_have_their_devices() -> Result<()> {
         site.netns.tool(program, meddling)?;
         has_its_entries()?;
     }
-    let [from, to] = [lab.container(0)?, lab.container(1)?];
-    for address in &to.addresses {
-        until(&format!("{address} answers"), || {
-            Ok(ping(&from.netns, address.ip(), &PingOptions::default())?.complete())
-        })?;
-    }
+    reaches(&lab, 0, 1)?;
     lab.remove()
 }
 
@@ -535,8 +532,7 @@ fn leases_that_cannot_be_served_are_told() -> Result<()> {
         format!("the node of {} is of the backend host-gw, not vxlan", range(free[4])),
         format!("the node of {} has the MAC {theirs} of that of", range(free[5])),
     ] {
-        let is_told = || Ok(lab.status(0)?.problems.iter().any(|it| it.contains(&told)));
-        until(&told, is_told).with_context(|| format!("{:?}", lab.status(0)))?;
+        tells(&lab, 0, &told)?;
     }
     let subnet: IpNetwork = format!("10.42.{}.0/25", free[2]).parse()?;
     let mut wanted_now = BTreeSet::from(wanted(subnet, "02:00:00:00:00:03", "10.168.0.203"));

@@ -64,6 +64,12 @@ pub struct Patience {
     pub cancel: Cancel,
 }
 
+impl Default for Patience {
+    fn default() -> Self {
+        Self { stall: Duration::from_secs(20), cancel: Cancel::default() }
+    }
+}
+
 /// Sends `bytes` of pseudo-random data from `from` to `address`, which is an address in `to`.
 ///
 /// # Errors
