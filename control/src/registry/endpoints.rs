@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::FutureExt;
 use futures_util::future::select_ok;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
 
 use super::RegistryError;
@@ -59,6 +59,8 @@ pub(super) struct Endpoints<D: Dial> {
     all: Vec<Endpoint<D::Client>>,
     /// The one that last worked.
     current: AtomicUsize,
+    /// Told when all connections are given up.
+    forgotten: Notify,
 }
 
 struct Endpoint<C> {
@@ -76,7 +78,7 @@ impl<D: Dial> fmt::Debug for Endpoints<D> {
 impl<D: Dial> Endpoints<D> {
     pub(super) fn new(dial: D, urls: impl Iterator<Item = String>) -> Self {
         let all = urls.map(|url| Endpoint { url, client: Mutex::new(None) }).collect();
-        Self { dial, all, current: AtomicUsize::new(0) }
+        Self { dial, all, current: AtomicUsize::new(0), forgotten: Notify::new() }
     }
 
     /// All of them, for whoever reads the log.
@@ -88,6 +90,12 @@ impl<D: Dial> Endpoints<D> {
     /// Makes new connections from now on.
     pub(super) fn forget(&self) {
         self.all.iter().for_each(Endpoint::forget);
+        self.forgotten.notify_one();
+    }
+
+    /// Ends when new connections are made from then on. For one that waits, and cancel safe.
+    pub(super) async fn forgotten(&self) {
+        self.forgotten.notified().await;
     }
 
     /// The endpoint that last worked, by its number.

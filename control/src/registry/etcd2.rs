@@ -427,6 +427,10 @@ impl Source for Shared {
         &self.away
     }
 
+    async fn reconnected(&self) {
+        self.endpoints.forgotten().await;
+    }
+
     async fn list(&self) -> Result<(Entries, u64), RegistryError> {
         let answer = self.ask(Method::Get, "?recursive=true&quorum=true").await?;
         let mut entries = Entries::default();

@@ -399,6 +399,10 @@ impl Source for Shared {
         &self.away
     }
 
+    async fn reconnected(&self) {
+        self.endpoints.forgotten().await;
+    }
+
     async fn list(&self) -> Result<(Entries, Mark), RegistryError> {
         let answer = self.endpoints.ask(|client| async move {
             let mut kv = client.kv_client().max_decoding_message_size(LIST_LEN_MAX);

@@ -54,6 +54,9 @@ pub(super) trait Source: Send + Sync + 'static {
     /// Takes in what has happened since the mark, and calls `publish` after each change, until it
     /// is in doubt whether it sees everything; says why. Cancel safe.
     async fn follow(&self, entries: Entries, mark: Self::Mark, publish: &Publish<'_>) -> String;
+
+    /// Ends when the connections that there are must not be used any longer. Cancel safe.
+    async fn reconnected(&self);
 }
 
 /// Follows a source in the background, until every receiver is dropped.
@@ -76,14 +79,20 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
         let begun = Instant::now();
         publish(sender, &entries);
         let publish = |entries: &Entries| publish(sender, entries);
+        let mut is_forgotten = false;
         let why = tokio::select! {
             why = source.follow(entries, mark, &publish) => why,
             () = tokio::time::sleep(RELIST_INTERVAL.mul_f64(0.8 + 0.4 * fastrand::f64())) => {
                 "it is time to".into()
             }
+            // A connection from an address that is gone tells nothing, for as long as TCP is patient.
+            () = source.reconnected() => {
+                is_forgotten = true;
+                "by another connection".into()
+            }
         };
         tracing::debug!("listing {} anew: {why}", source.describe());
-        if begun.elapsed() > FOLLOWED_SHORTLY {
+        if is_forgotten || begun.elapsed() > FOLLOWED_SHORTLY {
             backoff = Backoff::default();
         } else {
             backoff.wait().await;
@@ -141,6 +150,8 @@ mod tests {
     use std::sync::atomic::AtomicUsize;
     use std::sync::{Mutex, OnceLock};
 
+    use tokio::sync::Notify;
+
     use super::super::entries::Entry;
     use super::*;
     use crate::lease::Expiry;
@@ -159,6 +170,7 @@ mod tests {
         probes_failing: usize,
         probes: Mutex<Vec<Instant>>,
         away: AtomicBool,
+        forgotten: Notify,
     }
 
     #[async_trait]
@@ -204,6 +216,10 @@ mod tests {
         async fn follow(&self, _: Entries, (): (), _: &Publish<'_>) -> String {
             std::future::pending().await
         }
+
+        async fn reconnected(&self) {
+            self.forgotten.notified().await;
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -217,6 +233,20 @@ mod tests {
             let minutes = begun.elapsed().as_secs_f64() / 60.0;
             assert!(leases == 1 || (4.0..=6.0).contains(&minutes), "{minutes}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_followed_by_a_connection_that_is_given_up_is_listed_anew() {
+        let source = Arc::new(Deaf::default());
+        let mut receiver = watch(Arc::clone(&source), Snapshot::default());
+        receiver.changed().await.unwrap();
+        let begun = Instant::now();
+        for leases in 2..5 {
+            source.forgotten.notify_one();
+            let found = receiver.wait_for(|view| view.snapshot.leases.len() == leases);
+            found.await.unwrap();
+        }
+        assert!(begun.elapsed() < Duration::from_secs(1));
     }
 
     #[tokio::test(start_paused = true)]
