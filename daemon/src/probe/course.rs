@@ -295,19 +295,22 @@ impl Course {
             let rtt = now.saturating_duration_since(*sent);
             self.reach.small.retain(|(it, _)| *it != nonce);
             self.found.count_rtt(rtt);
-            self.reached(now);
+            self.reached(nonce, now);
         } else {
             self.reach.echo_answers |= self.reach.echoes.contains(&nonce);
         }
         self.answered_path(nonce, intact, now);
     }
 
-    fn reached(&mut self, now: Instant) {
+    /// `die`: any number.
+    fn reached(&mut self, die: u64, now: Instant) {
         if self.found.reach != Reach::Reachable {
             self.found.reach = Reach::Reachable;
             self.path.tries = 0;
-            // Where there are many peers, in its turn: each has its own time to be reached.
-            self.path.due = now + (self.path_interval - INTERVAL);
+            // Where there are many peers all are reached within one interval, and their paths are
+            // probed in more than one: each begins at a time of its own.
+            let part = u32::from(die.to_le_bytes()[0]);
+            self.path.due = now + (self.path_interval - INTERVAL) * part / u32::from(u8::MAX);
         }
         // One that comes late was counted as lost.
         if self.reach.tries > 0 {
