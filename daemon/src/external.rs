@@ -108,30 +108,54 @@ pub(crate) struct Prepared {
     pub(crate) attrs: LeaseAttrs,
 }
 
-/// Opens the backend on an interface, and has it make or adopt what the lease of the node with this id
-/// tells of.
+/// Makes the backend for an interface; nothing in the kernel changes yet.
 ///
 /// # Errors
-/// The inner error is the backend's: an option is wrong, the kernel refuses a device. The outer one is
-/// that it panicked.
-pub(crate) async fn prepare(
+/// An option of the config is wrong, or netlink is not to be had.
+pub(crate) fn open(
     settings: &Settings,
     config: &NetworkConfig,
     kind: BackendKind,
-    chosen: Chosen,
-    node_id: &str,
-) -> anyhow::Result<Result<Prepared, BackendError>> {
-    let Chosen { interface, why } = chosen;
+    interface: &ExternalInterface,
+) -> Result<Overlay, BackendError> {
     let options = Options {
         guard: settings.guard,
         workers: settings.workers,
         tuning: settings.tuning.clone(),
     };
-    let mut overlay = match weft_backends::open(kind, config, &interface, options) {
-        Ok(opened) => Overlay::new(opened),
-        Err(error) => return Ok(Err(error)),
-    };
-    let node_id = node_id.to_owned();
-    let attrs = overlay.call(move |backend| backend.prepare(&node_id)).await?;
-    Ok(attrs.map(|attrs| Prepared { interface, why, overlay, attrs }))
+    weft_backends::open(kind, config, interface, options).map(Overlay::new)
+}
+
+impl Prepared {
+    /// Has the backend make or adopt what the lease of the node with this id tells of.
+    ///
+    /// # Errors
+    /// The inner error is the backend's; the outer one that it panicked.
+    pub(crate) async fn new(
+        mut overlay: Overlay,
+        chosen: Chosen,
+        node_id: &str,
+    ) -> anyhow::Result<Result<Self, BackendError>> {
+        let Chosen { interface, why } = chosen;
+        let node_id = node_id.to_owned();
+        let attrs = overlay.call(move |backend| backend.prepare(&node_id)).await?;
+        Ok(attrs.map(|attrs| Self { interface, why, overlay, attrs }))
+    }
+
+    /// Opens the backend before that.
+    ///
+    /// # Errors
+    /// As [`open`] and [`Prepared::new`].
+    pub(crate) async fn open(
+        settings: &Settings,
+        config: &NetworkConfig,
+        kind: BackendKind,
+        chosen: Chosen,
+        node_id: &str,
+    ) -> anyhow::Result<Result<Self, BackendError>> {
+        match open(settings, config, kind, &chosen.interface) {
+            Ok(overlay) => Self::new(overlay, chosen, node_id).await,
+            Err(error) => Ok(Err(error)),
+        }
+    }
 }

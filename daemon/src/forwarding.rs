@@ -196,7 +196,7 @@ impl Forwarding<'_> {
             return Ok(None);
         }
         let Self { settings, kind, place, .. } = *self;
-        match external::prepare(settings, &turn.config, kind, next, &place.node.id).await? {
+        match Prepared::open(settings, &turn.config, kind, next, &place.node.id).await? {
             Ok(prepared) => {
                 let (prepared, lease) = (Box::new(prepared), Box::new(turn.lease.clone()));
                 Ok(Some(Ended::OtherInterface { prepared, lease }))

@@ -87,8 +87,16 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
             status.backend = Some(kind.to_string());
             status.networks = config.families().map(|family| family.network).collect();
         });
+        let overlay = match external::open(settings, &config, kind, &chosen.interface) {
+            Ok(overlay) => overlay,
+            Err(error) => {
+                end_or_warn(error, &mut said)?;
+                backoff.wait().await;
+                continue;
+            }
+        };
         let node = Place::claim(settings, &registry.identity(), &chosen.interface)?;
-        match external::prepare(settings, &config, kind, chosen, &node.id).await? {
+        match Prepared::new(overlay, chosen, &node.id).await? {
             Ok(prepared) => {
                 let registry = registry.as_ref();
                 let daemon = Daemon { settings, registry, health, board, text, config, kind };
@@ -255,7 +263,7 @@ impl Daemon<'_> {
             };
             let Self { settings, ref config, kind, .. } = *self;
             let node_id = &station.place.node.id;
-            match external::prepare(settings, config, kind, next, node_id).await? {
+            match Prepared::open(settings, config, kind, next, node_id).await? {
                 Ok(prepared) => self.move_station(station, prepared).await?,
                 Err(error) => said.warn(&format!("waiting: {error}")),
             }
