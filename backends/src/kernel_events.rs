@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rtnetlink::sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
+use socket2::{SockFilter, SockRef};
 use tokio::time::Instant;
 
 /// NFNLGRP_NFTABLES (include/uapi/linux/netfilter/nfnetlink.h).
@@ -26,7 +27,7 @@ pub struct KernelEvents {
     socket: TokioSocket,
     /// When to tell of a change that was heard of, and is not told yet.
     due: Mutex<Option<Instant>>,
-    /// By index.
+    /// The links whose neighbours it is told of, by index.
     neighbours_of: Mutex<Vec<u32>>,
 }
 
@@ -51,7 +52,9 @@ impl KernelEvents {
     /// # Errors
     /// The kernel refused the socket.
     pub fn of_routing() -> io::Result<Self> {
-        Self::listen(NETLINK_ROUTE, &ROUTING)
+        let events = Self::listen(NETLINK_ROUTE, &ROUTING)?;
+        events.filter(&[])?;
+        Ok(events)
     }
 
     fn listen(protocol: isize, groups: &[u32]) -> io::Result<Self> {
@@ -65,7 +68,19 @@ impl KernelEvents {
 
     /// Tells of neighbours on these links, and no others: elsewhere each conversation changes some.
     pub fn hear_neighbours_of(&self, links: Vec<u32>) {
-        *locked(&self.neighbours_of) = links;
+        let mut known = locked(&self.neighbours_of);
+        if *known != links {
+            if let Err(error) = self.filter(&links) {
+                tracing::warn!("changes of neighbours are seen each 30 s only: {error}");
+            }
+            *known = links;
+        }
+    }
+
+    /// In the kernel: with many peers there are hundreds of such changes a second, which would wake us
+    /// in vain, and overrun the socket.
+    fn filter(&self, links: &[u32]) -> io::Result<()> {
+        SockRef::from(&self.socket.socket_ref()).attach_filter(&neighbours_only_of(links))
     }
 
     /// Waits until something has changed. What it was does not matter: whoever listens looks at
@@ -77,9 +92,7 @@ impl KernelEvents {
             Some(due) => due,
             None => {
                 // An error says that there were more changes than the kernel could tell of.
-                while self.socket.recv(&mut scrap).await.is_ok() && !self.matters(&scrap) {
-                    scrap.clear();
-                }
+                let _ = self.socket.recv(&mut scrap).await;
                 *locked(&self.due).insert(Instant::now() + GROUP)
             }
         };
@@ -90,40 +103,29 @@ impl KernelEvents {
         }
         *locked(&self.due) = None;
     }
-
-    fn matters(&self, message: &[u8]) -> bool {
-        let links = locked(&self.neighbours_of);
-        link_of_neighbour(message).is_none_or(|link| links.contains(&link))
-    }
 }
 
-/// Of a message about a neighbour (struct nlmsghdr, then struct ndmsg); `None` of any other. The
-/// kernel puts one message into a datagram.
-fn link_of_neighbour(message: &[u8]) -> Option<u32> {
-    let (kind, link) = (message.get(4..6)?, message.get(20..24)?);
-    let kind = u16::from_ne_bytes(kind.try_into().ok()?);
-    NEIGHBOUR.contains(&kind).then(|| link.try_into().ok().map(u32::from_ne_bytes))?
+/// Instructions that let pass what is not about a neighbour, and what is about one on these links
+/// (Documentation/networking/filter.rst). A message is a struct nlmsghdr and, about a neighbour, a
+/// struct ndmsg; the kernel puts one into a datagram.
+fn neighbours_only_of(links: &[u32]) -> Vec<SockFilter> {
+    // What is loaded is taken for big endian.
+    let [new, gone] = NEIGHBOUR.map(|kind| u16::from_be_bytes(kind.to_ne_bytes()).into());
+    let link = |link: &u32| u32::from_be_bytes(link.to_ne_bytes());
+    let count = u8::try_from(links.len()).unwrap_or(u8::MAX - 2);
+    let mut filter = vec![
+        SockFilter::new(0x28, 0, 0, 4),            // ldh [4]: its type
+        SockFilter::new(0x15, 1, 0, new),          // jeq new, to the link
+        SockFilter::new(0x15, 0, count + 2, gone), // jeq gone, to the link, else to the last
+        SockFilter::new(0x20, 0, 0, 20),           // ld [20]: its link
+    ];
+    let links = links.iter().zip((0..=count).rev());
+    filter.extend(links.map(|(it, left)| SockFilter::new(0x15, left, 0, link(it)))); // jeq, to the last
+    filter.push(SockFilter::new(0x06, 0, 0, 0)); // ret 0: nothing of it
+    filter.push(SockFilter::new(0x06, 0, 0, u32::MAX)); // ret -1: all of it
+    filter
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_message_about_a_neighbour_tells_its_link() {
-        let message = |kind: u16| {
-            let mut message = [0; 28];
-            message[4..6].copy_from_slice(&kind.to_ne_bytes());
-            message[20..24].copy_from_slice(&7u32.to_ne_bytes());
-            message
-        };
-        assert_eq!(link_of_neighbour(&message(28)), Some(7));
-        assert_eq!(link_of_neighbour(&message(29)), Some(7));
-        assert_eq!(link_of_neighbour(&message(24)), None, "a route");
-        assert_eq!(link_of_neighbour(&message(28)[..22]), None, "cut short");
-    }
 }

@@ -277,6 +277,24 @@ fn entries_that_somebody_removes_come_back() -> Result<()> {
     until("the address is back", has_own)?;
     ping_both_ways(&lab, 0, 1)?;
     assert_eq!(others(&host)?, before, "what is not ours stays");
+
+    // What changes there does not even wake the daemon.
+    let seen = || -> Result<u64> { Ok(lab.status(0)?.reconciliations) };
+    let (mut count, mut since) = (seen()?, Instant::now());
+    until("what was done has been heard of", || {
+        let now = seen()?;
+        if now != count {
+            (count, since) = (now, Instant::now());
+        }
+        Ok(since.elapsed() > Duration::from_secs(1))
+    })?;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(2) {
+        host.ip(&["neigh", "replace", "192.0.2.8", "lladdr", "02:00:00:00:00:08", "dev", "vx9"])?;
+        host.ip(&["neigh", "del", "192.0.2.8", "dev", "vx9"])?;
+    }
+    let now = seen()?;
+    assert!(now <= count + 1, "more than by the slow timer: {count} became {now}");
     let log = fs::read_to_string(&lab.host(0).log)?;
     assert!(log.contains("somebody changed links or routes of weft's"), "{log}");
     lab.remove()
