@@ -19,7 +19,7 @@ use weft_backends::{
 use weft_control::keeper::{self, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
-use weft_control::{Lease, NetworkConfig, Registry, View};
+use weft_control::{Lease, NetworkConfig, Registry, RegistryError, View};
 
 use crate::board::Board;
 use crate::external::{self, Prepared};
@@ -154,14 +154,17 @@ impl Forwarding<'_> {
                 }
                 () = renewal, if turn.readable => {
                     let told = turn.renewals.problem().is_some();
-                    if self.renew(&mut turn).await {
+                    let renewed = self.renew(&mut turn).await;
+                    if matches!(renewed, Ok(true)) {
                         remember(last_known, &turn, &watch.borrow().snapshot);
                     }
                     if turn.renewals.problem().is_some() != told {
                         slow.reset_immediately();
                     }
                     let is_told = turn.lease.attrs == turn.identity.attrs;
-                    let pause = if is_told { retry } else { MOVED_RETRY };
+                    // What was not asked costs nothing to try again.
+                    let is_asked = !matches!(renewed, Err(RegistryError::NotAsked));
+                    let pause = if is_told && is_asked { retry } else { MOVED_RETRY };
                     turn.renew_not_before = Instant::now() + pause;
                 }
                 Ok(()) = firewall.changed() => self.tell_health(&turn),
@@ -435,23 +438,18 @@ impl Forwarding<'_> {
     }
 
     /// Writes the lease anew, with what we are now, and says whether it did.
-    async fn renew(&self, turn: &mut Turn) -> bool {
+    async fn renew(&self, turn: &mut Turn) -> Result<bool, RegistryError> {
         let ttl = keeper::ttl(&turn.lease, self.settings.lease_ttl);
         let renewed = self.registry.renew(&turn.lease, &turn.identity.attrs, ttl).await;
         turn.renewals.note("renew the lease", &renewed);
-        match renewed {
-            Ok(Some(lease)) => {
-                tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
-                turn.hold(lease, self.settings.renewal().0);
-                self.tell_lease(turn);
-                return true;
-            }
-            Ok(None) => {
-                tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
-            }
-            Err(_) => {}
-        }
-        false
+        let Some(lease) = renewed? else {
+            tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
+            return Ok(false);
+        };
+        tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
+        turn.hold(lease, self.settings.renewal().0);
+        self.tell_lease(turn);
+        Ok(true)
     }
 
     /// Writes down how long the lease lasts.
