@@ -167,7 +167,8 @@ fn a_restart_during_an_outage_goes_on_with_what_was_known() -> Result<()> {
     assert_eq!((subnet(&lab, 0)?, lab.status(0)?.peers.len()), (before, 1));
     pings(&lab)?;
     lab.start_etcd(0)?;
-    until("the lease is renewed", || Ok(lab.status(0)?.lease_expires.is_some()))?;
+    until("the lease is renewed", || Ok(lab.status(0)?.lease_expires.is_some()))
+        .with_context(|| log(&lab, 0).unwrap_or_default())?;
     assert_eq!(subnet(&lab, 0)?, before);
     pings(&lab)?;
     lab.remove()
