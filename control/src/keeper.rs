@@ -115,13 +115,34 @@ pub fn check_own(own: &Lease, former: Option<&LeaseAttrs>, leases: &[Lease]) -> 
     };
     match leases.iter().find(|lease| lease.key == own.key) {
         None => Own::Missing,
-        Some(found) if is_ours(found) => {
-            // Nobody has written it since we did, so it ends when we know.
-            let is_untouched = found.revision == own.revision && found.expires == Expiry::Unknown;
-            let expires = if is_untouched { own.expires } else { found.expires };
-            Own::Held(Lease { expires, ..found.clone() })
-        }
+        Some(found) if is_ours(found) => Own::Held(found.clone()),
         Some(found) => Own::TakenBy(found.clone()),
+    }
+}
+
+/// When our lease ends, which some registries tell only those who write it: known for the revision at
+/// which we did.
+#[derive(Debug, Clone, Copy)]
+pub struct KnownEnd {
+    revision: u64,
+    end: Expiry,
+}
+
+impl KnownEnd {
+    /// As the lease has it.
+    pub fn of(lease: &Lease) -> Self {
+        Self { revision: lease.revision, end: lease.expires }
+    }
+
+    /// Our lease as it was told, with its end where we know it. What is told may be from before our
+    /// last write, which makes that no less known.
+    pub fn complete(&mut self, mut told: Lease) -> Lease {
+        match told.expires {
+            Expiry::Unknown if told.revision == self.revision => told.expires = self.end,
+            Expiry::Unknown => {}
+            Expiry::Never | Expiry::At(_) => *self = Self::of(&told),
+        }
+        told
     }
 }
 
@@ -241,19 +262,26 @@ mod tests {
         let own = lease("10.3.4.0-24", "192.0.2.9");
         assert_eq!(check_own(&own, None, &[]), Own::Missing);
         assert_eq!(check_own(&own, None, std::slice::from_ref(&own)), Own::Held(own.clone()));
-        let end = Expiry::At("2026-11-23T12:00:00Z".parse().unwrap());
-        let ours = Lease { expires: end, revision: 7, ..own.clone() };
-        let listed = Lease { expires: Expiry::Unknown, ..ours.clone() };
-        assert_eq!(check_own(&ours, None, std::slice::from_ref(&listed)), Own::Held(ours.clone()));
-        let touched = Lease { revision: 8, ..listed };
-        assert_eq!(
-            check_own(&ours, None, std::slice::from_ref(&touched)),
-            Own::Held(touched.clone())
-        );
         let other = lease("10.3.4.0-24", "192.0.2.1");
         let seen = std::slice::from_ref(&other);
         assert_eq!(check_own(&own, None, seen), Own::TakenBy(other.clone()));
         assert_eq!(check_own(&own, Some(&other.attrs), seen), Own::Held(other.clone()));
+    }
+
+    #[test]
+    fn the_end_is_known_for_what_we_wrote_whatever_is_told_in_between() {
+        let told =
+            |revision, expires| Lease { revision, expires, ..lease("10.3.4.0-24", "192.0.2.9") };
+        let at = |time: &str| Expiry::At(time.parse().unwrap());
+        let [first, second] = ["2026-11-23T12:00:00Z", "2026-11-24T12:00:00Z"].map(at);
+        let mut known = KnownEnd::of(&told(7, first));
+        let mut end = |revision, expires| known.complete(told(revision, expires)).expires;
+        assert_eq!(end(7, Expiry::Unknown), first);
+        assert_eq!(end(9, second), second, "we renew");
+        assert_eq!(end(7, Expiry::Unknown), Expiry::Unknown, "from before that");
+        assert_eq!(end(9, Expiry::Unknown), second);
+        assert_eq!(end(10, Expiry::Unknown), Expiry::Unknown, "somebody else wrote it");
+        assert_eq!(end(10, Expiry::Never), Expiry::Never);
     }
 
     #[test]

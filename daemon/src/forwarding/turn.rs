@@ -6,8 +6,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::time::Instant;
 use weft_backends::ExternalInterface;
-use weft_control::keeper::{self, Identity};
-use weft_control::lease::Expiry;
+use weft_control::keeper::{self, Identity, KnownEnd};
 use weft_control::{Lease, LeaseAttrs, NetworkConfig, RegistryError};
 
 use crate::place::Place;
@@ -27,9 +26,7 @@ pub(super) struct Turn {
     /// What our lease is to say of us.
     pub(super) identity: Identity,
     pub(super) lease: Lease,
-    /// The revision at which the lease's end was last known, and that end. What the registry tells may
-    /// be from before our last write.
-    known_end: (u64, Expiry),
+    known_end: KnownEnd,
     /// What the lease says until it says our attributes.
     pub(super) former: Option<LeaseAttrs>,
     /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
@@ -70,7 +67,7 @@ impl Turn {
             failures: Vec::new(),
             identity: place.identity.clone(),
             former: (lease.attrs != *attrs).then(|| lease.attrs.clone()),
-            known_end: (lease.revision, lease.expires),
+            known_end: KnownEnd::of(&lease),
             lease,
             renewal,
             renew_not_before: Instant::now(),
@@ -89,14 +86,8 @@ impl Turn {
 
     /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
     /// known, and not again: the clock may be set meanwhile.
-    pub(super) fn hold(&mut self, mut lease: Lease, margin: Duration) {
-        let (revision, end) = self.known_end;
-        if lease.expires == Expiry::Unknown && lease.revision == revision {
-            lease.expires = end;
-        }
-        if lease.expires != Expiry::Unknown {
-            self.known_end = (lease.revision, lease.expires);
-        }
+    pub(super) fn hold(&mut self, lease: Lease, margin: Duration) {
+        let lease = self.known_end.complete(lease);
         if (lease.expires, &lease.attrs) != (self.lease.expires, &self.lease.attrs) {
             self.renewal = renewal(&lease, &self.identity.attrs, margin);
         }
