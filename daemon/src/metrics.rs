@@ -1,10 +1,9 @@
 //! `/metrics`: what the board and the kernel know, as OpenMetrics. Every family is here whatever the
 //! daemon does; those that have nothing to say have no samples. `docs/metrics.md` tells of each.
 
-use std::fmt;
+mod family;
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
+use prometheus_client::encoding::text;
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use weft_backends::netlink::{LinkCounters, Netlink};
@@ -14,6 +13,7 @@ use crate::board::Board;
 use crate::probe::{FAULTS, RTT_BOUNDS_US, Totals};
 use crate::status::Status;
 use crate::usage::{self, Usage};
+use family::{Families, Family, Sample, Value, counted, counter, gauge};
 
 /// What an HTTP client is told of the form.
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -43,105 +43,6 @@ pub(crate) fn read(board: &Board) -> String {
     // Writing to a string does not fail.
     let _ = text::encode(&mut text, &registry);
     text
-}
-
-/// The metrics of one name.
-#[derive(Debug)]
-struct Family {
-    /// Without the prefix, and without what the format puts behind it.
-    name: &'static str,
-    /// The names of the labels that each sample has.
-    labels: &'static [&'static str],
-    help: &'static str,
-    kind: MetricType,
-    samples: Vec<Sample>,
-}
-
-#[derive(Debug)]
-struct Sample {
-    labels: Vec<(&'static str, String)>,
-    value: Value,
-}
-
-#[derive(Debug)]
-enum Value {
-    Gauge(f64),
-    Counter(u64),
-    Seconds(f64),
-    Info,
-    Histogram { buckets: Vec<(f64, u64)>, sum: f64 },
-}
-
-#[derive(Debug)]
-struct Families(Vec<Family>);
-
-impl Collector for Families {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        for family in &self.0 {
-            let Family { name, labels, help, kind, samples } = family;
-            debug_assert!(samples.iter().all(|sample| sample.has(labels)), "{family:?}");
-            let mut encoder = encoder.encode_descriptor(name, help, None, *kind)?;
-            for sample in samples {
-                sample.encode(&mut encoder)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Sample {
-    /// Whether its labels are just these.
-    fn has(&self, labels: &[&str]) -> bool {
-        self.labels.iter().map(|(name, _)| *name).eq(labels.iter().copied())
-    }
-
-    fn encode(&self, encoder: &mut MetricEncoder<'_>) -> fmt::Result {
-        let labels: &[(&str, String)] = &self.labels;
-        if labels.is_empty() || matches!(self.value, Value::Info) {
-            return self.value.encode(encoder, labels);
-        }
-        self.value.encode(&mut encoder.encode_family(&labels)?, labels)
-    }
-}
-
-impl Value {
-    /// `labels` is all that an info has to say.
-    fn encode(
-        &self,
-        encoder: &mut MetricEncoder<'_>,
-        labels: &[(&'static str, String)],
-    ) -> fmt::Result {
-        match self {
-            Self::Gauge(value) => encoder.encode_gauge(value),
-            Self::Counter(count) => encoder.encode_counter::<NoLabelSet, _, u64>(count, None),
-            Self::Seconds(seconds) => encoder.encode_counter::<NoLabelSet, _, u64>(seconds, None),
-            Self::Histogram { buckets, sum } => {
-                let count = buckets.iter().map(|(_, count)| count).sum();
-                encoder.encode_histogram::<NoLabelSet>(*sum, count, buckets, None)
-            }
-            Self::Info => encoder.encode_info(&labels),
-        }
-    }
-}
-
-fn gauge(name: &'static str, help: &'static str, value: impl IntoIterator<Item = f64>) -> Family {
-    let sample = |value| Sample { labels: Vec::new(), value: Value::Gauge(value) };
-    let samples = value.into_iter().map(sample).collect();
-    Family { name, labels: &[], help, kind: MetricType::Gauge, samples }
-}
-
-fn counter(
-    name: &'static str,
-    labels: &'static [&'static str],
-    help: &'static str,
-    samples: Vec<Sample>,
-) -> Family {
-    Family { name, labels, help, kind: MetricType::Counter, samples }
-}
-
-fn counted(labels: &[(&'static str, &str)], count: u64) -> Sample {
-    let labels = labels.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-    Sample { labels, value: Value::Counter(count) }
 }
 
 fn yes_or_no(yes: bool) -> f64 {

@@ -118,6 +118,22 @@ pub struct PeerStatus {
     pub probe: ProbeStatus,
 }
 
+#[cfg(test)]
+impl PeerStatus {
+    /// One of which nothing more is known.
+    pub(crate) fn example(public_ip: &str, subnet: &str, way: &str) -> Self {
+        Self {
+            subnets: vec![subnet.parse().unwrap()],
+            public_ip: public_ip.parse().unwrap(),
+            way: way.into(),
+            name: None,
+            version: None,
+            traffic: None,
+            probe: ProbeStatus::default(),
+        }
+    }
+}
+
 /// What one peer was sent, and what was delivered from it; bytes without the outer headers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrafficStatus {
@@ -211,13 +227,8 @@ mod tests {
     fn every_field_is_documented_and_nothing_else() {
         let line = LogLine { at: Timestamp::UNIX_EPOCH, level: String::new(), text: String::new() };
         let peer = PeerStatus {
-            subnets: Vec::new(),
-            public_ip: IpAddr::from([192, 0, 2, 1]),
-            way: String::new(),
-            name: None,
-            version: None,
             traffic: Some(TrafficStatus::default()),
-            probe: ProbeStatus::default(),
+            ..PeerStatus::example("192.0.2.1", "10.42.1.0/24", "tunnel")
         };
         let mut fields = names("", &serde_json::to_value(Status::default()).unwrap());
         let probe = serde_json::to_value(&peer.probe).unwrap();

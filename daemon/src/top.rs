@@ -378,7 +378,6 @@ fn picture(view: &View<'_>, order: Order, height: u16) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::ProbeStatus;
 
     fn look(at: Instant, counters: &[(&str, u64)], cpu_millis: u64) -> Look {
         let counters = counters.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
@@ -389,14 +388,11 @@ mod tests {
     fn peer(name: &str, sent_bytes: u64, received_bytes: u64) -> PeerStatus {
         let traffic =
             TrafficStatus { sent_bytes, received_bytes, sent_packets: 10, received_packets: 0 };
+        let subnet = format!("10.42.{}.0/24", name.len());
         PeerStatus {
-            subnets: vec![format!("10.42.{}.0/24", name.len()).parse().unwrap()],
-            public_ip: [192, 0, 2, 1].into(),
-            way: "tunnel".into(),
             name: Some(name.into()),
-            version: None,
             traffic: Some(traffic),
-            probe: ProbeStatus::default(),
+            ..PeerStatus::example("192.0.2.1", &subnet, "tunnel")
         }
     }
 

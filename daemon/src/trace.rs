@@ -232,18 +232,9 @@ mod tests {
     use weft_control::lease::LeaseKey;
 
     use super::*;
-    use crate::status::ProbeStatus;
 
     fn status() -> Status {
-        let peer = |public: &str, subnet: &str, way: &str| PeerStatus {
-            subnets: vec![subnet.parse().unwrap()],
-            public_ip: public.parse().unwrap(),
-            way: way.into(),
-            name: None,
-            version: None,
-            traffic: None,
-            probe: ProbeStatus::default(),
-        };
+        let peer = PeerStatus::example;
         Status {
             state: "forwarding".into(),
             networks: vec!["10.42.0.0/16".parse().unwrap()],

@@ -193,7 +193,7 @@ mod tests {
     use super::*;
     use crate::doctor::check::Verdict;
     use crate::doctor::seen::Daemon;
-    use crate::status::{PeerStatus, ProbeStatus, Status};
+    use crate::status::{PeerStatus, Status};
 
     fn with_sysctl(path: &str, value: &str) -> Seen {
         let sysctls = [(path.to_owned(), value.to_owned())].into();
@@ -247,15 +247,7 @@ mod tests {
     /// With DirectRouting a peer's packets come unwrapped.
     #[test]
     fn strict_filtering_is_judged_by_the_way_of_each_peer() {
-        let peer = |public: &str, subnet: &str, way: &str| PeerStatus {
-            subnets: vec![subnet.parse().unwrap()],
-            public_ip: public.parse().unwrap(),
-            way: way.into(),
-            name: None,
-            version: None,
-            traffic: None,
-            probe: ProbeStatus::default(),
-        };
+        let peer = PeerStatus::example;
         let link = |index, name: &str| Link {
             index,
             name: name.into(),

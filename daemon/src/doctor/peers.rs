@@ -140,15 +140,8 @@ mod tests {
             path_mtu: Some(1400),
             ..ProbeStatus::default()
         };
-        let peer = PeerStatus {
-            subnets: vec!["10.42.7.0/24".parse().unwrap()],
-            public_ip: [192, 0, 2, 7].into(),
-            way: "tunnel".into(),
-            name: None,
-            version: None,
-            traffic: None,
-            probe,
-        };
+        let peer =
+            PeerStatus { probe, ..PeerStatus::example("192.0.2.7", "10.42.7.0/24", "tunnel") };
         let status = Status { peers: vec![peer], mtu: Some(1472), ..Status::default() };
         Seen { daemon: Some(Daemon { status, ..Daemon::default() }), ..Seen::default() }
     }
