@@ -119,7 +119,7 @@ fn neighbours_only_of(links: &[u32]) -> Vec<SockFilter> {
         SockFilter::new(0x15, 0, count + 2, gone), // jeq gone, to the link, else to the last
         SockFilter::new(0x20, 0, 0, 20),           // ld [20]: its link
     ];
-    let links = links.iter().zip((0..=count).rev());
+    let links = links.iter().zip((1..=count).rev());
     filter.extend(links.map(|(it, left)| SockFilter::new(0x15, left, 0, link(it)))); // jeq, to the last
     filter.push(SockFilter::new(0x06, 0, 0, 0)); // ret 0: nothing of it
     filter.push(SockFilter::new(0x06, 0, 0, u32::MAX)); // ret -1: all of it

@@ -24,8 +24,8 @@ use weft_engine::EngineError;
 pub use kernel_events::KernelEvents;
 pub use mac::{BadMac, Mac};
 pub use weft_engine::{
-    Amount, BUCKETS, Counter, Direction, Distribution, DscpMode, EngineMeter, Feature,
-    FeatureState, GuardMode, Histogram, IoKind, SOCKET_BUFFER_LEN, SourcePort, Traffic, Tuning,
+    BUCKETS, Counter, Direction, Distribution, DscpMode, EngineMeter, Feature, FeatureState,
+    GuardMode, Histogram, IoKind, SOCKET_BUFFER_LEN, SourcePort, Traffic, Tuning,
 };
 
 /// The smallest MTU of a link with IPv4 (RFC 791), and with IPv6 (RFC 8200).

@@ -107,15 +107,11 @@ pub enum Own {
 }
 
 /// Looks our lease up among the registry's. `former` is what we published there before our address
-/// changed: who looks just after that may still see it.
+/// changed.
 pub fn check_own(own: &Lease, former: Option<&LeaseAttrs>, leases: &[Lease]) -> Own {
-    let is_ours = |found: &Lease| {
-        let former = former.is_some_and(|former| found.attrs.same_node(former));
-        former || found.attrs.same_node(&own.attrs)
-    };
     match leases.iter().find(|lease| lease.key == own.key) {
         None => Own::Missing,
-        Some(found) if is_ours(found) => Own::Held(found.clone()),
+        Some(found) if found.is_of(&own.attrs, former) => Own::Held(found.clone()),
         Some(found) => Own::TakenBy(found.clone()),
     }
 }

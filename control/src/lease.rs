@@ -190,6 +190,14 @@ pub struct Lease {
     pub revision: u64,
 }
 
+impl Lease {
+    /// Whether it is the node's that is `attrs` now, and was `former` before its address changed: who
+    /// looks just after that may still see it so.
+    pub(crate) fn is_of(&self, attrs: &LeaseAttrs, former: Option<&LeaseAttrs>) -> bool {
+        self.attrs.same_node(attrs) || former.is_some_and(|former| self.attrs.same_node(former))
+    }
+}
+
 /// When a lease ends, unless it is renewed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Expiry {
@@ -277,11 +285,16 @@ pub enum Refusal {
     SameSubnet { subnet: IpNetwork, other: LeaseKey },
 }
 
-/// Sorts everybody else's leases; our own is in neither list.
-pub fn peers(config: &NetworkConfig, own: &Lease, leases: &[Lease]) -> Peers {
+/// Sorts everybody else's leases; our own is in neither list, nor as it was `former`ly.
+pub fn peers(
+    config: &NetworkConfig,
+    own: &Lease,
+    former: Option<&LeaseAttrs>,
+    leases: &[Lease],
+) -> Peers {
     let ours: HashSet<IpAddr> = own.attrs.public_addresses().collect();
     let mut peers = Peers::default();
-    let is_ours = |lease: &Lease| lease.key == own.key && lease.attrs.same_node(&own.attrs);
+    let is_ours = |lease: &Lease| lease.key == own.key && lease.is_of(&own.attrs, former);
     for lease in leases.iter().filter(|lease| !is_ours(lease)) {
         match refusal(config, own, &ours, lease) {
             Some(refusal) => peers.refused.push((lease.key, refusal)),
@@ -442,7 +455,7 @@ mod tests {
         let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
         let own = lease("10.3.4.0-24", "192.0.2.9");
         let refused = |key: &str, public_ip: &str| {
-            let found = peers(&config, &own, &[own.clone(), lease(key, public_ip)]);
+            let found = peers(&config, &own, None, &[own.clone(), lease(key, public_ip)]);
             assert_eq!(found.accepted.len() + found.refused.len(), 1);
             found.refused.into_iter().next().map(|(_, why)| why)
         };
@@ -461,12 +474,21 @@ mod tests {
         assert_eq!(refused("10.3.4.0-24", "192.0.2.1"), Some(Refusal::OverlapsOurs));
         let mut mapped = lease("10.3.5.0-24", "");
         mapped.attrs.public_ipv6 = "::ffff:10.3.9.9".parse().ok();
-        assert_eq!(peers(&config, &own, &[mapped]).accepted, []);
+        assert_eq!(peers(&config, &own, None, &[mapped]).accepted, []);
         assert_eq!(
             refused("10.3.5.0-24", "10.3.9.9"),
             Some(Refusal::AddressInsideOverlay(ip("10.3.9.9")))
         );
         assert_eq!(refused("10.3.5.0-24", "192.0.2.9"), Some(Refusal::OurAddress(ip("192.0.2.9"))));
+    }
+
+    #[test]
+    fn our_lease_is_ours_also_while_it_tells_our_former_address() {
+        let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
+        let [own, before] = ["192.0.2.9", "192.0.2.8"].map(|ip| lease("10.3.4.0-24", ip));
+        let sorted = |former| peers(&config, &own, former, std::slice::from_ref(&before));
+        assert_eq!(sorted(Some(&before.attrs)), Peers::default());
+        assert_eq!(sorted(None).refused, [(own.key, Refusal::OverlapsOurs)]);
     }
 
     #[test]
@@ -480,7 +502,7 @@ mod tests {
             lease("10.3.3.0-24&fd00:0:0:3::-64", "192.0.2.3"),
         ];
         for _ in 0..2 {
-            let found = peers(&config, &own, &leases);
+            let found = peers(&config, &own, None, &leases);
             let keys: Vec<LeaseKey> = found.accepted.iter().map(|lease| lease.key).collect();
             assert_eq!(keys.len(), 2);
             assert!(keys.contains(&key("10.3.1.0-24&fd00:0:0:1::-64")));
@@ -516,14 +538,14 @@ mod tests {
                 lease(&format!("{}-{len}", base.network()), &format!("192.0.2.{owner}"))
             };
             let mut leases: Vec<Lease> = entries.into_iter().map(entry).collect();
-            let found = peers(&config, &own, &leases);
+            let found = peers(&config, &own, None, &leases);
             for peer in &found.accepted {
                 prop_assert!(!peer.key.overlaps(&own.key) && !peer.attrs.same_node(&own.attrs));
             }
             let ours = leases.iter().filter(|it| it.key == own.key && it.attrs == own.attrs).count();
             prop_assert_eq!(found.accepted.len() + found.refused.len() + ours, leases.len());
             fastrand::Rng::with_seed(order).shuffle(&mut leases);
-            let again = peers(&config, &own, &leases);
+            let again = peers(&config, &own, None, &leases);
             let names = |found: &Peers| {
                 let mut names: Vec<String> =
                     found.accepted.iter().map(|it| format!("{} {:?}", it.key, it.attrs)).collect();

@@ -329,7 +329,7 @@ impl Forwarding<'_> {
 
     /// Everybody whose lease can be trusted, with the addresses they may send from.
     fn desired(&self, snapshot: &Snapshot, turn: &Turn) -> (Desired, BTreeSet<String>) {
-        let peers = peers(&turn.config, &turn.lease, &snapshot.leases);
+        let peers = peers(&turn.config, &turn.lease, turn.former.as_ref(), &snapshot.leases);
         let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
         let mut weft_nodes: HashSet<IpAddr> = HashSet::new();
         for record in &snapshot.nodes {
@@ -349,10 +349,7 @@ impl Forwarding<'_> {
             DesiredPeer { lease, other_addresses, is_weft }
         });
         let desired = Desired { lease: turn.lease.clone(), peers: desired.collect() };
-        // Until it is read anew, our own lease tells what we were.
-        let is_ours = |key| key == turn.lease.key && turn.former.is_some();
-        let refused = peers.refused.iter().filter(|(key, _)| !is_ours(*key));
-        let refused = refused.map(|(key, why)| format!("lease {key} refused: {why}"));
+        let refused = peers.refused.iter().map(|(key, why)| format!("lease {key} refused: {why}"));
         let skipped =
             snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
         (desired, refused.chain(skipped).collect())

@@ -26,8 +26,9 @@ const WAYS: [&str; 2] = ["tunnel", "direct"];
 /// All metrics as they are now. Asks the kernel, so it blocks.
 pub(crate) fn read(board: &Board) -> String {
     let status = board.read();
+    let netlink = Netlink::open().ok();
     let devices = status.device.iter().chain(&status.other_devices).filter_map(|name| {
-        let counters = Netlink::open().ok()?.link_counters(name);
+        let counters = netlink.as_ref()?.link_counters(name);
         // It may be gone this instant.
         let counters =
             counters.inspect_err(|error| tracing::debug!("no counters of {name}: {error}"));
