@@ -164,9 +164,8 @@ impl Registry for DirectoryRegistry {
     }
 
     fn watch(&self, last: Snapshot) -> watch::Receiver<View> {
-        let directories =
-            vec![self.store.path().to_owned(), self.store.subnets(), self.store.nodes()];
-        let notices = Notices::new(directories);
+        let directories = [self.store.path(), self.store.subnets(), self.store.nodes()];
+        let notices = Notices::new(directories.map(Path::to_owned).to_vec());
         let view = View { snapshot: Arc::new(last), readable: false };
         let (sender, receiver) = watch::channel(view);
         tokio::spawn(Watching { registry: self.clone(), notices, sender }.run());

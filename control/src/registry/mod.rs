@@ -6,6 +6,7 @@ mod endpoints;
 mod entries;
 pub mod etcd2;
 pub mod etcd3;
+mod files;
 mod notices;
 pub mod server;
 mod store;

@@ -3,34 +3,27 @@
 //! Every write is a temporary file, synced, then renamed, so neither a reader nor a power cut sees
 //! half of one. Names that begin with a dot are locks and temporary files.
 
-use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use jiff::Timestamp;
-use rustix::fs::{FlockOperation, Mode, OFlags, flock, statfs};
+use rustix::fs::{FlockOperation, flock, statfs};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::RegistryError;
+use super::files::{EXPIRES, Files, load, read_limited};
 use crate::file::{self, PRIVATE};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
-
-/// No entry is longer; a file that is was not meant for us.
-const FILE_LEN_MAX: u64 = 64 * 1024;
-
-/// The key that the registry adds to each value.
-const EXPIRES: &str = "Expires";
 
 /// The directory.
 #[derive(Debug)]
 pub(super) struct Store {
     path: PathBuf,
-    /// What earlier scans listed; see [`Store::present`].
-    known: Mutex<HashSet<PathBuf>>,
+    leases: Files<LeaseAttrs>,
+    nodes: Files<NodeRecord>,
 }
 
 /// Everything at one moment, and when the first part of it ends.
@@ -43,9 +36,11 @@ pub(super) struct Scan {
 impl Store {
     /// Makes the directory if it is missing.
     pub(super) fn open(path: &Path) -> Result<Self, RegistryError> {
-        let store = Self { path: path.to_owned(), known: Mutex::default() };
+        let leases = Files::new(path.join("subnets"));
+        let nodes = Files::new(path.join("weft/nodes"));
+        let store = Self { path: path.to_owned(), leases, nodes };
         for dir in [store.subnets(), store.nodes()] {
-            fs::create_dir_all(&dir).map_err(|source| failed("make", &dir, source))?;
+            fs::create_dir_all(dir).map_err(|source| failed("make", dir, source))?;
         }
         let kind = statfs(path).map_err(|error| failed("look at", path, error.into()))?.f_type;
         match not_local(kind) {
@@ -62,12 +57,12 @@ impl Store {
         self.path.join("config")
     }
 
-    pub(super) fn subnets(&self) -> PathBuf {
-        self.path.join("subnets")
+    pub(super) fn subnets(&self) -> &Path {
+        self.leases.directory()
     }
 
-    pub(super) fn nodes(&self) -> PathBuf {
-        self.path.join("weft/nodes")
+    pub(super) fn nodes(&self) -> &Path {
+        self.nodes.directory()
     }
 
     /// Reads a whole file; `None` where there is none.
@@ -84,31 +79,25 @@ impl Store {
         let now = Timestamp::now();
         let mut scan = Scan::default();
         scan.snapshot.config = Self::read(&self.config_path())?;
-        for (name, path) in self.present(&self.subnets())? {
-            let lease =
-                name.parse::<LeaseKey>().map_err(|error| error.to_string()).and_then(|key| {
-                    let (attrs, expires) = load::<LeaseAttrs>(&path)?;
-                    Ok((Lease { key, attrs, expires: expiry(expires), revision: 0 }, expires))
-                });
-            match lease {
-                Ok((lease, end)) if scan.lives(end, now) => scan.snapshot.leases.push(lease),
+        for (name, loaded) in self.leases.look()? {
+            let key = name.parse::<LeaseKey>().map_err(|error| error.to_string());
+            match key.and_then(|key| Ok((key, loaded?))) {
+                Ok((key, (attrs, end))) if scan.lives(end, now) => {
+                    let expires = expiry(end);
+                    scan.snapshot.leases.push(Lease { key, attrs, expires, revision: 0 });
+                }
                 Ok(_) => {}
-                // Removed while we looked: as if it had never been there.
-                Err(_) if !path.exists() => {}
                 Err(reason) => scan.snapshot.skipped.push(Skipped { name, reason }),
             }
         }
-        for (name, path) in self.present(&self.nodes())? {
-            let record = load::<NodeRecord>(&path).and_then(|(node, expires)| {
-                let named = node.id == name;
-                named
-                    .then_some((node, expires))
-                    .ok_or_else(|| "it is the record of another node id".to_owned())
-            });
-            match record {
-                Ok((node, expires)) if scan.lives(expires, now) => scan.snapshot.nodes.push(node),
+        for (name, loaded) in self.nodes.look()? {
+            match loaded {
+                Ok((node, _)) if node.id != name => {
+                    let reason = "it is the record of another node id".to_owned();
+                    scan.snapshot.skipped.push(Skipped { name, reason });
+                }
+                Ok((node, end)) if scan.lives(end, now) => scan.snapshot.nodes.push(node),
                 Ok(_) => {}
-                Err(_) if !path.exists() => {}
                 Err(reason) => scan.snapshot.skipped.push(Skipped { name, reason }),
             }
         }
@@ -126,22 +115,6 @@ impl Store {
         flock(&file, FlockOperation::LockExclusive)
             .map_err(|error| failed("lock", &path, error.into()))?;
         Ok(Locked { store: self, _file: file })
-    }
-
-    /// As [`entries`], and surely all that was there before and still is: tmpfs leaves out of a long
-    /// list a name that is renamed over meanwhile, and a lease being renewed must not look gone.
-    fn present(&self, dir: &Path) -> Result<Vec<(String, PathBuf)>, RegistryError> {
-        let mut found = entries(dir)?;
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let listed: HashSet<PathBuf> = found.iter().map(|(_, path)| path.clone()).collect();
-        known.retain(|path| path.parent() != Some(dir) || listed.contains(path) || path.exists());
-        let left_out =
-            known.iter().filter(|path| path.parent() == Some(dir) && !listed.contains(*path));
-        found.extend(left_out.filter_map(|path| {
-            Some((path.file_name()?.to_string_lossy().into_owned(), path.clone()))
-        }));
-        known.extend(listed);
-        Ok(found)
     }
 
     fn lease_path(&self, key: &LeaseKey) -> PathBuf {
@@ -216,54 +189,24 @@ impl Locked<'_> {
 
     /// Removes what has expired, so that the directory does not grow for ever.
     pub(super) fn sweep(&self) -> Result<(), RegistryError> {
-        let now = Timestamp::now();
-        let expired = |end: Option<Timestamp>| end.is_some_and(|end| end <= now);
-        for (_, path) in entries(&self.store.subnets())? {
-            if load::<LeaseAttrs>(&path).is_ok_and(|(_, end)| expired(end)) {
-                remove(&path)?;
-            }
-        }
-        for (_, path) in entries(&self.store.nodes())? {
-            if load::<NodeRecord>(&path).is_ok_and(|(_, end)| expired(end)) {
-                remove(&path)?;
-            }
-        }
-        Ok(())
+        remove_expired(&self.store.leases)?;
+        remove_expired(&self.store.nodes)
     }
+}
+
+fn remove_expired<T: DeserializeOwned + Clone>(files: &Files<T>) -> Result<(), RegistryError> {
+    let now = Timestamp::now();
+    for (name, loaded) in files.look()? {
+        if loaded.is_ok_and(|(_, end)| end.is_some_and(|end| end <= now)) {
+            remove(&files.directory().join(name))?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether an id can name a file of its own: none hidden, none elsewhere.
 fn is_file_name(id: &str) -> bool {
     !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-}
-
-/// Names and paths of the directory's entries.
-fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>, RegistryError> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir).map_err(|source| failed("list", dir, source))? {
-        let entry = entry.map_err(|source| failed("list", dir, source))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.starts_with('.') {
-            found.push((name, entry.path()));
-        }
-    }
-    Ok(found)
-}
-
-/// An entry's value and its end, or why it cannot be read.
-fn load<T: DeserializeOwned>(path: &Path) -> Result<(T, Option<Timestamp>), String> {
-    let text = read_limited(path).map_err(|error| error.to_string())?;
-    let mut fields: Map<String, Value> =
-        serde_json::from_str(&text).map_err(|error| format!("not a JSON object: {error}"))?;
-    let expires = match fields.remove(EXPIRES) {
-        None => None,
-        Some(Value::String(text)) => {
-            Some(text.parse().map_err(|_| format!("{EXPIRES} is no RFC 3339 time: {text:?}"))?)
-        }
-        Some(other) => return Err(format!("{EXPIRES} is no RFC 3339 time: {other}")),
-    };
-    let value = serde_json::from_value(Value::Object(fields)).map_err(|error| error.to_string())?;
-    Ok((value, expires))
 }
 
 fn expiry(end: Option<Timestamp>) -> Expiry {
@@ -287,21 +230,6 @@ fn entry(value: &impl Serialize, expires: Option<Timestamp>) -> Result<String, R
     Ok(value.to_string())
 }
 
-fn read_limited(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    // Without NONBLOCK, opening a FIFO waits for a writer: for ever, and every scan with it.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("not a file"));
-    }
-    file.take(FILE_LEN_MAX + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > FILE_LEN_MAX {
-        return Err(io::Error::other(format!("longer than {FILE_LEN_MAX} bytes")));
-    }
-    Ok(text)
-}
-
 fn replace(path: &Path, text: &str) -> Result<(), RegistryError> {
     file::replace(path, text.as_bytes(), PRIVATE).map_err(|source| failed("write", path, source))
 }
@@ -319,7 +247,7 @@ fn remove(path: &Path) -> Result<(), RegistryError> {
     }
 }
 
-fn failed(action: &'static str, path: &Path, source: io::Error) -> RegistryError {
+pub(super) fn failed(action: &'static str, path: &Path, source: io::Error) -> RegistryError {
     RegistryError::File { action, path: path.to_owned(), source }
 }
 
