@@ -3,7 +3,7 @@
 //!
 //! **Reach.** A small probe each ten seconds. One that stays without an answer is repeated at once,
 //! three times; beside the repeats go ICMP echoes, to the peer's address on the overlay and to its
-//! outer one, which tell why.
+//! outer one, which tell why. One of flannel's gets echoes alone, and repeats only once it has answered.
 //!
 //! **Path.** Two packets of full size in one send, which go as one through whatever cuts packets on
 //! the way (UDP segmentation offload). If they do not come through, single packets of several sizes
@@ -18,6 +18,9 @@ pub(super) const INTERVAL: Duration = Duration::from_secs(10);
 /// How far probes of different peers lie apart at least: 1,000 peers have their turn in an interval,
 /// more of them less often.
 pub(super) const DISTANCE: Duration = Duration::from_millis(10);
+/// How much earlier a round may begin than it is due, together with others: most of what a probe costs
+/// is to wake up for it.
+pub(super) const EARLY: Duration = Duration::from_millis(250);
 /// How long an answer may take before the probe is repeated.
 const PATIENCE: Duration = Duration::from_millis(750);
 const REPEATS: u8 = 3;
@@ -138,9 +141,22 @@ impl Course {
         self.path_interval = INTERVAL.max(Duration::from_millis(turns.into()));
     }
 
-    /// When [`Course::step`] has something to do next.
+    /// When [`Course::step`] has something to do next, at the latest.
     pub(super) fn due(&self) -> Instant {
         if self.probes_path() { self.reach.due.min(self.path.due) } else { self.reach.due }
+    }
+
+    /// Whether [`Course::step`] has something to do now.
+    pub(super) fn can_step(&self, now: Instant) -> bool {
+        self.can_step_reach(now) || self.can_step_path(now)
+    }
+
+    fn can_step_reach(&self, now: Instant) -> bool {
+        can_go_on(self.reach.tries, self.reach.due, now)
+    }
+
+    fn can_step_path(&self, now: Instant) -> bool {
+        self.probes_path() && can_go_on(self.path.tries, self.path.due, now)
     }
 
     /// Has the next probe go out now: the peer has shown itself.
@@ -165,10 +181,10 @@ impl Course {
     pub(super) fn step(&mut self, now: Instant, nonce: impl FnMut() -> u64) -> Vec<Send> {
         let mut nonce = nonce;
         let mut sends = Vec::new();
-        if now >= self.reach.due {
+        if self.can_step_reach(now) {
             self.step_reach(now, &mut nonce, &mut sends);
         }
-        if self.probes_path() && now >= self.path.due {
+        if self.can_step_path(now) {
             self.step_path(now, &mut nonce, &mut sends);
         }
         sends
@@ -188,7 +204,7 @@ impl Course {
             if self.means.probes {
                 self.found.count(false);
             }
-            if round.tries > REPEATS {
+            if round.tries > self.repeats() {
                 self.found.reach = self.unreachable();
                 self.end_reach();
                 return;
@@ -210,6 +226,12 @@ impl Course {
             round.outer_echoes.push(outer);
             sends.extend([Send::Echo(echo), Send::OuterEcho(outer)]);
         }
+    }
+
+    /// Where nobody needs to answer, silence is news only after an answer.
+    fn repeats(&self) -> u8 {
+        let is_news = self.means.probes || self.found.reach == Reach::Reachable;
+        if is_news { REPEATS } else { 0 }
     }
 
     /// What it means that nothing has come back.
@@ -357,6 +379,12 @@ impl Course {
     }
 }
 
+/// A round begins early, but an answer has its time.
+fn can_go_on(tries: u8, due: Instant, now: Instant) -> bool {
+    let early = if tries == 0 { EARLY } else { Duration::ZERO };
+    now + early >= due
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -387,10 +415,13 @@ mod tests {
             let end = self.now + time;
             while self.now < end {
                 let mut nonces = self.nonces;
-                let sends = self.course.step(self.now, || {
+                let nonce = || {
                     nonces += 1;
                     nonces
-                });
+                };
+                // Alone, it has nobody to begin early with.
+                let is_due = self.course.due() <= self.now;
+                let sends = if is_due { self.course.step(self.now, nonce) } else { Vec::new() };
                 self.nonces = nonces;
                 self.now += TICK;
                 for send in &sends {
@@ -533,8 +564,13 @@ mod tests {
         assert_eq!(world.reach(), Reach::Unknown);
         assert_eq!((world.course.found().sent, world.course.found().loss_percent()), (0, None));
         assert!(world.sends.iter().all(|send| matches!(send, Send::Echo(_))));
+        assert_eq!(world.sends.len(), 6, "nobody waits for an answer");
         world.pass(MINUTE, all);
         assert_eq!((world.reach(), world.path()), (Reach::Reachable, Path::Unknown));
+        world.sends.clear();
+        world.pass(MINUTE, nothing);
+        assert_eq!(world.reach(), Reach::Unknown);
+        assert_eq!(world.sends.len(), 6 + usize::from(REPEATS), "one silence was news");
     }
 
     #[test]

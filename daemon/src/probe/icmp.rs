@@ -55,9 +55,7 @@ impl Icmp {
             if ipv6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
         let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
         socket.set_nonblocking(true)?;
-        if !ipv6 {
-            socket.attach_filter(&answers_only())?;
-        }
+        socket.attach_filter(&if ipv6 { meant(&V6, HEADERLESS) } else { meant(&V4, PAST_IPV4) })?;
         Ok(Self { socket: UdpSocket::from_std(socket.into())?, ipv6 })
     }
 
@@ -94,15 +92,22 @@ impl Icmp {
     }
 }
 
-/// Everything else that comes to this host by ICMP would wake us in vain: instructions that take the
-/// IPv4 header's length, and the type behind it (Documentation/networking/filter.rst).
-fn answers_only() -> [SockFilter; 6] {
-    let [answer, unreachable] = [V4.answer, V4.unreachable].map(u32::from);
+/// What sets X to the length of what comes before the ICMP header: IPv4's, or nothing.
+const PAST_IPV4: SockFilter = SockFilter::new(0xb1, 0, 0, 0); // ldxb 4*([0]&0xf)
+const HEADERLESS: SockFilter = SockFilter::new(0x01, 0, 0, 0); // ldx #0
+
+/// Lets through what [`understand`] makes sense of: everything else that comes to this host by ICMP
+/// would wake us in vain (Documentation/networking/filter.rst).
+fn meant(numbers: &Numbers, past_header: SockFilter) -> [SockFilter; 8] {
+    let [answer, unreachable, port] =
+        [numbers.answer, numbers.unreachable, numbers.port].map(u32::from);
     [
-        SockFilter::new(0xb1, 0, 0, 0),           // ldxb 4*([0]&0xf)
+        past_header,
         SockFilter::new(0x50, 0, 0, 0),           // ldb [x + 0]
-        SockFilter::new(0x15, 2, 0, answer),      // jeq answer, to the last
-        SockFilter::new(0x15, 1, 0, unreachable), // jeq unreachable, to the last
+        SockFilter::new(0x15, 4, 0, answer),      // jeq answer, to the last
+        SockFilter::new(0x15, 0, 2, unreachable), // jne unreachable, to the last but one
+        SockFilter::new(0x50, 0, 0, 1),           // ldb [x + 1]
+        SockFilter::new(0x15, 1, 0, port),        // jeq port, to the last
         SockFilter::new(0x06, 0, 0, 0),           // ret 0: nothing of it
         SockFilter::new(0x06, 0, 0, u32::MAX),    // ret -1: all of it
     ]
@@ -191,6 +196,31 @@ mod tests {
 
     fn heard(packet: &[u8]) -> Option<Heard> {
         understand(&V4, v4_payload(packet)?, HOST, v4_udp_destination)
+    }
+
+    #[test]
+    fn answers_and_refusals_come_past_the_filter() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let hear = async |icmp: &Icmp, wanted: Heard| {
+            let others = async { while icmp.next().await != wanted {} };
+            tokio::time::timeout(Duration::from_secs(15), others)
+                .await
+                .unwrap_or_else(|_| panic!("{wanted:?}"));
+        };
+        for from in ["127.0.0.1", "::1"].map(|it| it.parse::<IpAddr>().unwrap()) {
+            runtime.block_on(async {
+                let icmp = Icmp::open(from.is_ipv6()).unwrap();
+                let nonce = fastrand::u64(..);
+                // The runtime knows only once it has looked.
+                icmp.socket.writable().await.unwrap();
+                icmp.echo(from, nonce);
+                hear(&icmp, Heard::Answer { from, nonce }).await;
+                let closed = UdpSocket::bind((from, 0)).await.unwrap().local_addr().unwrap();
+                let socket = UdpSocket::bind((from, 0)).await.unwrap();
+                socket.send_to(b"", closed).await.unwrap();
+                hear(&icmp, Heard::Refused { from, port: closed.port() }).await;
+            });
+        }
     }
 
     #[test]
