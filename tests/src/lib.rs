@@ -5,8 +5,10 @@ pub mod doctor;
 pub mod etcd;
 pub mod fuzz;
 pub mod load;
+pub mod refusing;
 pub mod service;
 pub mod slow_proxy;
+pub mod terminal;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -263,6 +265,11 @@ pub fn run_to_end(netns: &NetNs, command: &mut Command) -> Result<(Option<i32>, 
 /// Sends a child a signal and waits for its end.
 pub fn end(child: &mut Child, signal: Signal) -> Result<ExitStatus> {
     kill_process(Pid::from_child(child), signal)?;
+    ended(child)
+}
+
+/// Waits for a child's end.
+pub fn ended(child: &mut Child) -> Result<ExitStatus> {
     let mut status = None;
     until("the child ends", || {
         status = child.try_wait()?;

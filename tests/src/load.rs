@@ -1,27 +1,27 @@
 //! Traffic between the first host's container and the second's while something happens: from before
 //! its first step until a second after its last.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::PathBuf;
-use std::process::{Child, Command};
-use std::sync::Arc;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use rustix::process::Signal;
-use tempfile::TempDir;
-use weft_daemon::lab::{Bytes, Container, Lab, Patience, PingReport, transfer};
+use anyhow::{Result, ensure};
+use weft_daemon::lab::{Bytes, Container, Lab, Patience, transfer};
 
-use crate::{DEADLINE, all_acquainted, end, program, until};
+use crate::{DEADLINE, all_acquainted, program, until};
 
-/// Between two echo requests.
+/// Between two datagrams.
 const INTERVAL: Duration = Duration::from_millis(10);
 /// How many have to come back after the last step.
 const ECHOES_AFTER: u32 = 100;
+/// How long an end waits for one before it sees whether all is over.
+const LOOK: Duration = Duration::from_millis(100);
 /// What one transfer moves. The first is small: it shows that data can move.
 const FIRST: Bytes = Bytes(1 << 20);
 const AMOUNT: Bytes = Bytes(32 << 20);
@@ -36,16 +36,23 @@ pub fn ends(lab: &Lab) -> Result<Ends> {
     Ok([Arc::clone(lab.container(0)?), Arc::clone(lab.container(1)?)])
 }
 
-/// The longest time for which no echo came back while `steps` were made, or right after.
+/// The longest time for which no datagram came back while `steps` were made, or right after.
 pub fn outage_while(ends: &Ends, steps: impl FnOnce() -> Result<()>) -> Result<Duration> {
-    let ping = Ping::start(ends)?;
-    steps()?;
-    let last = ping.last_echo()?;
-    until("echoes come back after the last step", || Ok(ping.last_echo()? >= last + ECHOES_AFTER))?;
-    Ok(INTERVAL * longest_gap(&ping.stop()?))
+    let paced = Paced::new(ends)?;
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _over = Over(&is_over);
+        scope.spawn(|| paced.send_back(&is_over));
+        scope.spawn(|| paced.send(&is_over));
+        until("a datagram comes back", || Ok(paced.last() > 0))?;
+        steps()?;
+        let enough = paced.last() + ECHOES_AFTER;
+        until("datagrams come back after the last step", || Ok(paced.last() >= enough))?;
+        Ok(INTERVAL * paced.longest_gap())
+    })
 }
 
-/// That not one echo is lost while `steps` are made, and that data arrive as they were sent.
+/// That not one datagram is lost while `steps` are made, and that data arrive as they were sent.
 pub fn loses_nothing_while(ends: &Ends, steps: impl FnOnce() -> Result<()>) -> Result<()> {
     let (has_begun, is_over) = (AtomicBool::new(false), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -54,7 +61,7 @@ pub fn loses_nothing_while(ends: &Ends, steps: impl FnOnce() -> Result<()>) -> R
         // Where it has ended already, its error comes out below.
         until("data move", || Ok(has_begun.load(Ordering::Relaxed) || moving.is_finished()))?;
         let outage = outage_while(ends, steps)?;
-        ensure!(outage.is_zero(), "no echo came back for {outage:?}");
+        ensure!(outage.is_zero(), "no datagram came back for {outage:?}");
         drop(over);
         moving.join().expect("a transfer panicked")
     })
@@ -117,53 +124,65 @@ impl Drop for Over<'_> {
     }
 }
 
-/// A ping that runs. Dropped, it is killed.
-struct Ping {
-    child: Child,
-    output: PathBuf,
-    _directory: TempDir,
+/// Numbered datagrams from one container to another, which sends them back.
+struct Paced {
+    near: UdpSocket,
+    far: UdpSocket,
+    to: SocketAddr,
+    /// The numbers of those that came back.
+    arrived: Mutex<BTreeSet<u32>>,
 }
 
-impl Ping {
-    /// Starts it, and waits for the first echo.
-    fn start([from, to]: &Ends) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let output = directory.path().join("output");
-        let interval = format!("-i{}", INTERVAL.as_secs_f64());
-        let mut command = Command::new("ping");
-        command.env("LC_ALL", "C").args(["-n", &interval]).arg(to.address()?.to_string());
-        let child = from.netns.spawn(command.stdout(File::create(&output)?))?;
-        let it = Self { child, output, _directory: directory };
-        until("an echo comes back", || Ok(it.last_echo()? > 0))?;
-        Ok(it)
+impl Paced {
+    fn new([from, to]: &Ends) -> Result<Self> {
+        let bind = |container: &Container| -> Result<UdpSocket> {
+            let address = container.address()?;
+            Ok(container.netns.run(|| UdpSocket::bind((address, 0)))??)
+        };
+        let (near, far) = (bind(from)?, bind(to)?);
+        near.set_nonblocking(true)?;
+        far.set_read_timeout(Some(LOOK))?;
+        Ok(Self { near, to: far.local_addr()?, far, arrived: Mutex::default() })
     }
 
-    /// The number of the last echo that came back; 0 before the first.
-    fn last_echo(&self) -> Result<u32> {
-        let text = fs::read_to_string(&self.output)?;
-        let numbers = text.rsplit("icmp_seq=").filter_map(|rest| rest.split_once(' '));
-        Ok(numbers.filter_map(|(number, _)| number.parse().ok()).next().unwrap_or(0))
+    fn send(&self, is_over: &AtomicBool) {
+        let begun = Instant::now();
+        let mut number = [0; 4];
+        for sent in 1_u32.. {
+            if is_over.load(Ordering::Relaxed) {
+                return;
+            }
+            // What the kernel refuses is lost as well.
+            let _ = self.near.send_to(&sent.to_be_bytes(), self.to);
+            thread::sleep((begun + INTERVAL * sent).saturating_duration_since(Instant::now()));
+            while let Ok((4, _)) = self.near.recv_from(&mut number) {
+                self.arrived().insert(u32::from_be_bytes(number));
+            }
+        }
     }
 
-    fn stop(mut self) -> Result<PingReport> {
-        end(&mut self.child, Signal::INT)?;
-        PingReport::parse(&fs::read_to_string(&self.output)?, "").context("what ping wrote")
+    fn send_back(&self, is_over: &AtomicBool) {
+        let mut number = [0; 4];
+        while !is_over.load(Ordering::Relaxed) {
+            if let Ok((4, from)) = self.far.recv_from(&mut number) {
+                let _ = self.far.send_to(&number, from);
+            }
+        }
     }
-}
 
-impl Drop for Ping {
-    fn drop(&mut self) {
-        // Both fail only for a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    /// The number of the last one that came back; 0 before the first.
+    fn last(&self) -> u32 {
+        self.arrived().last().copied().unwrap_or(0)
     }
-}
 
-/// The most echo requests in a row that went unanswered. What was on its way at the end is no loss.
-fn longest_gap(report: &PingReport) -> u32 {
-    let mut arrived: Vec<u32> = report.replies.iter().map(|reply| reply.sequence).collect();
-    arrived.push(0);
-    arrived.sort_unstable();
-    let gaps = arrived.windows(2).map(|pair| pair[1].saturating_sub(pair[0] + 1));
-    gaps.max().unwrap_or(0)
+    /// The most in a row that did not come back. What is on its way still is no loss.
+    fn longest_gap(&self) -> u32 {
+        let arrived = self.arrived();
+        let before = std::iter::once(&0).chain(&*arrived);
+        before.zip(&*arrived).map(|(before, next)| next - before - 1).max().unwrap_or(0)
+    }
+
+    fn arrived(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }

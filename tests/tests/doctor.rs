@@ -7,7 +7,8 @@ use anyhow::{Context, Result, ensure};
 use weft_daemon::lab::Lab;
 use weft_daemon::netns::NetNs;
 use weft_tests::doctor::{check, doctor, finds, run};
-use weft_tests::{bring_up, etcd, hosts, program, until};
+use weft_tests::refusing::{Call, refusing};
+use weft_tests::{DEADLINE, bring_up, etcd, hosts, pings, program, until};
 
 fn write(netns: &NetNs, sysctl: &str, value: &str) -> Result<()> {
     Ok(netns.run(|| fs::write(format!("/proc/sys/{sysctl}"), value))??)
@@ -105,7 +106,7 @@ fn firewalls_are_seen_through() -> Result<()> {
     // Without weft's rules the policy is what counts.
     lab.stop_daemon(0)?;
     lab.start_daemon(0, &["--iptables-forward-rules=false"])?;
-    lab.wait_ready(0, weft_tests::DEADLINE)?;
+    lab.wait_ready(0, DEADLINE)?;
     let netns = &lab.host(0).netns;
     netns.tool("iptables-nft", &["-F", "FORWARD"])?;
     netns.tool("iptables-nft", &["-P", "FORWARD", "DROP"])?;
@@ -115,6 +116,66 @@ fn firewalls_are_seen_through() -> Result<()> {
     cure(&lab, 0, "FORWARD")?;
     finds(&lab, 0, "FORWARD", "OK", "accepts")?;
     finds(&lab, 0, "br_netfilter", "OK", "lets them pass")
+}
+
+/// As under a container runtime that forbids io_uring, or keeps weftd from large buffers.
+#[test]
+fn what_the_kernel_refuses_is_named_and_traffic_flows_without_it() -> Result<()> {
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &[])?;
+    for (call, name, told) in [
+        (Call::IoUringSetup, "io_uring", "blocked, so packets go by mmsg"),
+        (Call::RcvBufForce, "sockets", "sysctl -w net.core.rmem_max="),
+    ] {
+        finds(&lab, 0, name, "OK", "")?;
+        lab.stop_daemon(0)?;
+        refusing(call, || lab.start_daemon(0, &[]))?;
+        lab.wait_ready(0, DEADLINE)?;
+        finds(&lab, 0, name, "WARN", told)?;
+        until("traffic flows", || pings(&lab).map(|()| true))?;
+    }
+    lab.remove()
+}
+
+/// What counts for all of the machine is not for a test to change: doctor sees files in its place.
+#[test]
+fn what_is_wrong_with_the_machine_is_named() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.start_daemon(0, &["--ip-masq"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let table = |count| {
+        [("net/netfilter/nf_conntrack_count", count), ("net/netfilter/nf_conntrack_max", "100")]
+    };
+    for (files, told) in [
+        (
+            &[("kernel/osrelease", "5.15.0-91")][..],
+            "WARN kernel: 5.15.0-91 is too old for io_uring",
+        ),
+        (&table("100"), "FAIL conntrack: full, 100 of 100"),
+        (&table("95"), "WARN conntrack: nearly full, 95 of 100"),
+    ] {
+        let seen = doctor_with(&lab, files)?;
+        assert!(seen.contains(told), "no {told:?} in {seen}");
+    }
+    lab.remove()
+}
+
+/// What doctor says on the first host with these files over those below /proc/sys.
+fn doctor_with(lab: &Lab, files: &[(&str, &str)]) -> Result<String> {
+    let directory = tempfile::tempdir()?;
+    let mut script = String::new();
+    for (at, (path, text)) in files.iter().enumerate() {
+        let file = directory.path().join(at.to_string());
+        fs::write(&file, text)?;
+        script += &format!("mount --bind {} /proc/sys/{path}\n", file.display());
+    }
+    let [weft, run_dir] = [program("weft")?, lab.host(0).run_dir.clone()];
+    script += &format!("exec {} doctor --run-dir {}", weft.display(), run_dir.display());
+    // The mounts are only there for what it starts (mount_namespaces(7)).
+    let mut command = Command::new("unshare");
+    let output = lab.host(0).netns.output(command.args(["--mount", "sh", "-ec", &script]))?;
+    ensure!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 #[test]

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
 use weft_tests::etcd::{PREFIX, client, get, hosts, put as put_by_v3, wait_until_it_serves, weftd};
-use weft_tests::{Weftd, bring_up, log, logs, until};
+use weft_tests::{Weftd, bring_up, doctor, log, logs, until};
 
 /// Where the lab's first member of etcd lives.
 const ADDRESS: &str = "10.168.0.1";
@@ -150,6 +150,10 @@ fn users_are_known_by_password_and_again_when_tokens_are_gone() -> Result<()> {
     is_told(&mut lab, &[], "refuses: etcdserver: user name is empty")?;
     let wrong = ["--etcd-username=root", "--etcd-password=hunter3"];
     is_told(&mut lab, &wrong, "refuses: etcdserver: authentication failed")?;
+    let url = lab.etcd_urls()[0].clone();
+    let flags = [&["--etcd-endpoints", &url], &wrong[..]].concat();
+    let told = String::from_utf8(doctor::run(&lab, 0, &flags)?.stdout)?;
+    assert!(told.contains("FAIL registry") && told.contains("does not let weft in"), "{told}");
     let password = tempfile::NamedTempFile::new()?;
     fs::write(password.path(), "hunter2\n")?;
     let file = format!("--etcd-password-file={}", password.path().display());

@@ -13,6 +13,7 @@ use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{enter, make_root};
+use weft_tests::terminal::Terminal;
 use weft_tests::{bring_up, hosts, install, program, run_to_end, until};
 
 const PASSWORD: &str = "hunter2hunter2";
@@ -20,22 +21,29 @@ const PASSWORD: &str = "hunter2hunter2";
 /// What `weft` with these arguments answers about a host's daemon: whether it succeeded, and all that
 /// it wrote.
 fn weft(lab: &Lab, arguments: &[&str]) -> Result<(bool, String)> {
+    let output = lab.host(0).netns.output(&mut command(lab, arguments)?)?;
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    Ok((output.status.success(), text))
+}
+
+fn command(lab: &Lab, arguments: &[&str]) -> Result<Command> {
     let host = lab.host(0);
     let mut command = Command::new(program("weft")?);
     command.args(arguments).arg("--run-dir").arg(&host.run_dir);
-    let output = host.netns.output(command.arg("--state-dir").arg(&host.state_dir))?;
-    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    Ok((output.status.success(), text))
+    command.arg("--state-dir").arg(&host.state_dir);
+    Ok(command)
 }
 
 #[test]
 fn an_operator_sees_ways_rates_levels_and_takes_all_of_it_away() -> Result<()> {
     let mut lab = hosts(2)?;
     let password = format!("--etcd-password={PASSWORD}");
-    bring_up(&mut lab, &["--etcd-username=weft", &password, "--ip-masq"])?;
+    let flags = ["--etcd-username=weft", &password, "--ip-masq"];
+    bring_up(&mut lab, &flags)?;
     assert!(lab.transfer(0, 1, Bytes(1 << 20))?.intact());
     ways(&lab)?;
     rates(&lab)?;
+    rates_on_a_terminal(&mut lab, &flags)?;
     levels(&lab)?;
     bundle(&lab)?;
     lab.remove()
@@ -83,6 +91,31 @@ fn rates(lab: &Lab) -> Result<()> {
     }
     let (ok, text) = weft(lab, &["top"])?;
     assert!(!ok && text.contains("--once writes text"), "{text}");
+    Ok(())
+}
+
+fn rates_on_a_terminal(lab: &mut Lab, flags: &[&str]) -> Result<()> {
+    let mut terminal = Terminal::start(&lab.host(0).netns, &command(lab, &["top"])?)?;
+    terminal.shows(&["forwarding", "direction", "10.168.0.95", "sorted by rate"])?;
+    let moved = || -> Result<bool> { Ok(lab.transfer(0, 1, Bytes(1 << 20))?.intact()) };
+    until("what moves is to be seen", || {
+        ensure!(moved()?);
+        let screen = terminal.screen();
+        let peer = screen.lines().find(|line| line.starts_with("10.168.0.95")).unwrap_or_default();
+        let is_large =
+            |word: &&str| word.starts_with(char::is_numeric) && word.ends_with(['k', 'M']);
+        Ok(peer.split_whitespace().filter(is_large).count() >= 2)
+    })?;
+    for (key, order) in [("t", "total"), ("n", "name"), ("r", "rate")] {
+        terminal.press(key)?;
+        terminal.shows(&[&format!("sorted by {order};")])?;
+    }
+    lab.stop_daemon(0)?;
+    terminal.shows(&["no weftd answers"])?;
+    lab.start_daemon(0, flags)?;
+    terminal.shows(&["forwarding", "10.168.0.95"])?;
+    terminal.press("q")?;
+    assert!(terminal.end()?.success());
     Ok(())
 }
 

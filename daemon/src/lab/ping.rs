@@ -75,7 +75,7 @@ impl PingReport {
     ///
     /// # Errors
     /// It never began; the error is what it says.
-    pub fn parse(stdout: &str, stderr: &str) -> anyhow::Result<Self> {
+    fn parse(stdout: &str, stderr: &str) -> anyhow::Result<Self> {
         let Some(counts) = stdout.lines().find(|line| line.contains(" packets transmitted, "))
         else {
             bail!("{}", stderr.trim());
