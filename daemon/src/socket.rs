@@ -18,7 +18,7 @@ use anyhow::{Context, bail};
 use nix::unistd::Group;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::value::{RawValue, to_raw_value};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::task::spawn_blocking;
@@ -48,11 +48,11 @@ pub enum Request {
     Trace { to: IpAddr, from: Option<IpAddr> },
 }
 
-/// What comes back.
+/// What comes back: its text as it is, for thousands of peers make megabytes of it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Answer {
-    Ok(Value),
+    Ok(Box<RawValue>),
     Error(String),
 }
 
@@ -72,7 +72,7 @@ pub fn ask<T: DeserializeOwned>(
     }
     let answer = answer.with_context(context)?;
     match answer {
-        Answer::Ok(value) => serde_json::from_value(value).with_context(context),
+        Answer::Ok(value) => serde_json::from_str(value.get()).with_context(context),
         Answer::Error(reason) => bail!("weftd at {}: {reason}", socket.display()),
     }
 }
@@ -268,24 +268,25 @@ async fn answer(mut stream: tokio::net::UnixStream, board: &Board) -> anyhow::Re
     Ok(())
 }
 
-async fn carry_out(request: Request, board: Board) -> anyhow::Result<Value> {
+async fn carry_out(request: Request, board: Board) -> anyhow::Result<Box<RawValue>> {
     tracing::debug!(?request, "somebody asks");
-    match request {
-        Request::Status => Ok(serde_json::to_value(board.read())?),
+    let answer = match request {
+        Request::Status => to_raw_value(&board.read()),
         // Both ask the kernel.
-        Request::Metrics => Ok(spawn_blocking(move || metrics::read(&board)).await?.into()),
+        Request::Metrics => to_raw_value(&spawn_blocking(move || metrics::read(&board)).await?),
         Request::Trace { to, from } => {
             let trace = spawn_blocking(move || {
                 trace::trace(&board.read(), board.rules().as_ref(), to, from)
             });
-            Ok(serde_json::to_value(trace.await??)?)
+            to_raw_value(&trace.await??)
         }
         Request::LogLevel { levels } => {
             let log = board.log();
             if let Some(levels) = levels {
                 log.set_levels(&levels).map_err(anyhow::Error::msg)?;
             }
-            Ok(log.levels().into())
+            to_raw_value(&log.levels())
         }
-    }
+    };
+    Ok(answer?)
 }
