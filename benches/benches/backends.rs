@@ -2,7 +2,8 @@
 //! joins or leaves, all of them looked at again; and what a daemon takes that has them all. Needs root,
 //! as the lab does.
 
-use std::fs;
+mod fleet;
+
 use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use weft_backends::{
 use weft_benches::cpu;
 use weft_control::lease::Expiry;
 use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig};
-use weft_daemon::lab::{Lab, LabOptions};
+use weft_daemon::lab::{EtcdOptions, Lab, LabOptions};
 
 /// Room for 16,384 subnets, and not where the lab's hosts are.
 const NETWORK: &str = "100.64.0.0/10";
@@ -102,18 +103,19 @@ fn check(backend: &dyn Backend, report: &Report, desired: &Desired) -> Result<()
     Ok(())
 }
 
-/// A daemon with a directory registry, from its start on.
+/// A daemon and an etcd, from its start on.
 fn whole_daemon(kind: BackendKind) -> Result<()> {
     let leases = 10_000;
+    let etcd = EtcdOptions { members: 1, ..EtcdOptions::default() };
     let backend = kind.to_string();
-    let mut lab = Lab::new(LabOptions { hosts: 1, backend, ..LabOptions::default() })?;
-    let subnets = lab.registry()?.join("subnets");
-    fs::create_dir_all(&subnets)?;
-    let config = format!(r#"{{"Network":"{NETWORK}","SubnetMin":"100.127.0.0"}}"#);
-    fs::write(lab.registry()?.join("config"), config)?;
-    for Lease { key, attrs, .. } in (1..=leases).map(|number| lease(kind, number)) {
-        fs::write(subnets.join(key.to_string()), serde_json::to_string(&attrs)?)?;
-    }
+    let mut lab = Lab::new(LabOptions { hosts: 1, backend, etcd, ..LabOptions::default() })?;
+    let urls = lab.etcd_urls();
+    lab.host(0).netns.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let config = format!(r#"{{"Network":"{NETWORK}","SubnetMin":"100.127.0.0"}}"#);
+        let leases: Vec<Lease> = (1..=leases).map(|number| lease(kind, number)).collect();
+        runtime.block_on(fleet::write(&urls, &config, &leases))
+    })??;
     let begun = Instant::now();
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, PATIENCE)?;

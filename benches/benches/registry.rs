@@ -1,19 +1,18 @@
 //! What a fleet of ten thousand nodes costs one of them: the list of all leases from a real etcd, a
 //! change of one of them, and whom that makes a peer. Needs root, as the lab does.
 
+mod fleet;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use etcd_client::{Client, Txn, TxnOp};
 use hdrhistogram::Histogram;
 use weft_control::lease::{Expiry, Lease, Snapshot, peers};
 use weft_control::{Access, Etcd3Registry, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions};
 
 const LEASES: u32 = 10_000;
-const PREFIX: &str = "/coreos.com/network";
-/// etcd takes 128 operations a transaction.
-const WRITES: usize = 100;
+const CONFIG: &str = r#"{"Network":"10.0.0.0/8"}"#;
 const LISTS: u32 = 30;
 const EVENTS: u32 = 300;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -30,9 +29,10 @@ fn main() -> Result<()> {
 }
 
 async fn measure(urls: Vec<String>) -> Result<()> {
-    write_leases(&urls).await?;
+    let leases: Vec<Lease> = (0..LEASES).map(lease).collect();
+    fleet::write(&urls, CONFIG, &leases).await?;
     let access = Access { endpoints: urls, ..Access::default() };
-    let registry = Etcd3Registry::new(&access, PREFIX);
+    let registry = Etcd3Registry::new(&access, fleet::PREFIX);
 
     let mut times = Times::default();
     for _ in 0..LISTS {
@@ -56,7 +56,7 @@ async fn measure(urls: Vec<String>) -> Result<()> {
     }
     times.report("write one and hear of it", Duration::from_millis(5));
 
-    let config: NetworkConfig = r#"{"Network":"10.0.0.0/8"}"#.parse()?;
+    let config: NetworkConfig = CONFIG.parse()?;
     let mut times = Times::default();
     for _ in 0..LISTS {
         times.time(async || anyhow::Ok(peers(&config, &own, None, &view.snapshot.leases))).await?;
@@ -72,27 +72,6 @@ fn lease(number: u32) -> Lease {
     let public_ip = Some(std::net::Ipv4Addr::from((192 << 24) | (168 << 16) | number));
     let attrs = LeaseAttrs { public_ip, ..LeaseAttrs::default() };
     Lease { key: LeaseKey::new(ipv4, None), attrs, expires: Expiry::Never, revision: 0 }
-}
-
-async fn write_leases(urls: &[String]) -> Result<()> {
-    let begun = Instant::now();
-    let mut client = loop {
-        match Client::connect(urls, None).await {
-            Ok(client) => break client,
-            Err(error) if begun.elapsed() > PATIENCE => return Err(error.into()),
-            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-        }
-    };
-    let leases: Vec<Lease> = (0..LEASES).map(lease).collect();
-    for some in leases.chunks(WRITES) {
-        let mut puts = Vec::new();
-        for lease in some {
-            let key = format!("{PREFIX}/subnets/{}", lease.key);
-            puts.push(TxnOp::put(key, serde_json::to_string(&lease.attrs)?, None));
-        }
-        client.txn(Txn::new().and_then(puts)).await?;
-    }
-    Ok(())
 }
 
 /// How long something took, each time, in microseconds.
