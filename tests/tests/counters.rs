@@ -1,18 +1,14 @@
 //! Counters are exact: against what crosses the underlay, and against the TUN device's own.
 
-use std::fmt::Debug;
-
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status::TrafficStatus;
-use weft_tests::{bring_up, counter, hosts, metrics, plain_wire, until};
+use weft_tests::{bring_up, counter, hosts, metrics, pings, plain_wire, until};
 
 /// Outer IPv4 and UDP headers.
 const OVERHEAD: u64 = 28;
-/// Probes come in pairs each ten seconds.
-const TRIES: usize = 20;
 
 /// Counts datagrams that come in from the underlay, as the kernel sees them there.
 fn count_datagrams(netns: &NetNs) -> Result<()> {
@@ -42,27 +38,80 @@ fn link(lab: &Lab, host: usize, way: &str, name: &str) -> Result<u64> {
     links[0]["stats64"][way][name].as_u64().with_context(|| format!("no {way} {name}: {links}"))
 }
 
-/// Holds what was read between two of the daemons' probes against each other: when one of them has
-/// crossed meanwhile, it is read again.
-fn between_probes(lab: &Lab, check: impl Fn() -> Result<()>) -> Result<()> {
-    let crossed = || -> Result<Vec<u64>> {
-        let names = ["tun_to_udp_packets", "udp_to_tun_packets"];
-        let all = (0..2).flat_map(|host| names.map(|name| (host, name)));
-        all.map(|(host, name)| counter(lab, host, name)).collect()
-    };
-    for _ in 0..TRIES {
-        let before = crossed()?;
-        let outcome = check();
-        if outcome.is_ok() || crossed()? == before {
-            return outcome;
-        }
-    }
-    bail!("packets never cease to cross")
+/// Two counts of the same thing, and what it is.
+type Counts = Vec<(&'static str, f64, f64)>;
+
+#[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+fn number(count: u64) -> f64 {
+    count as f64
 }
 
-fn same<T: PartialEq + Debug>(left: T, right: T, what: &str) -> Result<()> {
-    ensure!(left == right, "{what}: {left:?} is not {right:?}");
-    Ok(())
+/// All that counts what crosses from one host to the other.
+fn counts(lab: &Lab, from: usize, to: usize) -> Result<Counts> {
+    let ours = |host, name| -> Result<f64> { Ok(number(counter(lab, host, name)?)) };
+    let device = |host, way, name| -> Result<f64> { Ok(number(link(lab, host, way, name)?)) };
+    let peer = |host| -> Result<TrafficStatus> {
+        let status = lab.status(host)?;
+        status.peers.first().and_then(|peer| peer.traffic).context("no traffic")
+    };
+    let told = metrics(&lab.host(to).netns, 8081)?;
+    let of = |name: &str, labels: &str| -> Result<f64> {
+        told.get(&format!("{name}{{{labels}}}")).copied().with_context(|| format!("no {name}"))
+    };
+    let (wire_packets, wire_bytes) = counted(&lab.host(to).netns)?;
+    let (wire_packets, wire_bytes) = (number(wire_packets), number(wire_bytes));
+    let sent = ours(from, "tun_to_udp_packets")?;
+    let sent_bytes = ours(from, "tun_to_udp_bytes")?;
+    let (there, here) = (peer(from)?, peer(to)?);
+    let written = device(to, "rx", "packets")?;
+    let written_bytes = device(to, "rx", "bytes")?;
+    let (way, received) = (r#"direction="udp_to_tun""#, r#"device="flannel0",way="receive""#);
+    Ok(vec![
+        ("packets on the wire", wire_packets, sent),
+        ("bytes on the wire", wire_bytes, sent_bytes + number(OVERHEAD) * sent),
+        ("packets that came in", ours(to, "udp_to_tun_packets")?, sent),
+        ("the device's writes", written, ours(to, "udp_to_tun_writes")?),
+        ("the device's bytes", written_bytes, ours(to, "udp_to_tun_bytes")?),
+        ("the device's reads", device(from, "tx", "packets")?, ours(from, "tun_to_udp_reads")?),
+        ("packets to the peer", number(there.sent_packets), sent),
+        ("bytes to the peer", number(there.sent_bytes), sent_bytes),
+        ("packets from the peer", number(here.received_packets), sent),
+        ("bytes from the peer", number(here.received_bytes), sent_bytes),
+        ("weft_packets", of("weft_packets_total", way)?, sent),
+        ("weft_device_packets", of("weft_device_packets_total", received)?, written),
+        ("weft_device_bytes", of("weft_device_bytes_total", received)?, written_bytes),
+        // Each packet was in one batch, and in one write.
+        ("packets of batches", of("weft_batch_packets_sum", way)?, sent),
+        ("packets of writes", of("weft_segment_packets_sum", way)?, sent),
+        ("batches", of("weft_batch_duration_seconds_count", way)?, ours(to, "udp_to_tun_batches")?),
+    ])
+}
+
+/// The counts while nothing crosses.
+fn settled(lab: &Lab, from: usize, to: usize) -> Result<Counts> {
+    let mut last = counts(lab, from, to)?;
+    until("nothing crosses for a moment", || {
+        let now = counts(lab, from, to)?;
+        let rests = now == last;
+        last = now;
+        Ok(rests)
+    })?;
+    Ok(last)
+}
+
+/// Whether all have counted the same since then. A packet that crosses meanwhile is in some counts
+/// and not yet in others, so they are read again.
+fn agree(lab: &Lab, from: usize, to: usize, before: &Counts) -> Result<()> {
+    until("all counts agree", || {
+        for (now, then) in counts(lab, from, to)?.iter().zip(before) {
+            let (what, left, right) = (now.0, now.1 - then.1, now.2 - then.2);
+            #[expect(clippy::float_cmp, reason = "whole numbers")]
+            let same = left == right;
+            ensure!(same, "{what}: {left} is not {right}");
+            ensure!(left > 0.0, "{what}: nothing was counted");
+        }
+        Ok(true)
+    })
 }
 
 #[test]
@@ -74,61 +123,20 @@ fn they_agree_with_the_wire_and_with_the_device() -> Result<()> {
             count_datagrams(&lab.host(host).netns)?;
         }
         bring_up(&mut lab, &[io, "--healthz-port=8081"])?;
-        for (from, to) in [(0, 1), (1, 0)] {
+        // What one sends before the other knows it does not arrive.
+        pings(&lab)?;
+        let both = [(0, 1), (1, 0)];
+        let before = both.map(|(from, to)| settled(&lab, from, to));
+        for (from, to) in both {
             assert!(lab.transfer(from, to, Bytes(16 << 20))?.intact());
         }
-        for (from, to) in [(0, 1), (1, 0)] {
-            between_probes(&lab, || agree(&lab, from, to)).with_context(|| io.to_owned())?;
+        for ((from, to), before) in both.into_iter().zip(before) {
+            agree(&lab, from, to, &before?).with_context(|| format!("{io}, {from} to {to}"))?;
+            let ours = |name| counter(&lab, to, name);
+            ensure!(ours("udp_to_tun_super_packets")? > 0, "no super-packet");
+            ensure!(ours("udp_to_tun_writes")? < ours("udp_to_tun_packets")?, "nothing joined");
         }
         lab.remove()?;
     }
-    Ok(())
-}
-
-/// Whether all that counts what crossed from one host to the other comes to the same.
-fn agree(lab: &Lab, from: usize, to: usize) -> Result<()> {
-    let ours = |host, name| counter(lab, host, name);
-    // What was last sent may still be under way.
-    until("all that was sent has come in", || {
-        Ok(ours(from, "tun_to_udp_packets")? == ours(to, "udp_to_tun_packets")?)
-    })?;
-    let (packets, bytes) = counted(&lab.host(to).netns)?;
-    let sent = ours(from, "tun_to_udp_packets")?;
-    same(packets, sent, "packets on the wire")?;
-    same(bytes, ours(from, "tun_to_udp_bytes")? + OVERHEAD * sent, "bytes on the wire")?;
-
-    same(link(lab, to, "rx", "packets")?, ours(to, "udp_to_tun_writes")?, "the device's writes")?;
-    same(link(lab, to, "rx", "bytes")?, ours(to, "udp_to_tun_bytes")?, "the device's bytes")?;
-    same(link(lab, from, "tx", "packets")?, ours(from, "tun_to_udp_reads")?, "reads")?;
-    let peer = |host| -> Result<TrafficStatus> {
-        let status = lab.status(host)?;
-        status.peers.first().and_then(|peer| peer.traffic).context("no traffic")
-    };
-    let (there, here) = (peer(from)?, peer(to)?);
-    let wanted = (sent, ours(from, "tun_to_udp_bytes")?);
-    same((there.sent_packets, there.sent_bytes), wanted, "what the peer was sent")?;
-    same((here.received_packets, here.received_bytes), wanted, "what came from the peer")?;
-    let told = metrics(&lab.host(to).netns, 8081)?;
-    let of = |name: &str| told.get(name).copied().with_context(|| format!("no {name}"));
-    #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
-    let number = |count: u64| count as f64;
-    let direction = r#"{direction="udp_to_tun"}"#;
-    same(of(&format!("weft_packets_total{direction}"))?, number(packets), "weft_packets")?;
-    for name in ["packets", "bytes"] {
-        let labels = r#"{device="flannel0",way="receive"}"#;
-        let told = of(&format!("weft_device_{name}_total{labels}"))?;
-        same(told, number(link(lab, to, "rx", name)?), name)?;
-    }
-    // Each packet was in one batch, and in one write.
-    let input = of(&format!("weft_input_packets_total{direction}"))?;
-    same(of(&format!("weft_batch_packets_sum{direction}"))?, input, "batches' packets")?;
-    let written = of(&format!("weft_segment_packets_sum{direction}"))?;
-    same(written, number(packets), "writes' packets")?;
-    let batches = number(ours(to, "udp_to_tun_batches")?);
-    same(of(&format!("weft_batch_duration_seconds_count{direction}"))?, batches, "batches")?;
-    ensure!(of(&format!("weft_batch_duration_seconds_sum{direction}"))? > 0.0, "no time");
-
-    ensure!(ours(to, "udp_to_tun_super_packets")? > 0, "no super-packet");
-    ensure!(ours(to, "udp_to_tun_writes")? < ours(to, "udp_to_tun_packets")?, "nothing joined");
     Ok(())
 }
