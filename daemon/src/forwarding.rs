@@ -260,19 +260,17 @@ impl Forwarding<'_> {
         basis: Basis,
     ) -> anyhow::Result<bool> {
         let (desired, mut problems) = self.desired(snapshot, turn);
-        if let Some(prober) = &turn.prober {
-            prober.aim(probe::targets(
-                self.kind,
-                self.place.public_ip,
-                &desired.peers,
-                &snapshot.nodes,
-            ));
-        }
+        let (kind, public_ip) = (self.kind, self.place.public_ip);
+        let targets = probe::targets(kind, public_ip, &desired.peers, &snapshot.nodes);
         turn.config_problem = follow_config(snapshot, turn);
         turn.rival = Self::rival(snapshot, turn);
         problems.extend(turn.config_problem.iter().chain(&turn.rival).cloned());
         problems.extend(turn.renewals.problem().into_iter().chain(turn.records.problem()));
         let report = overlay.call(move |backend| backend.reconcile(&desired, basis)).await?;
+        // Not before there is a way to them: the first probe would be lost.
+        if let Some(prober) = &turn.prober {
+            prober.aim(targets);
+        }
         problems.extend(report.problems);
         turn.failures = report.failures;
         self.kernel.hear_neighbours_of(report.neighbours_of);
