@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use weft_control::LeaseAttrs;
 
+use crate::Basis;
 use crate::netlink::{GatewayRoute, Netlink};
-use crate::{Basis, Desired};
 
 /// Whom packets reach without a router, as the kernel routes now.
 #[derive(Debug, Default)]
@@ -19,15 +19,17 @@ pub(crate) struct Direct {
 }
 
 impl Direct {
-    /// Looks where all peers are; those that it knows already only if the kernel is to be asked.
-    pub(crate) fn look(&mut self, netlink: &Netlink, desired: &Desired, basis: Basis) {
-        let peers = desired.peers.iter();
-        let wanted: HashSet<IpAddr> =
-            peers.flat_map(|peer| peer.lease.attrs.public_addresses()).collect();
+    /// Looks where these addresses are; those that it knows already only if the kernel is to be asked.
+    pub(crate) fn look(&mut self, netlink: &Netlink, wanted: HashSet<IpAddr>, basis: Basis) {
         self.links.retain(|ip, _| basis == Basis::Memory && wanted.contains(ip));
         let unknown: Vec<IpAddr> =
             wanted.into_iter().filter(|ip| !self.links.contains_key(ip)).collect();
         self.links.extend(netlink.links_of(&unknown));
+    }
+
+    /// The link that one of the node's addresses is on.
+    pub(crate) fn link(&self, attrs: &LeaseAttrs) -> Option<u32> {
+        attrs.public_addresses().find_map(|ip| *self.links.get(&ip)?)
     }
 
     /// The plain route to a subnet of the node that published this, if it is on a link.

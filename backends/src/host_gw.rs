@@ -1,15 +1,20 @@
 //! host-gw: the kernel routes packets to a peer's subnet by way of the peer's own address, which must
 //! be on the same link. Nothing is wrapped, so nothing is lost of the MTU.
 //!
+//! The kernel has IPv4 routes by way of IPv6 addresses, but not the other way round. A node that has no
+//! IPv6 address which others know publishes its link-local one in its lease.
+//!
 //! Routes stay when the daemon stops: traffic goes on, and the next start finds them right.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use ipnetwork::IpNetwork;
+use serde_json::json;
 use tokio::sync::mpsc;
-use weft_control::{Lease, LeaseAttrs, NetworkConfig};
+use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig};
 
+use crate::direct::Direct;
 use crate::netlink::{GatewayRoute, Netlink};
 use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
@@ -17,6 +22,9 @@ use crate::{
     Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
     ExternalInterface, Opened, PeerWay, Report, Started, Way,
 };
+
+/// What BackendV6Data tells.
+const LINK_LOCAL: &str = "LinkLocal";
 
 /// The host-gw backend.
 #[derive(Debug)]
@@ -26,6 +34,8 @@ struct HostGw {
     networks: Vec<IpNetwork>,
     netlink: Netlink,
     routes: PeerRoutes,
+    /// Who is on the link, of those whose IPv6 route could not tell.
+    neighbours: Direct,
     peers: Vec<PeerWay>,
 }
 
@@ -33,29 +43,40 @@ pub(crate) fn open(
     config: &NetworkConfig,
     interface: ExternalInterface,
 ) -> Result<Opened, BackendError> {
-    if config.ipv6.is_some() && interface.ipv6.is_none() {
+    if config.ipv6.is_some() && interface.ipv6.or(interface.link_local).is_none() {
         return Err(BackendError::NoIpv6 { interface: interface.name });
     }
     // Nothing here can break by itself: what happens to routes, the daemon hears from the kernel.
     let (_, receiver) = mpsc::unbounded_channel();
     let netlink = Netlink::open().map_err(BackendError::NetlinkSocket)?;
     let networks = config.families().map(|family| family.network).collect();
-    let routes = PeerRoutes::default();
-    Ok((Box::new(HostGw { interface, networks, netlink, routes, peers: Vec::new() }), receiver))
+    let host_gw = HostGw {
+        interface,
+        networks,
+        netlink,
+        routes: PeerRoutes::default(),
+        neighbours: Direct::default(),
+        peers: Vec::new(),
+    };
+    Ok((Box::new(host_gw), receiver))
 }
 
 impl Backend for HostGw {
     fn prepare(&mut self, _: &str) -> Result<LeaseAttrs, BackendError> {
-        let ExternalInterface { ipv4, ipv6, public_ipv4, public_ipv6, .. } = self.interface;
+        let ExternalInterface { ipv4, ipv6, public_ipv4, public_ipv6, link_local, .. } =
+            self.interface;
         if ipv4 != public_ipv4 || ipv6 != public_ipv6 {
             return Err(BackendError::Nat { interface: self.interface.name.clone() });
         }
+        // flannel's leases say no more than these.
+        let is_told = ipv6.is_none() && self.networks.iter().any(IpNetwork::is_ipv6);
+        let data = |ip: Ipv6Addr| json!({ LINK_LOCAL: ip });
         Ok(LeaseAttrs {
             public_ip: public_ipv4,
             public_ipv6,
             backend_type: BackendKind::HostGw.to_string(),
             backend_data: None,
-            backend_v6_data: None,
+            backend_v6_data: link_local.filter(|_| is_told).map(data),
         })
     }
 
@@ -67,14 +88,14 @@ impl Backend for HostGw {
     fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {
         let mut report = Report::default();
         self.peers.clear();
+        let doubtful = desired.peers.iter().filter(|peer| self.is_doubtful(&peer.lease));
+        let addresses = doubtful.flat_map(|peer| peer.lease.attrs.public_addresses()).collect();
+        self.neighbours.look(&self.netlink, addresses, basis);
         let (mut routes, mut problems) = (Vec::new(), Vec::new());
         for peer in &desired.peers {
             match self.routes_to(peer) {
                 Ok(found) => {
-                    let subnets = found.iter().map(|route| route.destination).collect();
-                    let way =
-                        |public_ip| PeerWay { public_ip, subnets, way: Way::Direct, traffic: None };
-                    self.peers.extend(found.first().map(|route| way(route.gateway)));
+                    self.peers.extend(way_to(peer, &found));
                     routes.extend(found);
                 }
                 Err(problem) => problems.push(problem),
@@ -123,14 +144,55 @@ impl HostGw {
         }
         let publics: Vec<IpAddr> = attrs.public_addresses().collect();
         let route = |destination: IpNetwork| {
+            let link = self.interface.index;
+            if destination.is_ipv6() && self.is_doubtful(&peer.lease) {
+                let gateway = IpAddr::V6(self.neighbour(key, attrs)?);
+                return Ok(GatewayRoute { destination, gateway, link, onlink: true });
+            }
             let gateway = publics.iter().find(|ip| ip.is_ipv6() == destination.is_ipv6());
-            // The kernel has IPv4 routes by way of IPv6 addresses, but not the other way round.
-            let gateway = gateway.or(publics.iter().find(|ip| ip.is_ipv6()));
-            let gateway = *gateway.ok_or_else(|| {
+            let gateway = *gateway.or(publics.iter().find(|ip| ip.is_ipv6())).ok_or_else(|| {
                 format!("the node of {key} publishes no address of {destination}'s family")
             })?;
-            Ok(GatewayRoute { destination, gateway, link: self.interface.index, onlink: false })
+            Ok(GatewayRoute { destination, gateway, link, onlink: false })
         };
         key.networks().map(route).collect()
     }
+
+    /// Whether it has IPv6, and the kernel does not know that address to be on our link.
+    fn is_doubtful(&self, lease: &Lease) -> bool {
+        let has_both = self.interface.ipv6.is_some() && lease.attrs.public_ipv6.is_some();
+        lease.key.ipv6.is_some() && !has_both
+    }
+
+    /// The address of a doubtful one.
+    fn neighbour(&self, key: &LeaseKey, attrs: &LeaseAttrs) -> Result<Ipv6Addr, String> {
+        let name = &self.interface.name;
+        if self.neighbours.link(attrs) != Some(self.interface.index) {
+            return Err(format!(
+                "the node of {key} must be on the same link as {name} for host-gw"
+            ));
+        }
+        attrs.public_ipv6.or_else(|| link_local(attrs)).ok_or_else(|| {
+            format!(
+                "the node of {key} publishes no IPv6 address, and no {LINK_LOCAL} one either, as weft \
+                 does; give it one"
+            )
+        })
+    }
+}
+
+/// What a lease tells, if it can be believed.
+fn link_local(attrs: &LeaseAttrs) -> Option<Ipv6Addr> {
+    let ip: Ipv6Addr = attrs.backend_v6_data.as_ref()?[LINK_LOCAL].as_str()?.parse().ok()?;
+    ip.is_unicast_link_local().then_some(ip)
+}
+
+/// What the status says of a peer with these routes.
+fn way_to(peer: &DesiredPeer, routes: &[GatewayRoute]) -> Option<PeerWay> {
+    let publics: Vec<IpAddr> = peer.lease.attrs.public_addresses().collect();
+    let gateway = routes.first()?.gateway;
+    // A link-local address tells nobody who that is.
+    let public_ip = *publics.iter().find(|ip| **ip == gateway).or(publics.first())?;
+    let subnets = routes.iter().map(|route| route.destination).collect();
+    Some(PeerWay { public_ip, subnets, way: Way::Direct, traffic: None })
 }

@@ -11,6 +11,7 @@ mod reconcile;
 mod udp_tun;
 mod vxlan;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -181,6 +182,8 @@ pub struct ExternalInterface {
     pub public_ipv6: Option<Ipv6Addr>,
     /// Every other global address of the interface: packets may leave with one of them.
     pub other_addresses: Vec<IpAddr>,
+    /// The IPv6 address that nodes on the link reach us by, where we have no other one.
+    pub link_local: Option<Ipv6Addr>,
 }
 
 impl fmt::Display for ExternalInterface {
@@ -210,6 +213,13 @@ pub struct Started {
 pub struct Desired {
     pub lease: Lease,
     pub peers: Vec<DesiredPeer>,
+}
+
+impl Desired {
+    /// Those of all peers.
+    pub(crate) fn public_addresses(&self) -> HashSet<IpAddr> {
+        self.peers.iter().flat_map(|peer| peer.lease.attrs.public_addresses()).collect()
+    }
 }
 
 /// A peer that packets should go to and come from.
@@ -319,8 +329,9 @@ pub enum BackendError {
     )]
     NoAddress { interface: String },
     #[error(
-        "host-gw needs an IPv6 address on {interface} for an overlay with IPv6, since the kernel has \
-         no IPv6 routes by way of IPv4 addresses: give it one, or leave IPv6 out of the network \
+        "host-gw needs an IPv6 address on {interface} for an overlay with IPv6, a link-local one at \
+         least, since the kernel has no IPv6 routes by way of IPv4 addresses: enable IPv6 there \
+         (`sysctl -w net.ipv6.conf.{interface}.disable_ipv6=0`), or leave it out of the network \
          config, or use another backend"
     )]
     NoIpv6 { interface: String },

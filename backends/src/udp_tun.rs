@@ -221,7 +221,7 @@ impl UdpTun {
     ) -> HashSet<IpNetwork> {
         let mut routes = Vec::new();
         if let Some(direct) = &mut self.direct {
-            direct.look(&self.netlink, desired, basis);
+            direct.look(&self.netlink, desired.public_addresses(), basis);
             report.problems.extend(strict_filter(&self.interface.name));
             for Lease { key, attrs, .. } in desired.peers.iter().map(|peer| &peer.lease) {
                 routes.extend(key.networks().filter_map(|subnet| direct.route(subnet, attrs)));

@@ -187,7 +187,7 @@ impl Vxlan {
             self.fdb = self.netlink.fdb(&links)?;
         }
         if let Some(direct) = &mut self.direct {
-            direct.look(&self.netlink, desired, basis);
+            direct.look(&self.netlink, desired.public_addresses(), basis);
             report.problems.extend(direct::strict_filter(&self.interface.name));
         }
         let ways = Ways::new(self, desired);

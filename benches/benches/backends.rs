@@ -156,6 +156,7 @@ fn interface() -> Result<ExternalInterface> {
         public_ipv4: ipv4,
         public_ipv6: None,
         other_addresses: Vec::new(),
+        link_local: None,
     })
 }
 

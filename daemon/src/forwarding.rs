@@ -191,8 +191,13 @@ impl Forwarding<'_> {
                 return Ok(None);
             }
         };
-        let other_addresses = next.interface.other_addresses.clone();
-        if (ExternalInterface { other_addresses, ..turn.interface.clone() }) == next.interface {
+        let ExternalInterface { other_addresses, link_local, .. } = next.interface.clone();
+        let mut known = ExternalInterface { other_addresses, ..turn.interface.clone() };
+        // An address that comes and goes with the link, and that only one backend has a use for.
+        if self.kind != BackendKind::HostGw {
+            known.link_local = link_local;
+        }
+        if known == next.interface {
             turn.stuck = None;
             turn.interface = next.interface;
             publish.reset_immediately();

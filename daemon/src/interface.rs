@@ -333,6 +333,10 @@ impl<'a> Chooser<'a> {
         let taken = [ipv4.map(IpAddr::V4), ipv6.map(IpAddr::V6)];
         let others = link.addresses.iter().filter(|it| can_send(it) && !is_link_local(it));
         let others = others.map(|it| it.network.ip()).filter(|ip| !taken.contains(&Some(*ip)));
+        let link_local = link.addresses.iter().find_map(|address| match address.network.ip() {
+            IpAddr::V6(ip) => ip.is_unicast_link_local().then_some(ip),
+            IpAddr::V4(_) => None,
+        });
         let interface = ExternalInterface {
             name: link.name.clone(),
             index: link.index,
@@ -342,6 +346,7 @@ impl<'a> Chooser<'a> {
             public_ipv4: ipv4.map(|ip| self.wish.public_ip.unwrap_or(ip)),
             public_ipv6: ipv6.map(|ip| self.wish.public_ipv6.unwrap_or(ip)),
             other_addresses: others.collect(),
+            link_local: link_local.filter(|_| self.families.ipv6 && ipv6.is_none()),
         };
         Ok(Chosen { interface, why })
     }
@@ -673,7 +678,15 @@ mod tests {
             choose(&iface(&["192.0.2.11"]), BOTH, &links, &[], Way::default()).unwrap().interface;
         let expected: Vec<IpAddr> =
             ["192.0.2.10", "2001:db8::2"].map(|text| text.parse().unwrap()).into();
-        assert_eq!(interface.other_addresses, expected);
+        assert_eq!((interface.other_addresses, interface.link_local), (expected, None));
+    }
+
+    #[test]
+    fn a_link_local_address_is_told_where_there_is_no_better_one() {
+        let links = [link(2, "eth0", &["192.0.2.10/24", "fe80::1/64 link"])];
+        let interface =
+            choose(&iface(&["eth0"]), BOTH, &links, &[], Way::default()).unwrap().interface;
+        assert_eq!((interface.ipv6, interface.link_local), (None, ip("fe80::1")));
     }
 
     #[test]

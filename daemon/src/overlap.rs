@@ -102,6 +102,7 @@ mod tests {
             public_ipv4: Some(ip.into()),
             public_ipv6: None,
             other_addresses: Vec::new(),
+            link_local: None,
         }
     }
 

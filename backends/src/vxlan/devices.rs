@@ -269,6 +269,7 @@ mod tests {
             public_ipv4: ipv4,
             public_ipv6: ipv6,
             other_addresses: Vec::new(),
+            link_local: None,
         }
     }
 
