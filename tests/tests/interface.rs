@@ -5,15 +5,17 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use weft_daemon::lab::{Bytes, EtcdOptions, Lab, LabOptions, Patience, transfer};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status::Status;
 use weft_tests::load::{ends, outage_while};
 use weft_tests::{DEADLINE, bring_up, counter, etcd, tells, until};
 
-/// Two seconds are what is promised; the machine is busy with other tests.
-const OUTAGE_MAX: Duration = Duration::from_secs(4);
+/// What is promised. On a machine that is busy with other tests one change may take longer; not each
+/// of several.
+const OUTAGE_MAX: Duration = Duration::from_secs(2);
+const ATTEMPTS: u8 = 3;
 const _: () =
     assert!(DEADLINE.as_millis() > 2 * OUTAGE_MAX.as_millis(), "longer ones are measured");
 
@@ -50,9 +52,21 @@ fn has_moved(lab: &Lab, before: &Status, to: &str) -> Result<()> {
     Ok(())
 }
 
-fn assert_short(outage: Duration, what: &str) {
-    eprintln!("{what}: nothing came across for {outage:?}");
-    assert!(outage <= OUTAGE_MAX, "{what}: nothing came across for {outage:?}");
+/// Makes a change anew, by the number of the attempt, until the outage is as short as promised. Returns
+/// that attempt and its outage.
+fn short_outage(
+    lab: &Lab,
+    what: &str,
+    mut change: impl FnMut(u8) -> Result<()>,
+) -> Result<(u8, Duration)> {
+    for attempt in 0..ATTEMPTS {
+        let outage = outage(lab, || change(attempt))?;
+        eprintln!("{what}: nothing came across for {outage:?}");
+        if outage <= OUTAGE_MAX {
+            return Ok((attempt, outage));
+        }
+    }
+    bail!("{what}: nothing came across for more than {OUTAGE_MAX:?}, {ATTEMPTS} times in a row")
 }
 
 /// What a host with an uplink goes through in its life, in one go. `overhead`: bytes that the backend
@@ -69,15 +83,15 @@ fn follows(backend: &str, members: usize, overhead: u32, unbroken: bool) -> Resu
     let names = files(&lab)?;
     let host = NetNs::open(lab.host(0).netns.name());
 
-    let moved = outage(&lab, || {
+    let (attempt, _) = short_outage(&lab, "another address", |attempt| {
+        let address = format!("10.168.0.{}", 60 + attempt);
         // The routes go with the last address.
-        host.ip(&["address", "del", "10.168.0.94/24", "dev", "eth0"])?;
-        host.ip(&["address", "add", "10.168.0.60/24", "dev", "eth0"])?;
+        host.ip(&["-4", "address", "flush", "dev", "eth0"])?;
+        host.ip(&["address", "add", &format!("{address}/24"), "dev", "eth0"])?;
         host.ip(&["route", "add", "default", "dev", "eth0"])?;
-        until("it is at the other address", || Ok(lab.status(0)?.public_ip != before.public_ip))
+        until("it is at the other address", || Ok(lab.status(0)?.public_ip == address.parse().ok()))
     })?;
-    assert_short(moved, "another address");
-    has_moved(&lab, &before, "10.168.0.60")?;
+    has_moved(&lab, &before, &format!("10.168.0.{}", 60 + attempt))?;
     until("its files have other names, and none is left of the old ones", || {
         let now = files(&lab)?;
         Ok(now.len() == names.len()
@@ -85,43 +99,42 @@ fn follows(backend: &str, members: usize, overhead: u32, unbroken: bool) -> Resu
     })
     .with_context(|| format!("{names:?}, and now {:?}", files(&lab)))?;
 
-    let mtu = outage(&lab, || {
-        host.ip(&["link", "set", "eth0", "mtu", "1400"])?;
-        let line = format!("FLANNEL_MTU={}\n", 1400 - overhead);
+    let (attempt, lost) = short_outage(&lab, "another MTU", |attempt| {
+        let mtu = 1400 - u32::from(attempt);
+        host.ip(&["link", "set", "eth0", "mtu", &mtu.to_string()])?;
+        let line = format!("FLANNEL_MTU={}\n", mtu - overhead);
         until("subnet.env tells the smaller MTU", || {
             Ok(fs::read_to_string(&lab.host(0).subnet_file)?.contains(&line))
         })
     })?;
-    assert_short(mtu, "another MTU");
-    assert!(!unbroken || mtu.is_zero(), "an MTU that changed cost packets for {mtu:?}");
-    assert_eq!(lab.status(0)?.mtu, Some(1400 - overhead));
+    assert!(!unbroken || lost.is_zero(), "an MTU that changed cost packets for {lost:?}");
+    assert_eq!(lab.status(0)?.mtu, Some(1400 - u32::from(attempt) - overhead));
     assert_eq!(lab.status(0)?.device, before.device);
 
-    // A second card, that the default route moves to.
+    // Another card, that the default route moves to.
     let switch = lab.switch()?;
-    let peer = ["type", "veth", "peer", "name", "eth1", "netns", host.name()];
-    switch.ip(&[&["link", "add", "h1b"], &peer[..]].concat())?;
-    switch.ip(&["link", "set", "h1b", "master", "br0", "up"])?;
-    let swapped = outage(&lab, || {
-        host.ip(&["address", "add", "10.168.0.70/24", "dev", "eth1"])?;
-        host.ip(&["link", "set", "eth1", "up"])?;
-        host.ip(&["route", "replace", "default", "dev", "eth1"])?;
-        until("it is on the other card", || {
-            Ok(lab.status(0)?.interface.as_deref() == Some("eth1"))
-        })?;
-        host.ip(&["link", "set", "eth0", "down"])
+    let card = |number: u8| (format!("eth{number}"), format!("10.168.0.{}", 70 + number));
+    let (attempt, _) = short_outage(&lab, "another card", |attempt| {
+        let ((former, _), (next, address)) = (card(attempt), card(attempt + 1));
+        let (port, peer) = (format!("h1-{next}"), ["type", "veth", "peer", "name", &next]);
+        switch.ip(&[&["link", "add", &port], &peer[..], &["netns", host.name()]].concat())?;
+        switch.ip(&["link", "set", &port, "master", "br0", "up"])?;
+        host.ip(&["address", "add", &format!("{address}/24"), "dev", &next])?;
+        host.ip(&["link", "set", &next, "up"])?;
+        host.ip(&["route", "replace", "default", "dev", &next])?;
+        until("it is on the other card", || Ok(lab.status(0)?.interface.as_ref() == Some(&next)))?;
+        host.ip(&["link", "set", &former, "down"])
     })?;
-    assert_short(swapped, "another card");
-    has_moved(&lab, &before, "10.168.0.70")?;
+    let (card, address) = card(attempt + 1);
+    has_moved(&lab, &before, &address)?;
 
-    let flapped = outage(&lab, || {
-        host.ip(&["link", "set", "eth1", "down"])?;
+    short_outage(&lab, "a link that was down", |_| {
+        host.ip(&["link", "set", &card, "down"])?;
         tells(&lab, 0, "cannot be followed")?;
-        host.ip(&["link", "set", "eth1", "up"])?;
-        host.ip(&["route", "add", "default", "dev", "eth1"])
+        host.ip(&["link", "set", &card, "up"])?;
+        host.ip(&["route", "add", "default", "dev", &card])
     })?;
-    assert_short(flapped, "a link that was down");
-    has_moved(&lab, &before, "10.168.0.70")?;
+    has_moved(&lab, &before, &address)?;
     assert_eq!(lab.status(0)?.offloads, before.offloads);
     assert!(lab.transfer(0, 1, Bytes(8 << 20))?.intact());
     assert!(lab.transfer(1, 0, Bytes(8 << 20))?.intact());
