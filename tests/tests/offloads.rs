@@ -1,10 +1,15 @@
 //! Transfers keep their bytes whatever the kernel does or does not do for many packets at once: both
 //! ways of input and output, features switched off in turn, a wire that loses packets.
 
+use std::fs;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use weft_daemon::lab::{Bytes, Container, Lab, Patience, transfer};
 use weft_tests::{bring_up, counter, hosts, plain_wire};
 
@@ -145,6 +150,51 @@ fn over_a_wire_that_loses_one_in_a_hundred() -> Result<()> {
         transfers_are_intact(&lab, SHORT)?;
         let dropped = lab.host(0).netns.tool("nft", &["list chain inet loss in"])?;
         assert!(dropped.contains("packets") && !dropped.contains("packets 0 "), "{dropped}");
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+/// Has the kernel refuse UDP_SEGMENT on all of a program's UDP sockets: who does without checksums, by
+/// SO_NO_CHECK, cannot have it (udp_send_skb in net/ipv4/udp.c).
+fn refuse_segments(pid: u32) -> Result<()> {
+    let program = Pid::from_raw(pid.cast_signed()).context("no such program")?;
+    let program = pidfd_open(program, PidfdFlags::empty())?;
+    let mut found = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let fd = entry?.file_name().to_string_lossy().parse()?;
+        let Ok(fd) = pidfd_getfd(&program, fd, PidfdGetfdFlags::empty()) else { continue };
+        if socket_domain(&fd) != Ok(AddressFamily::INET)
+            || socket_type(&fd) != Ok(SocketType::DGRAM)
+        {
+            continue;
+        }
+        // No crate here sets this option.
+        let set = "setsockopt(STDIN, 1, 11, pack('i', 1)) or die $!";
+        let status = Command::new("perl").args(["-e", set]).stdin(Stdio::from(fd)).status()?;
+        ensure!(status.success(), "perl: {status}");
+        found += 1;
+    }
+    ensure!(found > 0, "{pid} has no UDP socket");
+    Ok(())
+}
+
+#[test]
+fn what_the_kernel_refuses_while_packets_flow_is_given_up() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let lab = overlay(&[io])?;
+        transfers_are_intact(&lab, SHORT)?;
+        assert_eq!(lab.status(0)?.offloads["udp-segment"], "on");
+        refuse_segments(lab.status(0)?.pid)?;
+        transfers_are_intact(&lab, SHORT)?;
+        let status = lab.status(0)?;
+        assert_eq!(status.offloads["udp-segment"], "refused");
+        assert_eq!(status.offloads["udp-gro"], "on");
+        assert!(status.counters["tun_to_udp_segment_refused"] > 0);
+        assert_eq!(status.counters["tun_to_udp_send_failed"], 0);
+        let log = fs::read_to_string(&lab.host(0).log)?;
+        let told = log.matches("the kernel refuses udp-segment (Invalid argument").count();
+        assert_eq!(told, 1, "{log}");
         lab.remove()?;
     }
     Ok(())
