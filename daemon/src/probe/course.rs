@@ -1,17 +1,15 @@
 //! When one peer is probed with what, and what its answers mean. Pure: time and packets come from
-//! outside.
-//!
-//! **Reach.** A small probe each ten seconds. One that stays without an answer is repeated at once,
-//! three times; beside the repeats go ICMP echoes, to the peer's address on the overlay and to its
-//! outer one, which tell why. One of flannel's gets echoes alone, and repeats only once it has answered.
-//!
-//! **Path.** Two packets of full size in one send, which go as one through whatever cuts packets on
-//! the way (UDP segmentation offload). If they do not come through, single packets of several sizes
-//! tell whether it is their size or their company.
+//! outside. Two rounds go on side by side: whether the peer is reached, and where it is, how large
+//! packets may be on the path to it.
+
+mod path;
+mod reach;
 
 use std::time::{Duration, Instant};
 
-use super::found::{Found, Path, Reach};
+use self::path::PathRound;
+use self::reach::ReachRound;
+use super::found::{Found, Reach};
 
 /// How often a peer is probed.
 pub(super) const INTERVAL: Duration = Duration::from_secs(10);
@@ -21,18 +19,8 @@ pub(super) const DISTANCE: Duration = Duration::from_millis(10);
 /// How much earlier a round may begin than it is due, together with others: most of what a probe costs
 /// is to wake up for it.
 pub(super) const EARLY: Duration = Duration::from_millis(250);
-/// How long an answer may take before the probe is repeated.
-const PATIENCE: Duration = Duration::from_millis(750);
-const REPEATS: u8 = 3;
-/// The same, for the probes of the path: there is less time for more of them.
-const PATH_PATIENCE: Duration = Duration::from_millis(500);
-/// Pairs in turn with single packets; a pair begins and ends.
-const PATH_TRIES: u8 = 5;
 /// Probes of the path to all peers together: where there are many, each has its turn less often.
 const PATHS_A_SECOND: u32 = 10;
-/// IP packets' lengths that are tried where full size does not get through: what tunnels and links
-/// commonly carry.
-const SIZES: [u16; 7] = [576, 1_280, 1_350, 1_400, 1_422, 1_450, 1_472];
 
 /// Something to send to the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,70 +50,19 @@ pub(super) struct Means {
 #[derive(Debug)]
 pub(super) struct Course {
     means: Means,
-    /// Bytes of the largest packet that containers send.
-    mtu: u16,
-    reach_interval: Duration,
-    path_interval: Duration,
     found: Found,
     reach: ReachRound,
     path: PathRound,
 }
 
-#[derive(Debug)]
-struct ReachRound {
-    /// Probes sent; 0 between rounds.
-    tries: u8,
-    /// When to go on, in a round; when to begin one, else.
-    due: Instant,
-    /// When the next round begins.
-    next: Instant,
-    small: Vec<(u64, Instant)>,
-    echoes: Vec<u64>,
-    outer_echoes: Vec<u64>,
-    echo_answers: bool,
-    outer_answers: bool,
-    /// At its outer address.
-    refused: bool,
-    probe_refused: bool,
-}
-
-#[derive(Debug)]
-struct PathRound {
-    tries: u8,
-    due: Instant,
-    pairs: Vec<[(u64, bool); 2]>,
-    sized: Vec<(u64, u16, bool)>,
-    damaged: bool,
-}
-
 impl Course {
-    /// A peer that is first probed at `begin`.
+    /// A peer that is first probed at `begin`; `mtu`: bytes of the largest packet that containers send.
     pub(super) fn new(means: Means, mtu: u16, begin: Instant) -> Self {
         Self {
             means,
-            mtu,
-            reach_interval: INTERVAL,
-            path_interval: INTERVAL,
             found: Found::default(),
-            reach: ReachRound {
-                tries: 0,
-                due: begin,
-                next: begin,
-                small: Vec::new(),
-                echoes: Vec::new(),
-                outer_echoes: Vec::new(),
-                echo_answers: false,
-                outer_answers: false,
-                refused: false,
-                probe_refused: false,
-            },
-            path: PathRound {
-                tries: 0,
-                due: begin,
-                pairs: Vec::new(),
-                sized: Vec::new(),
-                damaged: false,
-            },
+            reach: ReachRound::new(means, begin),
+            path: PathRound::new(mtu, begin),
         }
     }
 
@@ -136,246 +73,76 @@ impl Course {
     /// Says how many peers there are, which the pace depends on.
     pub(super) fn set_pace(&mut self, peers: usize) {
         let peers = u32::try_from(peers).unwrap_or(u32::MAX);
-        self.reach_interval = INTERVAL.max(DISTANCE.saturating_mul(peers));
+        self.reach.set_interval(INTERVAL.max(DISTANCE.saturating_mul(peers)));
         let turns = peers.saturating_mul(1_000) / PATHS_A_SECOND;
-        self.path_interval = INTERVAL.max(Duration::from_millis(turns.into()));
+        self.path.set_interval(INTERVAL.max(Duration::from_millis(turns.into())));
     }
 
     /// When [`Course::step`] has something to do next, at the latest.
     pub(super) fn due(&self) -> Instant {
-        if self.probes_path() { self.reach.due.min(self.path.due) } else { self.reach.due }
+        let reach = self.reach.due();
+        if self.probes_path() { reach.min(self.path.due()) } else { reach }
     }
 
     /// Whether [`Course::step`] has something to do now.
     pub(super) fn can_step(&self, now: Instant) -> bool {
-        self.can_step_reach(now) || self.can_step_path(now)
-    }
-
-    fn can_step_reach(&self, now: Instant) -> bool {
-        can_go_on(self.reach.tries, self.reach.due, now)
+        self.reach.can_step(now) || self.can_step_path(now)
     }
 
     fn can_step_path(&self, now: Instant) -> bool {
-        self.probes_path() && can_go_on(self.path.tries, self.path.due, now)
-    }
-
-    /// Has the next probe go out now: the peer has shown itself.
-    pub(super) fn hurry(&mut self, now: Instant) {
-        if self.found.reach != Reach::Reachable && self.reach.tries == 0 {
-            self.reach.due = now;
-        }
-    }
-
-    /// Begins a round of the path now.
-    pub(super) fn probe_path_soon(&mut self, now: Instant) {
-        if self.path.tries == 0 {
-            self.path.due = now;
-        }
+        self.probes_path() && self.path.can_step(now)
     }
 
     fn probes_path(&self) -> bool {
         self.means.probes && self.found.reach == Reach::Reachable
     }
 
+    /// Has the next probe go out now: the peer has shown itself.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        if self.found.reach != Reach::Reachable {
+            self.reach.begin_soon(now);
+        }
+    }
+
+    /// Begins a round of the path now.
+    pub(super) fn probe_path_soon(&mut self, now: Instant) {
+        self.path.begin_soon(now);
+    }
+
     /// What is to be sent now. `nonce` makes numbers that nobody guesses.
-    pub(super) fn step(&mut self, now: Instant, nonce: impl FnMut() -> u64) -> Vec<Send> {
-        let mut nonce = nonce;
+    pub(super) fn step(&mut self, now: Instant, mut nonce: impl FnMut() -> u64) -> Vec<Send> {
         let mut sends = Vec::new();
-        if self.can_step_reach(now) {
-            self.step_reach(now, &mut nonce, &mut sends);
+        if self.reach.can_step(now) {
+            self.reach.step(now, &mut self.found, &mut nonce, &mut sends);
         }
         if self.can_step_path(now) {
-            self.step_path(now, &mut nonce, &mut sends);
+            self.path.step(now, &mut self.found, &mut nonce, &mut sends);
         }
         sends
     }
 
-    fn step_reach(&mut self, now: Instant, nonce: &mut dyn FnMut() -> u64, sends: &mut Vec<Send>) {
-        let round = &mut self.reach;
-        if round.tries == 0 {
-            round.small.clear();
-            round.echoes.clear();
-            round.outer_echoes.clear();
-            (round.echo_answers, round.outer_answers) = (false, false);
-            (round.refused, round.probe_refused) = (false, false);
-            round.next = now + self.reach_interval;
-        } else {
-            // One of flannel's loses nothing by not answering.
-            if self.means.probes {
-                self.found.count(false);
-            }
-            if round.tries > self.repeats() {
-                self.found.reach = self.unreachable();
-                self.end_reach();
-                return;
-            }
-        }
-        let round = &mut self.reach;
-        round.tries += 1;
-        round.due = now + PATIENCE;
-        let small = nonce();
-        round.small.push((small, now));
-        if !self.means.probes {
-            sends.push(Send::Echo(small));
-            return;
-        }
-        sends.push(Send::Small(small));
-        if round.tries > 1 && self.means.pings {
-            let (echo, outer) = (nonce(), nonce());
-            round.echoes.push(echo);
-            round.outer_echoes.push(outer);
-            sends.extend([Send::Echo(echo), Send::OuterEcho(outer)]);
-        }
-    }
-
-    /// Where nobody needs to answer, silence is news only after an answer.
-    fn repeats(&self) -> u8 {
-        let is_news = self.means.probes || self.found.reach == Reach::Reachable;
-        if is_news { REPEATS } else { 0 }
-    }
-
-    /// What it means that nothing has come back.
-    fn unreachable(&self) -> Reach {
-        match self.reach {
-            _ if !self.means.probes => Reach::Unknown,
-            _ if !self.means.pings => Reach::Unanswered,
-            // Nobody is there to take a probe: that its kernel still answers echoes blames no offload.
-            ReachRound { probe_refused: true, .. } => Reach::NoDaemon,
-            ReachRound { echo_answers: true, .. } => Reach::EchoOnly,
-            ReachRound { refused: true, .. } => Reach::Refused,
-            ReachRound { outer_answers: true, .. } => Reach::Blocked,
-            ReachRound { .. } => Reach::Silent,
-        }
-    }
-
-    fn end_reach(&mut self) {
-        self.reach.tries = 0;
-        self.reach.due = self.reach.next;
-    }
-
-    fn step_path(&mut self, now: Instant, nonce: &mut dyn FnMut() -> u64, sends: &mut Vec<Send>) {
-        if self.path.tries == 0 {
-            self.path.pairs.clear();
-            self.path.sized.clear();
-            self.path.damaged = false;
-        }
-        if self.path.tries == PATH_TRIES {
-            if let Some(path) = self.judge_path() {
-                self.found.path = path;
-                self.found.path_mtu = match path {
-                    Path::UpTo(len) => Some(len),
-                    Path::NoOffload => Some(self.mtu),
-                    Path::Unknown | Path::Full | Path::Damaged => self.found.path_mtu,
-                };
-            }
-            self.end_path(now);
-            return;
-        }
-        let round = &mut self.path;
-        round.tries += 1;
-        round.due = now + PATH_PATIENCE;
-        if round.tries % 2 == 1 {
-            let pair = [nonce(), nonce()];
-            round.pairs.push(pair.map(|nonce| (nonce, false)));
-            sends.push(Send::Pair(pair, self.mtu));
-            return;
-        }
-        // In ascending order: the engine would join a packet with a shorter one behind it.
-        let mtu = self.mtu;
-        for len in SIZES.into_iter().filter(|len| *len < mtu).chain([mtu]) {
-            let sized = nonce();
-            round.sized.push((sized, len, false));
-            sends.push(Send::Sized(sized, len));
-        }
-    }
-
-    /// What it means that no pair has come through whole; nothing if that is too little to say.
-    fn judge_path(&self) -> Option<Path> {
-        let PathRound { pairs, sized, damaged, .. } = &self.path;
-        if *damaged {
-            return Some(Path::Damaged);
-        }
-        let arrived = sized.iter().filter(|(_, _, answered)| *answered);
-        let largest = arrived.map(|(_, len, _)| *len).max()?;
-        if largest < self.mtu {
-            return Some(Path::UpTo(largest));
-        }
-        let mut full = sized.iter().filter(|(_, len, _)| *len == self.mtu);
-        let singles_pass = full.all(|(_, _, answered)| *answered);
-        let pairs_pass = pairs.iter().flatten().any(|(_, answered)| *answered);
-        (singles_pass && !pairs_pass).then_some(Path::NoOffload)
-    }
-
-    fn end_path(&mut self, now: Instant) {
-        self.path.tries = 0;
-        self.path.due = now + self.path_interval;
-    }
-
     /// An answer from the peer's address on the overlay: to a probe, or to an ICMP echo.
     pub(super) fn answered(&mut self, nonce: u64, intact: bool, now: Instant) {
-        if let Some((_, sent)) = self.reach.small.iter().find(|(it, _)| *it == nonce) {
-            let rtt = now.saturating_duration_since(*sent);
-            self.reach.small.retain(|(it, _)| *it != nonce);
-            self.found.count_rtt(rtt);
-            self.reached(nonce, now);
-        } else {
-            self.reach.echo_answers |= self.reach.echoes.contains(&nonce);
+        let was_reached = self.found.reach == Reach::Reachable;
+        if self.reach.answered(nonce, now, &mut self.found) && !was_reached {
+            self.path.begin_anew(now, nonce);
         }
-        self.answered_path(nonce, intact, now);
-    }
-
-    /// `die`: any number.
-    fn reached(&mut self, die: u64, now: Instant) {
-        if self.found.reach != Reach::Reachable {
-            self.found.reach = Reach::Reachable;
-            self.path.tries = 0;
-            // Where there are many peers all are reached within one interval, and their paths are
-            // probed in more than one: each begins at a time of its own.
-            let part = u32::from(die.to_le_bytes()[0]);
-            self.path.due = now + (self.path_interval - INTERVAL) * part / u32::from(u8::MAX);
-        }
-        // One that comes late was counted as lost.
-        if self.reach.tries > 0 {
-            self.found.count(true);
-            self.end_reach();
-        }
-    }
-
-    fn answered_path(&mut self, nonce: u64, intact: bool, now: Instant) {
-        let round = &mut self.path;
-        let sized = round.sized.iter_mut().find(|(it, _, _)| *it == nonce);
-        if let Some((_, _, answered)) = sized {
-            *answered = true;
-            round.damaged |= !intact;
-            return;
-        }
-        let pair = round.pairs.iter_mut().find(|pair| pair.iter().any(|(it, _)| *it == nonce));
-        let Some(pair) = pair else { return };
-        for (_, answered) in pair.iter_mut().filter(|(it, _)| *it == nonce) {
-            *answered = true;
-        }
-        round.damaged |= !intact;
-        let is_whole = pair.iter().all(|(_, answered)| *answered);
-        if round.tries > 0 && is_whole && !round.damaged {
-            self.found.path = Path::Full;
-            self.found.path_mtu = Some(self.mtu);
-            self.end_path(now);
-        }
+        self.path.answered(nonce, intact, now, &mut self.found);
     }
 
     /// The peer's outer address answered an ICMP echo.
     pub(super) fn outer_answered(&mut self, nonce: u64) {
-        self.reach.outer_answers |= self.reach.outer_echoes.contains(&nonce);
+        self.reach.outer_answered(nonce);
     }
 
     /// The peer's outer address said that nothing listens on the port.
     pub(super) fn refused(&mut self) {
-        self.reach.refused |= self.reach.tries > 0;
+        self.reach.refused();
     }
 
     /// The peer's address on the overlay said that nothing listens where probes go.
     pub(super) fn probe_refused(&mut self) {
-        self.reach.probe_refused |= self.reach.tries > 0;
+        self.reach.probe_refused();
     }
 }
 
@@ -387,6 +154,8 @@ fn can_go_on(tries: u8, due: Instant, now: Instant) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::found::Path;
+    use super::reach::REPEATS;
     use super::*;
 
     const MTU: u16 = 1472;

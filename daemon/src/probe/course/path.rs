@@ -1,0 +1,158 @@
+//! The round of path: two packets of full size in one send, which go as one through whatever cuts
+//! packets on the way (UDP segmentation offload). If they do not come through, single packets of several
+//! sizes tell whether it is their size or their company.
+
+use std::time::{Duration, Instant};
+
+use super::super::found::{Found, Path};
+use super::{INTERVAL, Send, can_go_on};
+
+/// How long answers may take before more is sent.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// Pairs in turn with single packets; a pair begins and ends.
+const TRIES: u8 = 5;
+/// IP packets' lengths that are tried where full size does not get through: what tunnels and links
+/// commonly carry.
+const SIZES: [u16; 7] = [576, 1_280, 1_350, 1_400, 1_422, 1_450, 1_472];
+
+#[derive(Debug)]
+pub(super) struct PathRound {
+    /// Bytes of the largest packet that containers send.
+    mtu: u16,
+    interval: Duration,
+    /// Times that something was sent; 0 between rounds.
+    tries: u8,
+    /// When to go on, in a round; when to begin one, else.
+    due: Instant,
+    pairs: Vec<[(u64, bool); 2]>,
+    sized: Vec<(u64, u16, bool)>,
+    damaged: bool,
+}
+
+impl PathRound {
+    pub(super) fn new(mtu: u16, begin: Instant) -> Self {
+        Self {
+            mtu,
+            interval: INTERVAL,
+            tries: 0,
+            due: begin,
+            pairs: Vec::new(),
+            sized: Vec::new(),
+            damaged: false,
+        }
+    }
+
+    pub(super) fn set_interval(&mut self, interval: Duration) {
+        self.interval = interval;
+    }
+
+    pub(super) fn due(&self) -> Instant {
+        self.due
+    }
+
+    pub(super) fn can_step(&self, now: Instant) -> bool {
+        can_go_on(self.tries, self.due, now)
+    }
+
+    /// Begins a round now, unless one is under way.
+    pub(super) fn begin_soon(&mut self, now: Instant) {
+        if self.tries == 0 {
+            self.due = now;
+        }
+    }
+
+    /// Begins anew with a peer that has just been reached. `die`: any number. Where there are many peers
+    /// all are reached within one interval, and their paths are probed in more than one: each begins at
+    /// a time of its own.
+    pub(super) fn begin_anew(&mut self, now: Instant, die: u64) {
+        let part = u32::from(die.to_le_bytes()[0]);
+        self.tries = 0;
+        self.due = now + (self.interval - INTERVAL) * part / u32::from(u8::MAX);
+    }
+
+    pub(super) fn step(
+        &mut self,
+        now: Instant,
+        found: &mut Found,
+        nonce: &mut dyn FnMut() -> u64,
+        sends: &mut Vec<Send>,
+    ) {
+        if self.tries == 0 {
+            self.pairs.clear();
+            self.sized.clear();
+            self.damaged = false;
+        }
+        if self.tries == TRIES {
+            if let Some(path) = self.judge() {
+                self.note(path, found);
+            }
+            return self.end(now);
+        }
+        self.tries += 1;
+        self.due = now + PATIENCE;
+        if self.tries % 2 == 1 {
+            let pair = [nonce(), nonce()];
+            self.pairs.push(pair.map(|nonce| (nonce, false)));
+            return sends.push(Send::Pair(pair, self.mtu));
+        }
+        // In ascending order: the engine would join a packet with a shorter one behind it.
+        let shorter = SIZES.into_iter().filter(|len| *len < self.mtu);
+        for len in shorter.chain([self.mtu]) {
+            let sized = nonce();
+            self.sized.push((sized, len, false));
+            sends.push(Send::Sized(sized, len));
+        }
+    }
+
+    /// What it means that no pair has come through whole; nothing if that is too little to say.
+    fn judge(&self) -> Option<Path> {
+        let Self { mtu, pairs, sized, damaged, .. } = self;
+        if *damaged {
+            return Some(Path::Damaged);
+        }
+        let arrived = sized.iter().filter(|(_, _, answered)| *answered);
+        let largest = arrived.map(|(_, len, _)| *len).max()?;
+        if largest < *mtu {
+            return Some(Path::UpTo(largest));
+        }
+        let mut full = sized.iter().filter(|(_, len, _)| len == mtu);
+        let singles_pass = full.all(|(_, _, answered)| *answered);
+        let pairs_pass = pairs.iter().flatten().any(|(_, answered)| *answered);
+        (singles_pass && !pairs_pass).then_some(Path::NoOffload)
+    }
+
+    fn note(&self, path: Path, found: &mut Found) {
+        found.path = path;
+        found.path_mtu = match path {
+            Path::UpTo(len) => Some(len),
+            Path::Full | Path::NoOffload => Some(self.mtu),
+            Path::Unknown | Path::Damaged => found.path_mtu,
+        };
+    }
+
+    fn end(&mut self, now: Instant) {
+        self.tries = 0;
+        self.due = now + self.interval;
+    }
+
+    /// An answer from the peer's address on the overlay.
+    pub(super) fn answered(&mut self, nonce: u64, intact: bool, now: Instant, found: &mut Found) {
+        let sized = self.sized.iter_mut().find(|(it, _, _)| *it == nonce);
+        if let Some((_, _, answered)) = sized {
+            *answered = true;
+            self.damaged |= !intact;
+            return;
+        }
+        let pair = self.pairs.iter_mut().find(|pair| pair.iter().any(|(it, _)| *it == nonce));
+        let Some(pair) = pair else { return };
+        for (_, answered) in pair.iter_mut().filter(|(it, _)| *it == nonce) {
+            *answered = true;
+        }
+        let is_whole = pair.iter().all(|(_, answered)| *answered);
+        self.damaged |= !intact;
+        if self.tries > 0 && is_whole && !self.damaged {
+            self.note(Path::Full, found);
+            self.end(now);
+        }
+    }
+}
