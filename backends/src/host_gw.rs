@@ -19,8 +19,8 @@ use crate::netlink::{GatewayRoute, Netlink};
 use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
 use crate::{
-    Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
-    ExternalInterface, Opened, PeerWay, Report, Started, Way,
+    Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, ExternalInterface, Opened,
+    PeerWay, Report, Started, Way,
 };
 
 /// What BackendV6Data tells.
@@ -88,18 +88,21 @@ impl Backend for HostGw {
     fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {
         let mut report = Report::default();
         self.peers.clear();
-        let doubtful = desired.peers.iter().filter(|peer| self.is_doubtful(&peer.lease));
-        let addresses = doubtful.flat_map(|peer| peer.lease.attrs.public_addresses()).collect();
+        let attrs = desired.peers.iter().filter(|it| it.lease.key.ipv6.is_some());
+        let doubtful = attrs.map(|it| &it.lease.attrs).filter(|attrs| self.is_doubtful(attrs));
+        let addresses = doubtful.flat_map(LeaseAttrs::public_addresses).collect();
         self.neighbours.look(&self.netlink, addresses, basis);
         let (mut routes, mut problems) = (Vec::new(), Vec::new());
-        for peer in &desired.peers {
-            match self.routes_to(peer) {
-                Ok(found) => {
-                    self.peers.extend(way_to(peer, &found));
-                    routes.extend(found);
+        for Lease { key, attrs, .. } in desired.peers.iter().map(|peer| &peer.lease) {
+            let mut found = Vec::new();
+            for destination in key.networks() {
+                match self.route_to(destination, key, attrs) {
+                    Ok(route) => found.push(route),
+                    Err(problem) => problems.push(problem),
                 }
-                Err(problem) => problems.push(problem),
             }
+            self.peers.extend(way_to(attrs, &found));
+            routes.extend(found);
         }
         report.tell(problems);
         let territory = Territory { networks: self.networks.clone(), links: Vec::new() };
@@ -135,36 +138,36 @@ impl Backend for HostGw {
 }
 
 impl HostGw {
-    /// One for each of the peer's subnets.
-    fn routes_to(&self, peer: &DesiredPeer) -> Result<Vec<GatewayRoute>, String> {
-        let Lease { key, attrs, .. } = &peer.lease;
+    /// To one of the subnets of a lease.
+    fn route_to(
+        &self,
+        destination: IpNetwork,
+        key: &LeaseKey,
+        attrs: &LeaseAttrs,
+    ) -> Result<GatewayRoute, String> {
         if attrs.backend_type != BackendKind::HostGw.to_string() {
             let kind = if attrs.backend_type.is_empty() { "udp" } else { &attrs.backend_type };
             return Err(format!("the node of {key} is of the backend {kind}, not host-gw"));
         }
-        let publics: Vec<IpAddr> = attrs.public_addresses().collect();
-        let route = |destination: IpNetwork| {
-            let link = self.interface.index;
-            if destination.is_ipv6() && self.is_doubtful(&peer.lease) {
-                let gateway = IpAddr::V6(self.neighbour(key, attrs)?);
-                return Ok(GatewayRoute { destination, gateway, link, onlink: true });
-            }
-            let gateway = publics.iter().find(|ip| ip.is_ipv6() == destination.is_ipv6());
-            let gateway = *gateway.or(publics.iter().find(|ip| ip.is_ipv6())).ok_or_else(|| {
-                format!("the node of {key} publishes no address of {destination}'s family")
-            })?;
-            Ok(GatewayRoute { destination, gateway, link, onlink: false })
-        };
-        key.networks().map(route).collect()
+        let link = self.interface.index;
+        if destination.is_ipv6() && self.is_doubtful(attrs) {
+            let gateway = IpAddr::V6(self.neighbour(key, attrs)?);
+            return Ok(GatewayRoute { destination, gateway, link, onlink: true });
+        }
+        let same = attrs.public_addresses().find(|ip| ip.is_ipv6() == destination.is_ipv6());
+        let gateway = same.or_else(|| attrs.public_addresses().find(IpAddr::is_ipv6));
+        let gateway = gateway.ok_or_else(|| {
+            format!("the node of {key} publishes no address of {destination}'s family")
+        })?;
+        Ok(GatewayRoute { destination, gateway, link, onlink: false })
     }
 
-    /// Whether it has IPv6, and the kernel does not know that address to be on our link.
-    fn is_doubtful(&self, lease: &Lease) -> bool {
-        let has_both = self.interface.ipv6.is_some() && lease.attrs.public_ipv6.is_some();
-        lease.key.ipv6.is_some() && !has_both
+    /// Whether the kernel cannot say of the node's IPv6 address that it is on our link.
+    fn is_doubtful(&self, attrs: &LeaseAttrs) -> bool {
+        self.interface.ipv6.is_none() || attrs.public_ipv6.is_none()
     }
 
-    /// The address of a doubtful one.
+    /// The IPv6 address of a doubtful one.
     fn neighbour(&self, key: &LeaseKey, attrs: &LeaseAttrs) -> Result<Ipv6Addr, String> {
         let name = &self.interface.name;
         if self.neighbours.link(attrs) != Some(self.interface.index) {
@@ -187,12 +190,12 @@ fn link_local(attrs: &LeaseAttrs) -> Option<Ipv6Addr> {
     ip.is_unicast_link_local().then_some(ip)
 }
 
-/// What the status says of a peer with these routes.
-fn way_to(peer: &DesiredPeer, routes: &[GatewayRoute]) -> Option<PeerWay> {
-    let publics: Vec<IpAddr> = peer.lease.attrs.public_addresses().collect();
+/// What the status says of the node with these routes.
+fn way_to(attrs: &LeaseAttrs, routes: &[GatewayRoute]) -> Option<PeerWay> {
     let gateway = routes.first()?.gateway;
     // A link-local address tells nobody who that is.
-    let public_ip = *publics.iter().find(|ip| **ip == gateway).or(publics.first())?;
+    let is_public = attrs.public_addresses().any(|ip| ip == gateway);
+    let public_ip = if is_public { gateway } else { attrs.public_addresses().next()? };
     let subnets = routes.iter().map(|route| route.destination).collect();
     Some(PeerWay { public_ip, subnets, way: Way::Direct, traffic: None })
 }

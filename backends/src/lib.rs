@@ -263,6 +263,7 @@ impl Report {
         let mut problems: Vec<String> = problems.into_iter().collect();
         // The same ones each time, or each time there would be news.
         problems.sort();
+        problems.dedup();
         let more = problems.len().saturating_sub(PROBLEMS_MAX);
         problems.truncate(PROBLEMS_MAX);
         if let Some(last) = problems.last_mut().filter(|_| more > 0) {
