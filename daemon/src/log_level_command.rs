@@ -27,6 +27,7 @@ pub fn run(
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
     let request = Request::LogLevel { levels: arguments.levels.clone() };
-    let levels: Vec<String> = socket::ask_all(&directories.run_dir, &request)?;
-    Ok(levels.iter().try_for_each(|levels| writeln!(out, "{levels}"))?)
+    let answers = socket::ask_all::<String>(&directories.run_dir, &request)?;
+    answers.given.iter().try_for_each(|levels| writeln!(out, "{levels}"))?;
+    answers.complete()
 }

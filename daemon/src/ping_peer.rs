@@ -16,7 +16,8 @@ use crate::directories::Directories;
 use crate::probe::packet::{self, Packet};
 use crate::probe::socket::ProbeSocket;
 use crate::probe::{self, SMALL_LEN, headers};
-use crate::status::{self, PeerStatus, Status};
+use crate::socket::{self, Request};
+use crate::status::{PeerStatus, Status};
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -44,9 +45,9 @@ pub fn run(
     out: &mut dyn Write,
 ) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let daemons = status::read_all(&directories.run_dir)?;
+    let answers = socket::ask_all::<Status>(&directories.run_dir, &Request::Status)?;
     let (mut pinged, mut lost) = (0, 0);
-    for daemon in &daemons {
+    for daemon in &answers.given {
         let wanted = |peer: &&PeerStatus| arguments.peer.is_none_or(|ip| is_at(peer, ip));
         for peer in daemon.peers.iter().filter(wanted) {
             let Some(to) = peer.probe.address else { continue };
@@ -55,6 +56,7 @@ pub fn run(
             lost += runtime.block_on(pinging.ping(peer.public_ip, arguments.count, out))?;
         }
     }
+    answers.complete()?;
     ensure!(pinged > 0, "no such peer answers probes; `weft status` lists the peers");
     Ok(if lost == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

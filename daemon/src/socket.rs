@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use nix::unistd::Group;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -67,11 +67,14 @@ pub fn ask<T: DeserializeOwned>(
 ) -> anyhow::Result<T> {
     let context = || format!("weftd does not answer at {}", socket.display());
     let answer = exchange(socket, request, within);
-    if answer.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
+    let failure = answer.as_ref().err().map(io::Error::kind);
+    if failure == Some(io::ErrorKind::PermissionDenied) {
         bail!("only root and the group {GROUP} may ask the weftd at {}", socket.display());
     }
-    let answer = answer.with_context(context)?;
-    match answer {
+    if failure == Some(io::ErrorKind::WouldBlock) {
+        bail!("weftd does not answer at {} within {within:?}", socket.display());
+    }
+    match answer.with_context(context)? {
         Answer::Ok(value) => serde_json::from_str(value.get()).with_context(context),
         Answer::Error(reason) => bail!("weftd at {}: {reason}", socket.display()),
     }
@@ -97,18 +100,48 @@ pub fn ask_now<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow:
     ask(socket, request, PATIENCE)
 }
 
-/// Asks all daemons with this run directory; those that are gone are passed over.
-///
-/// # Errors
-/// None runs, or one does not answer.
-pub fn ask_all<T: DeserializeOwned>(run_dir: &Path, request: &Request) -> anyhow::Result<Vec<T>> {
-    ask_each(run_dir, request)?.into_iter().collect()
+/// What the daemons of a run directory said.
+#[derive(Debug)]
+pub struct Answers<T> {
+    pub given: Vec<T>,
+    /// Why others did not.
+    missing: Vec<String>,
 }
 
-/// As [`ask_all`], but one that does not answer keeps no others from being heard.
+impl<T> Answers<T> {
+    /// To be asked once what was given has been dealt with.
+    ///
+    /// # Errors
+    /// A daemon did not answer, or said no.
+    pub fn complete(&self) -> anyhow::Result<()> {
+        ensure!(self.missing.is_empty(), "{}", self.missing.join("; "));
+        Ok(())
+    }
+}
+
+/// Asks all daemons with this run directory. One that does not answer keeps no others from being
+/// heard; those that are gone are passed over.
 ///
 /// # Errors
 /// None runs.
+pub fn ask_all<T: DeserializeOwned>(
+    run_dir: &Path,
+    request: &Request,
+) -> anyhow::Result<Answers<T>> {
+    let mut answers = Answers { given: Vec::new(), missing: Vec::new() };
+    for answer in ask_each(run_dir, request)? {
+        match answer {
+            Ok(given) => answers.given.push(given),
+            Err(error) => answers.missing.push(format!("{error:#}")),
+        }
+    }
+    Ok(answers)
+}
+
+/// The same, one by one.
+///
+/// # Errors
+/// As for [`ask_all`].
 pub fn ask_each<T: DeserializeOwned>(
     run_dir: &Path,
     request: &Request,

@@ -189,19 +189,13 @@ pub struct ProbeStatus {
 /// # Errors
 /// No daemon, or more than one, answers there.
 pub fn read(run_dir: &Path) -> anyhow::Result<Status> {
-    let mut daemons = read_all(run_dir)?.into_iter();
+    let answers = socket::ask_all(run_dir, &Request::Status)?;
+    answers.complete()?;
+    let mut daemons = answers.given.into_iter();
     match (daemons.next(), daemons.next()) {
         (Some(daemon), None) => Ok(daemon),
         _ => bail!("not exactly one weftd answers in {}", run_dir.display()),
     }
-}
-
-/// Asks all daemons with this run directory.
-///
-/// # Errors
-/// None runs, or one does not answer within two seconds.
-pub fn read_all(run_dir: &Path) -> anyhow::Result<Vec<Status>> {
-    socket::ask_all(run_dir, &Request::Status)
 }
 
 #[cfg(test)]

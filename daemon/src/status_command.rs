@@ -26,28 +26,19 @@ pub struct StatusArgs {
     output: Output,
 }
 
-/// Asks each daemon and writes the answers; who does not answer is named on stderr.
+/// Asks each daemon and writes the answers.
 ///
 /// # Errors
-/// No daemon runs.
+/// No daemon runs, or one does not answer.
 pub fn run(
     arguments: &StatusArgs,
     directories: &Directories,
     out: &mut dyn Write,
 ) -> anyhow::Result<ExitCode> {
-    let mut is_well = true;
-    let mut daemons: Vec<Status> = Vec::new();
-    for answer in socket::ask_each(&directories.run_dir, &Request::Status)? {
-        match answer {
-            Ok(daemon) => daemons.push(daemon),
-            Err(error) => {
-                eprintln!("weft: {error:#}");
-                is_well = false;
-            }
-        }
-    }
+    let answers = socket::ask_all::<Status>(&directories.run_dir, &Request::Status)?;
+    let daemons = &answers.given;
     match arguments.output {
-        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&daemons)?)?,
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(daemons)?)?,
         Output::Table => {
             for (number, daemon) in daemons.iter().enumerate() {
                 if number > 0 {
@@ -57,7 +48,8 @@ pub fn run(
             }
         }
     }
-    is_well &= daemons.iter().all(|daemon| daemon.ready && daemon.problems.is_empty());
+    answers.complete()?;
+    let is_well = daemons.iter().all(|daemon| daemon.ready && daemon.problems.is_empty());
     Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

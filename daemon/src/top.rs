@@ -21,7 +21,8 @@ use ratatui::widgets::{Paragraph, Row, Table};
 use crate::directories::Directories;
 use crate::metrics;
 use crate::output::{float, short};
-use crate::status::{self, PeerStatus, Status, TrafficStatus};
+use crate::socket::{self, Request};
+use crate::status::{PeerStatus, Status, TrafficStatus};
 
 /// What must do in a terminal, and is taken where there is none.
 const WIDTH: u16 = 80;
@@ -71,14 +72,23 @@ pub fn run(
     directories: &Directories,
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
+    let ask = || socket::ask_all::<Status>(&directories.run_dir, &Request::Status);
     let look = || -> anyhow::Result<Look> {
-        Ok(Look { at: Instant::now(), daemons: status::read_all(&directories.run_dir)? })
+        let answers = ask()?;
+        if answers.given.is_empty() {
+            answers.complete()?;
+        }
+        Ok(Look::new(answers.given))
     };
     let interval = Duration::from_secs(arguments.interval);
     if arguments.once {
         let before = look()?;
         thread::sleep(interval);
-        return Ok(write!(out, "{}", text(&View::of(&before, &look()?, 0), arguments.sort))?);
+        let answers = ask()?;
+        let outcome = answers.complete();
+        let now = Look::new(answers.given);
+        write!(out, "{}", text(&View::of(&before, &now, 0), arguments.sort))?;
+        return outcome;
     }
     if !io::stdout().is_terminal() {
         bail!("weft top draws on a terminal; --once writes text");
@@ -98,7 +108,7 @@ fn live(
     let mut daemon = 0;
     let (mut before, mut now) = (look()?, look()?);
     // A daemon that starts again is back in a moment.
-    let look = || look().unwrap_or_else(|_| Look { at: Instant::now(), daemons: Vec::new() });
+    let look = || look().unwrap_or_else(|_| Look::new(Vec::new()));
     loop {
         let view = View::of(&before, &now, daemon);
         terminal.draw(|frame| draw(frame, &view, order))?;
@@ -129,6 +139,12 @@ fn live(
 struct Look {
     at: Instant,
     daemons: Vec<Status>,
+}
+
+impl Look {
+    fn new(daemons: Vec<Status>) -> Self {
+        Self { at: Instant::now(), daemons }
+    }
 }
 
 /// What happened to one daemon between two looks.

@@ -76,12 +76,14 @@ pub fn run(
     out: &mut dyn Write,
 ) -> anyhow::Result<ExitCode> {
     let request = Request::Trace { to: arguments.to, from: arguments.from };
-    let traces: Vec<Trace> = socket::ask_all(&directories.run_dir, &request)?;
+    let answers = socket::ask_all::<Trace>(&directories.run_dir, &request)?;
+    let traces = &answers.given;
     match arguments.output {
-        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&traces)?)?,
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(traces)?)?,
         Output::Table => traces.iter().try_for_each(|trace| write_text(trace, out))?,
     }
-    Ok(if arrives(&traces) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    answers.complete()?;
+    Ok(if arrives(traces) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Judged by the daemons whose overlay has the address; by all of them if none does.

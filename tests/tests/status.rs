@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use weft_daemon::netns::NetNs;
-use weft_tests::{Weftd, overlay, program, until};
+use weft_tests::{Weftd, overlay, program, subnet, until};
 
 /// What `weft` with these arguments answers: whether it succeeded, and its output.
 fn weft(netns: &NetNs, arguments: &[&str]) -> Result<(bool, String, String)> {
@@ -63,7 +63,9 @@ fn it_tells_people_and_programs() -> Result<()> {
 
 #[test]
 fn a_daemon_that_waits_says_what_for_and_a_killed_one_is_passed_over() -> Result<()> {
-    let lab = overlay(1)?;
+    let lab = overlay(2)?;
+    until("the peer is probed", || Ok(lab.status(0)?.peers[0].probe.address.is_some()))?;
+    let subnet = subnet(&lab, 1)?.network().to_string();
     let host = lab.host(0);
     let run_dir = text(&host.run_dir)?;
     let all = || -> Result<(bool, Vec<Value>)> {
@@ -89,8 +91,17 @@ fn a_daemon_that_waits_says_what_for_and_a_killed_one_is_passed_over() -> Result
     let pid = all()?.1.iter().find(waits).context("nobody waits")?["pid"].as_i64();
     let pid = Pid::from_raw(pid.context("no pid")?.try_into()?).context("no pid")?;
     kill_process(pid, Signal::STOP)?;
-    let (ok, text, stderr) = weft(&host.netns, &["status", &run_dir])?;
-    assert!(!ok && text.contains("forwarding") && stderr.contains("does not answer"), "{stderr}");
+    for (command, said) in [
+        (&["status"][..], "forwarding"),
+        (&["top", "--once", "--interval=1"], "packets"),
+        (&["trace", &subnet], "the peer"),
+        (&["ping-peer", "--count=1"], "bytes"),
+        (&["log-level"], "info"),
+    ] {
+        let (ok, text, stderr) = weft(&host.netns, &[command, &[&run_dir]].concat())?;
+        let is_told = text.contains(said) && stderr.contains("does not answer");
+        assert!(!ok && is_told, "{command:?}: {text}{stderr}");
+    }
     // Killed, it leaves its socket behind.
     drop(waiting);
     let (_, daemons) = all()?;
