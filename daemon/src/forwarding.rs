@@ -1,6 +1,7 @@
 //! The daemon while it forwards: one loop that waits for whatever changes, and makes everything
 //! follow.
 
+mod claiming;
 mod turn;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -26,13 +27,13 @@ use crate::external::{self, Prepared};
 use crate::firewall::Firewall;
 use crate::flags::Settings;
 use crate::health::Health;
-use crate::leasing::{self, Claim};
 use crate::node;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Found, Path, Prober, Reach, Target};
 use crate::state_file::{LastKnown, StateFile};
-use turn::Turn;
+use claiming::{Claiming, claimed};
+use turn::{Lost, Turn};
 
 /// The slow timer: everything is reconciled even if nothing was heard.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
@@ -91,8 +92,16 @@ impl Forwarding<'_> {
         let mut publish = tokio::time::interval(NODE_INTERVAL);
         watch.mark_changed();
         let mut firewall = self.firewall.watch();
+        let mut claiming: Option<Claiming<'_>> = None;
         loop {
             self.board.turn();
+            // A wider range of subnets may be what it waits for.
+            let is_on = claiming.as_ref().is_some_and(|it| it.goes_by(&turn.config));
+            if turn.lost.is_some() && !is_on {
+                claiming = Some(Claiming::begin(&self, &turn));
+            }
+            // Two nodes that each lost a lease would wait for the other one's record to end.
+            let is_whole = turn.readable && turn.lost.is_none();
             let renewal = sleep_until(turn.renewal.map(|due| due.max(turn.renew_not_before)));
             tokio::select! {
                 changed = watch.changed() => {
@@ -106,9 +115,7 @@ impl Forwarding<'_> {
                         self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
                         continue;
                     }
-                    if let Some(ended) = self.follow(&snapshot, overlay, &mut turn).await? {
-                        return Ok(ended);
-                    }
+                    self.follow(&snapshot, overlay, &mut turn).await?;
                     if !snapshot.nodes.iter().any(|node| node.id == self.place.node.id) {
                         publish.reset_immediately();
                     }
@@ -142,7 +149,17 @@ impl Forwarding<'_> {
                         remember(last_known, &turn, &snapshot);
                     }
                 }
-                _ = publish.tick(), if turn.readable => {
+                lease = claimed(claiming.as_mut()) => {
+                    (claiming, turn.lost) = (None, None);
+                    if lease.key != turn.lease.key {
+                        return Ok(Ended::OtherLease(lease.into()));
+                    }
+                    turn.hold(lease, margin);
+                    publish.reset_immediately();
+                    let snapshot = watch.borrow().snapshot.clone();
+                    self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
+                }
+                _ = publish.tick(), if is_whole => {
                     let told = turn.records.problem().is_some();
                     self.publish_node(&mut turn).await;
                     if turn.records.problem().is_some() != told {
@@ -152,7 +169,7 @@ impl Forwarding<'_> {
                 () = probes_found(turn.prober.as_mut()) => {
                     self.give_up_offload(overlay, &mut turn).await?;
                 }
-                () = renewal, if turn.readable => {
+                () = renewal, if is_whole => {
                     let told = turn.renewals.problem().is_some();
                     let renewed = self.renew(&mut turn).await;
                     if matches!(renewed, Ok(true)) {
@@ -216,13 +233,14 @@ impl Forwarding<'_> {
         }
     }
 
-    /// Follows the registry: first our own lease, then the peers'.
+    /// Follows the registry: first our own lease, then the peers'. Under a lost lease packets move as
+    /// before.
     async fn follow(
         &self,
         snapshot: &Snapshot,
         overlay: &mut Overlay,
         turn: &mut Turn,
-    ) -> anyhow::Result<Option<Ended>> {
+    ) -> anyhow::Result<()> {
         match keeper::check_own(&turn.lease, turn.former.as_ref(), &snapshot.leases) {
             Own::Held(lease) => {
                 if lease.attrs.same_node(&turn.identity.attrs) {
@@ -230,30 +248,25 @@ impl Forwarding<'_> {
                 }
                 turn.hold(lease, self.settings.renewal().0);
             }
+            Own::Missing if turn.lost == Some(Lost::Gone) => {}
             Own::Missing => {
+                turn.lost = Some(Lost::Gone);
                 tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
                 self.health.starts_again("our lease is gone; claiming it again");
-                let previous = leasing::previous(&turn.lease.key);
-                let lease = self.claim(turn).acquire(self.registry, &previous).await;
-                if lease.key != turn.lease.key {
-                    return Ok(Some(Ended::OtherLease(lease.into())));
-                }
-                turn.hold(lease, self.settings.renewal().0);
             }
+            Own::TakenBy(_) if turn.lost == Some(Lost::Taken) => {}
             Own::TakenBy(other) => {
+                turn.lost = Some(Lost::Taken);
                 tracing::error!(
                     subnet = %turn.lease.key,
                     owner = ?other.attrs.public_addresses().collect::<Vec<_>>(),
                     "our subnet has another owner; its containers must move to a new subnet"
                 );
                 self.health.starts_again("our subnet has another owner; claiming another one");
-                let previous = leasing::previous(&turn.lease.key);
-                let lease = self.claim(turn).acquire(self.registry, &previous).await;
-                return Ok(Some(Ended::OtherLease(lease.into())));
             }
         }
         self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
-        Ok(None)
+        Ok(())
     }
 
     /// Makes everything as it should be, and says whether the kernel had to be changed.
@@ -321,7 +334,9 @@ impl Forwarding<'_> {
     /// our address some get lost, as with a device or routes that are not as they should be; without
     /// subnet.env containers do not get their addresses.
     fn tell_health(&self, turn: &Turn) {
-        if turn.subnet_file_written {
+        if turn.lost.is_some() {
+            // What keeps us from a lease has been told.
+        } else if turn.subnet_file_written {
             let firewall = self.firewall.state().problem;
             let problems = firewall.iter().chain(&turn.rival).chain(&turn.failures).cloned();
             self.health.forwards(problems.collect(), turn.config_problem.iter().cloned().collect());
@@ -365,12 +380,6 @@ impl Forwarding<'_> {
             "the node {} (id {}) lives with our public address; give either a --public-ip of its own",
             other.name, other.id
         ))
-    }
-
-    fn claim<'t>(&'t self, turn: &'t Turn) -> Claim<'t> {
-        let Self { health, board, .. } = *self;
-        let ttl = self.settings.lease_ttl;
-        Claim { config: &turn.config, identity: &turn.identity, ttl, health, board }
     }
 
     fn write_subnet_file(&self, turn: &Turn) -> bool {

@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
-use weft_daemon::lab::{Lab, PingOptions};
+use weft_daemon::lab::{Lab, LabOptions, PingOptions};
 use weft_tests::load::{ends, loses_nothing_while};
-use weft_tests::{DEADLINE, all_acquainted, has_device, hosts, overlay, subnet, tells, until};
+use weft_tests::{
+    DEADLINE, all_acquainted, bring_up, has_device, hosts, overlay, pings, subnet, tells, until,
+    write_config,
+};
 
 /// The file of a host's lease.
 fn lease_file(lab: &Lab, host: usize) -> Result<std::path::PathBuf> {
@@ -102,6 +105,46 @@ fn an_own_lease_that_is_deleted_is_claimed_again() -> Result<()> {
     assert_eq!(subnet(&lab, 0)?, before);
     all_acquainted(&lab)?;
     assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    lab.remove()
+}
+
+/// Another node lives with our address, so that a lost lease stays lost for now.
+#[test]
+fn while_a_lost_lease_is_claimed_all_else_goes_on() -> Result<()> {
+    let mut lab =
+        Lab::new(LabOptions { hosts: 2, backend: "host-gw".into(), ..LabOptions::default() })?;
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.199.0"}"#)?;
+    bring_up(&mut lab, &[])?;
+    let (before, file) = (subnet(&lab, 0)?, lease_file(&lab, 0)?);
+    let address = lab.host(0).address;
+    let twin = lab.registry()?.join("weft/nodes/ab");
+    let record = format!(
+        r#"{{"Id":"ab","Name":"twin","PublicIP":"{address}","PublicIPv6":null,"Addresses":[],"Version":"0","Mtu":1500}}"#
+    );
+    fs::write(&twin, record)?;
+    tells(&lab, 0, "lives with our public address")?;
+    fs::remove_file(&file)?;
+    until("it waits", || Ok(lab.status(0)?.state.contains("waiting until that node is gone")))?;
+    assert!(!lab.status(0)?.ready);
+
+    let netns = &lab.host(0).netns;
+    let has_route = || -> Result<bool> {
+        let routes = netns.ip_json(&["route", "show", "10.42.200.0/24", "proto", "119"])?;
+        Ok(routes[0]["gateway"] == "10.168.0.200")
+    };
+    let lease = r#"{"PublicIP":"10.168.0.200","PublicIPv6":null,"BackendType":"host-gw"}"#;
+    fs::write(lab.registry()?.join("subnets/10.42.200.0-24"), lease)?;
+    until("a new peer has its route", has_route)?;
+    netns.ip(&["route", "del", "10.42.200.0/24"])?;
+    until("the route is back", has_route)?;
+    assert!(!file.exists(), "the twin lives still");
+
+    fs::remove_file(twin)?;
+    until("the lease is there again", || Ok(file.exists()))?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_eq!(subnet(&lab, 0)?, before);
+    until("the peer knows it again", || Ok(lab.status(1)?.peers.len() == 2))?;
+    pings(&lab)?;
     lab.remove()
 }
 

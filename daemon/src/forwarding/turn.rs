@@ -26,6 +26,8 @@ pub(super) struct Turn {
     /// What our lease is to say of us.
     pub(super) identity: Identity,
     pub(super) lease: Lease,
+    /// Why the lease is ours no more, until we have another.
+    pub(super) lost: Option<Lost>,
     known_end: KnownEnd,
     /// What the lease says until it says our attributes.
     pub(super) former: Option<LeaseAttrs>,
@@ -51,6 +53,14 @@ pub(super) struct Turn {
     pub(super) given_up: Vec<String>,
 }
 
+/// What became of a lease that was ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lost {
+    Gone,
+    /// Another node has the subnet.
+    Taken,
+}
+
 impl Turn {
     pub(super) fn new(
         config: NetworkConfig,
@@ -67,6 +77,7 @@ impl Turn {
             failures: Vec::new(),
             identity: place.identity.clone(),
             former: (lease.attrs != *attrs).then(|| lease.attrs.clone()),
+            lost: None,
             known_end: KnownEnd::of(&lease),
             lease,
             renewal,
