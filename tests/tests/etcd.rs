@@ -93,6 +93,24 @@ fn a_reservation_stays_one() -> Result<()> {
     lab.remove()
 }
 
+/// What is told of it; that a lease is renewed when it is due, the case above shows.
+#[test]
+fn a_lease_is_renewed_by_the_margin_before_it_ends() -> Result<()> {
+    let mut lab = hosts(1, 1)?;
+    // In minutes; half of the lease is the most.
+    for (margin, minutes) in [(20, 20), (100, 90)] {
+        let margin = format!("--subnet-lease-renew-margin={margin}");
+        lab.start_daemon(0, &["--subnet-lease-ttl=3h", &margin])?;
+        lab.wait_ready(0, DEADLINE)?;
+        let status = lab.status(0)?;
+        let renewal = status.lease_renewal.context("no renewal")?;
+        let left = status.lease_expires.context("no end")?.duration_since(renewal).as_secs();
+        assert!((left - minutes * 60).abs() < 60, "{margin}: {left} s before the end");
+        lab.stop_daemon(0)?;
+    }
+    lab.remove()
+}
+
 #[test]
 fn fifty_keepers_race_for_fifty_subnets() -> Result<()> {
     let lab = hosts(1, 1)?;
