@@ -108,7 +108,7 @@ pub enum Own {
 
 /// Looks our lease up among the registry's. `former` is what we published there before our address
 /// changed.
-pub fn check_own(own: &Lease, former: Option<&LeaseAttrs>, leases: &[Lease]) -> Own {
+pub fn check_own(own: &Lease, former: &[LeaseAttrs], leases: &[Lease]) -> Own {
     match leases.iter().find(|lease| lease.key == own.key) {
         None => Own::Missing,
         Some(found) if found.is_of(&own.attrs, former) => Own::Held(found.clone()),
@@ -256,12 +256,15 @@ mod tests {
     #[test]
     fn knows_what_became_of_our_lease() {
         let own = lease("10.3.4.0-24", "192.0.2.9");
-        assert_eq!(check_own(&own, None, &[]), Own::Missing);
-        assert_eq!(check_own(&own, None, std::slice::from_ref(&own)), Own::Held(own.clone()));
+        assert_eq!(check_own(&own, &[], &[]), Own::Missing);
+        assert_eq!(check_own(&own, &[], std::slice::from_ref(&own)), Own::Held(own.clone()));
         let other = lease("10.3.4.0-24", "192.0.2.1");
         let seen = std::slice::from_ref(&other);
-        assert_eq!(check_own(&own, None, seen), Own::TakenBy(other.clone()));
-        assert_eq!(check_own(&own, Some(&other.attrs), seen), Own::Held(other.clone()));
+        assert_eq!(check_own(&own, &[], seen), Own::TakenBy(other.clone()));
+        assert_eq!(
+            check_own(&own, std::slice::from_ref(&other.attrs), seen),
+            Own::Held(other.clone())
+        );
     }
 
     #[test]
@@ -341,7 +344,7 @@ mod tests {
 
         fn decide(&mut self, config: &NetworkConfig, model: &mut Model, rng: &mut fastrand::Rng) {
             let former = self.held.take();
-            match former.as_ref().map(|held| check_own(held, None, &self.seen)) {
+            match former.as_ref().map(|held| check_own(held, &[], &self.seen)) {
                 Some(Own::Held(lease)) => {
                     let renew = model.is_as_seen(&lease);
                     self.held = Some(if renew {

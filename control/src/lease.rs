@@ -193,8 +193,8 @@ pub struct Lease {
 impl Lease {
     /// Whether it is the node's that is `attrs` now, and was `former` before its address changed: who
     /// looks just after that may still see it so.
-    pub(crate) fn is_of(&self, attrs: &LeaseAttrs, former: Option<&LeaseAttrs>) -> bool {
-        self.attrs.same_node(attrs) || former.is_some_and(|former| self.attrs.same_node(former))
+    pub(crate) fn is_of(&self, attrs: &LeaseAttrs, former: &[LeaseAttrs]) -> bool {
+        former.iter().chain([attrs]).any(|attrs| self.attrs.same_node(attrs))
     }
 }
 
@@ -289,7 +289,7 @@ pub enum Refusal {
 pub fn peers(
     config: &NetworkConfig,
     own: &Lease,
-    former: Option<&LeaseAttrs>,
+    former: &[LeaseAttrs],
     leases: &[Lease],
 ) -> Peers {
     let ours: HashSet<IpAddr> = own.attrs.public_addresses().collect();
@@ -455,7 +455,7 @@ mod tests {
         let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
         let own = lease("10.3.4.0-24", "192.0.2.9");
         let refused = |key: &str, public_ip: &str| {
-            let found = peers(&config, &own, None, &[own.clone(), lease(key, public_ip)]);
+            let found = peers(&config, &own, &[], &[own.clone(), lease(key, public_ip)]);
             assert_eq!(found.accepted.len() + found.refused.len(), 1);
             found.refused.into_iter().next().map(|(_, why)| why)
         };
@@ -474,7 +474,7 @@ mod tests {
         assert_eq!(refused("10.3.4.0-24", "192.0.2.1"), Some(Refusal::OverlapsOurs));
         let mut mapped = lease("10.3.5.0-24", "");
         mapped.attrs.public_ipv6 = "::ffff:10.3.9.9".parse().ok();
-        assert_eq!(peers(&config, &own, None, &[mapped]).accepted, []);
+        assert_eq!(peers(&config, &own, &[], &[mapped]).accepted, []);
         assert_eq!(
             refused("10.3.5.0-24", "10.3.9.9"),
             Some(Refusal::AddressInsideOverlay(ip("10.3.9.9")))
@@ -483,12 +483,17 @@ mod tests {
     }
 
     #[test]
-    fn our_lease_is_ours_also_while_it_tells_our_former_address() {
+    fn our_lease_is_ours_also_while_it_tells_a_former_address() {
         let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
-        let [own, before] = ["192.0.2.9", "192.0.2.8"].map(|ip| lease("10.3.4.0-24", ip));
-        let sorted = |former| peers(&config, &own, former, std::slice::from_ref(&before));
-        assert_eq!(sorted(Some(&before.attrs)), Peers::default());
-        assert_eq!(sorted(None).refused, [(own.key, Refusal::OverlapsOurs)]);
+        let [own, before, first] =
+            ["192.0.2.9", "192.0.2.8", "192.0.2.7"].map(|ip| lease("10.3.4.0-24", ip));
+        let sorted = |told: &Lease, former: &[LeaseAttrs]| {
+            peers(&config, &own, former, std::slice::from_ref(told))
+        };
+        let former = [first.attrs.clone(), before.attrs.clone()];
+        assert_eq!(sorted(&before, &former), Peers::default());
+        assert_eq!(sorted(&first, &former), Peers::default());
+        assert_eq!(sorted(&before, &[]).refused, [(own.key, Refusal::OverlapsOurs)]);
     }
 
     #[test]
@@ -502,7 +507,7 @@ mod tests {
             lease("10.3.3.0-24&fd00:0:0:3::-64", "192.0.2.3"),
         ];
         for _ in 0..2 {
-            let found = peers(&config, &own, None, &leases);
+            let found = peers(&config, &own, &[], &leases);
             let keys: Vec<LeaseKey> = found.accepted.iter().map(|lease| lease.key).collect();
             assert_eq!(keys.len(), 2);
             assert!(keys.contains(&key("10.3.1.0-24&fd00:0:0:1::-64")));
@@ -538,14 +543,14 @@ mod tests {
                 lease(&format!("{}-{len}", base.network()), &format!("192.0.2.{owner}"))
             };
             let mut leases: Vec<Lease> = entries.into_iter().map(entry).collect();
-            let found = peers(&config, &own, None, &leases);
+            let found = peers(&config, &own, &[], &leases);
             for peer in &found.accepted {
                 prop_assert!(!peer.key.overlaps(&own.key) && !peer.attrs.same_node(&own.attrs));
             }
             let ours = leases.iter().filter(|it| it.key == own.key && it.attrs == own.attrs).count();
             prop_assert_eq!(found.accepted.len() + found.refused.len() + ours, leases.len());
             fastrand::Rng::with_seed(order).shuffle(&mut leases);
-            let again = peers(&config, &own, None, &leases);
+            let again = peers(&config, &own, &[], &leases);
             let names = |found: &Peers| {
                 let mut names: Vec<String> =
                     found.accepted.iter().map(|it| format!("{} {:?}", it.key, it.attrs)).collect();

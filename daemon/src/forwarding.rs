@@ -20,7 +20,7 @@ use weft_backends::{
 use weft_control::keeper::{self, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
-use weft_control::{Lease, NetworkConfig, Registry, RegistryError, View};
+use weft_control::{Lease, LeaseAttrs, NetworkConfig, Registry, RegistryError, View};
 
 use crate::board::Board;
 use crate::external::{self, Prepared};
@@ -65,8 +65,8 @@ pub(crate) enum Ended {
     /// Our subnets are others now.
     OtherLease(Box<Lease>),
     /// The external interface is another, or has another address or MTU; a backend is ready there, for
-    /// the same lease.
-    OtherInterface { prepared: Box<Prepared>, lease: Box<Lease> },
+    /// the same lease. `former`: what the registry may tell of us meanwhile, besides the lease's own.
+    OtherInterface { prepared: Box<Prepared>, lease: Box<Lease>, former: Vec<LeaseAttrs> },
 }
 
 impl Forwarding<'_> {
@@ -80,11 +80,12 @@ impl Forwarding<'_> {
         overlay: &mut Overlay,
         config: &NetworkConfig,
         lease: Lease,
+        former: Vec<LeaseAttrs>,
         watch: &mut watch::Receiver<View>,
         last_known: &mut StateFile<LastKnown>,
     ) -> anyhow::Result<Ended> {
         let (margin, retry) = self.settings.renewal();
-        let mut turn = Turn::new(config.clone(), lease, self.place, margin);
+        let mut turn = Turn::new(config.clone(), lease, former, self.place, margin);
         let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks());
         turn.prober = local.and_then(|local| Prober::start(local, self.started.mtu));
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
@@ -224,7 +225,8 @@ impl Forwarding<'_> {
         match Prepared::open(settings, &turn.config, kind, next, &place.node.id).await? {
             Ok(prepared) => {
                 let (prepared, lease) = (Box::new(prepared), Box::new(turn.lease.clone()));
-                Ok(Some(Ended::OtherInterface { prepared, lease }))
+                let former = turn.former.clone();
+                Ok(Some(Ended::OtherInterface { prepared, lease, former }))
             }
             Err(error) => {
                 turn.stuck = Some(error.to_string());
@@ -241,10 +243,10 @@ impl Forwarding<'_> {
         overlay: &mut Overlay,
         turn: &mut Turn,
     ) -> anyhow::Result<()> {
-        match keeper::check_own(&turn.lease, turn.former.as_ref(), &snapshot.leases) {
+        match keeper::check_own(&turn.lease, &turn.former, &snapshot.leases) {
             Own::Held(lease) => {
                 if lease.attrs.same_node(&turn.identity.attrs) {
-                    turn.former = None;
+                    turn.former.clear();
                 }
                 turn.hold(lease, self.settings.renewal().0);
             }
@@ -347,7 +349,7 @@ impl Forwarding<'_> {
 
     /// Everybody whose lease can be trusted, with the addresses they may send from.
     fn desired(&self, snapshot: &Snapshot, turn: &Turn) -> (Desired, BTreeSet<String>) {
-        let peers = peers(&turn.config, &turn.lease, turn.former.as_ref(), &snapshot.leases);
+        let peers = peers(&turn.config, &turn.lease, &turn.former, &snapshot.leases);
         let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
         let mut weft_nodes: HashSet<IpAddr> = HashSet::new();
         for record in &snapshot.nodes {

@@ -145,6 +145,7 @@ impl Daemon<'_> {
         let mut watch = registry.watch(last);
         let by_config = self.config.enable_nftables;
         let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
+        let mut former = Vec::new();
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         self.board.firewall(firewall.watch());
         loop {
@@ -177,7 +178,7 @@ impl Daemon<'_> {
                 board: self.board,
             };
             match forwarding
-                .run(overlay, &self.config, lease.clone(), &mut watch, last_known)
+                .run(overlay, &self.config, lease.clone(), former.clone(), &mut watch, last_known)
                 .await?
             {
                 Ended::Lost(reason) => {
@@ -186,11 +187,11 @@ impl Daemon<'_> {
                 }
                 Ended::OtherLease(other) => {
                     health.starts_again("taking up other subnets");
-                    lease = *other;
+                    (lease, former) = (*other, Vec::new());
                 }
-                Ended::OtherInterface { prepared, lease: held } => {
+                Ended::OtherInterface { prepared, lease: held, former: told } => {
                     health.starts_again("the external interface has changed");
-                    lease = *held;
+                    (lease, former) = (*held, told);
                     self.move_station(&mut station, *prepared).await?;
                 }
             }

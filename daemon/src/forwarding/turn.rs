@@ -29,8 +29,8 @@ pub(super) struct Turn {
     /// Why the lease is ours no more, until we have another.
     pub(super) lost: Option<Lost>,
     known_end: KnownEnd,
-    /// What the lease says until it says our attributes.
-    pub(super) former: Option<LeaseAttrs>,
+    /// What the registry may tell of us until it tells our attributes.
+    pub(super) former: Vec<LeaseAttrs>,
     /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
     pub(super) renewal: Option<Instant>,
     /// The registry may have refused it a moment ago.
@@ -65,10 +65,14 @@ impl Turn {
     pub(super) fn new(
         config: NetworkConfig,
         lease: Lease,
+        mut former: Vec<LeaseAttrs>,
         place: &Place,
         margin: Duration,
     ) -> Self {
         let attrs = &place.identity.attrs;
+        if lease.attrs != *attrs && !former.contains(&lease.attrs) {
+            former.push(lease.attrs.clone());
+        }
         let renewal = renewal(&lease, attrs, margin);
         Self {
             config,
@@ -76,7 +80,7 @@ impl Turn {
             stuck: None,
             failures: Vec::new(),
             identity: place.identity.clone(),
-            former: (lease.attrs != *attrs).then(|| lease.attrs.clone()),
+            former,
             lost: None,
             known_end: KnownEnd::of(&lease),
             lease,
