@@ -129,16 +129,7 @@ impl Forwarding<'_> {
                         return Ok(ended);
                     }
                     let snapshot = watch.borrow().snapshot.clone();
-                    // What the registry says anew is no repair.
-                    self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
-                    if self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await? {
-                        tracing::warn!("somebody changed links or routes of weft's; put them right");
-                        self.board.update(|status| status.repairs += 1);
-                        if turn.repairs.count() {
-                            // Says that it is given up.
-                            self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
-                        }
-                    }
+                    self.put_right(&snapshot, overlay, &mut turn).await?;
                 }
                 _ = slow.tick() => {
                     if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
@@ -233,6 +224,26 @@ impl Forwarding<'_> {
                 Ok(None)
             }
         }
+    }
+
+    /// Sees to what somebody may have changed in the kernel.
+    async fn put_right(
+        &self,
+        snapshot: &Snapshot,
+        overlay: &mut Overlay,
+        turn: &mut Turn,
+    ) -> anyhow::Result<()> {
+        // What the registry says anew is no repair.
+        self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
+        if self.reconcile(snapshot, overlay, turn, Basis::Kernel).await? {
+            tracing::warn!("somebody changed links or routes of weft's; put them right");
+            self.board.update(|status| status.repairs += 1);
+            if turn.repairs.count() {
+                // Says that it is given up.
+                self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Follows the registry: first our own lease, then the peers'. Under a lost lease packets move as
