@@ -317,7 +317,8 @@ fn mtu_why(interface: &ExternalInterface, mtu: u32) -> String {
 
 fn end_or_warn(error: BackendError, said: &mut Repeats) -> anyhow::Result<()> {
     if error.is_final() {
-        return Err(error.into());
+        // Its text tells the reasons behind it, too.
+        return Err(anyhow::Error::msg(error.to_string()));
     }
     said.warn(&format!("waiting: {error}"));
     Ok(())

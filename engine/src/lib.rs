@@ -190,7 +190,6 @@ impl Engine {
     /// Nothing is left behind.
     pub fn open(config: EngineConfig) -> Result<Self, EngineError> {
         let features = Features::without(&config.tuning.off);
-        let io = choose_io(config.tuning.io, &features)?;
         let address = config.listen;
         let listen_error = |source| EngineError::Listen { address, source };
         let sockets = UdpSocket::bind_group(address, config.workers, &features);
@@ -202,6 +201,7 @@ impl Engine {
         let device_error = |source| EngineError::Device { name: config.device.clone(), source };
         let device = TunDevice::open(&config.device, config.workers, &features);
         let device = device.map_err(device_error)?;
+        let io = choose_io(config.tuning.io, &features, &device)?;
         device.bring_up(config.mtu).map_err(device_error)?;
         Ok(Self { config, io, features: Arc::new(features), device, sockets, sources })
     }
@@ -278,11 +278,21 @@ pub const fn overhead(underlay: IpAddr) -> u32 {
     }
 }
 
-/// The way to do input and output: the one asked for, else the best.
-fn choose_io(wish: Option<IoKind>, features: &Features) -> Result<IoKind, EngineError> {
+/// The way to do input and output: the one asked for, else the best. The device must be down.
+fn choose_io(
+    wish: Option<IoKind>,
+    features: &Features,
+    device: &TunDevice,
+) -> Result<IoKind, EngineError> {
+    let probe = || match uring::probe() {
+        Ok(_) if !device.reads_without_waiting() => Err(std::io::Error::other(
+            "this kernel's io_uring cannot wait for the TUN device: weft needs Linux 6.4",
+        )),
+        probed => probed,
+    };
     let probed = match wish {
         Some(IoKind::Mmsg) => None,
-        Some(IoKind::Uring) | None => Some(uring::probe()),
+        Some(IoKind::Uring) | None => Some(probe()),
     };
     // Reading on and on is the ring's, and not every kernel's.
     if !matches!(probed, Some(Ok(true))) {

@@ -5,11 +5,12 @@
 //! lives as long as any process holds one of its queues open.
 
 use std::fs::File;
-use std::io::{self, IoSlice, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tun::AbstractDevice;
 
 use crate::features::{Feature, FeatureState, Features};
@@ -73,6 +74,17 @@ impl TunDevice {
 
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether a read can be told not to wait, as io_uring tells it; that is since Linux 6.4. Before, a
+    /// thread of the kernel's waits in each read: slow, with several reads out of order, and not to be
+    /// ended in time.
+    pub(crate) fn reads_without_waiting(&self) -> bool {
+        // The device is down, so there is nothing to be read. u64::MAX: this file has no offset.
+        let mut byte = [0];
+        let mut into = [IoSliceMut::new(&mut byte)];
+        let read = preadv2(&self.queues[0], &mut into, u64::MAX, ReadWriteFlags::NOWAIT);
+        read != Err(Errno::OPNOTSUPP)
     }
 
     /// Sets the largest packet that the device carries, and brings the device up.

@@ -147,10 +147,7 @@ fn what_is_wrong_with_the_machine_is_named() -> Result<()> {
         [("net/netfilter/nf_conntrack_count", count), ("net/netfilter/nf_conntrack_max", "100")]
     };
     for (files, told) in [
-        (
-            &[("kernel/osrelease", "5.15.0-91")][..],
-            "WARN kernel: 5.15.0-91 is too old for io_uring",
-        ),
+        (&[("kernel/osrelease", "5.15.0-91")][..], "WARN kernel: 5.15.0-91 is older than 6.1"),
         (&table("100"), "FAIL conntrack: full, 100 of 100"),
         (&table("95"), "WARN conntrack: nearly full, 95 of 100"),
     ] {

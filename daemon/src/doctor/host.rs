@@ -7,11 +7,14 @@ use super::check::Check;
 use super::seen::Seen;
 use super::version;
 
-/// The first kernels with what is worth having: io_uring as the engine uses it, UDP segmentation of
-/// the TUN device, and endless reads from it.
-const IO_URING_SINCE: (u32, u32) = (6, 1);
-const NEWER_FEATURES: [((u32, u32), &str); 2] = [
+/// What weft is tried with.
+const OLDEST: (u32, u32) = (6, 1);
+/// The first kernel whose TUN device io_uring can wait for.
+const IO_URING_SINCE: (u32, u32) = (6, 4);
+/// The first kernels with what is worth having.
+const NEWER_FEATURES: [((u32, u32), &str); 3] = [
     ((6, 2), "UDP segmentation offload from containers (6.2)"),
+    (IO_URING_SINCE, "io_uring for the TUN device (6.4)"),
     ((6, 7), "multishot reads of the TUN device (6.7)"),
 ];
 
@@ -53,8 +56,8 @@ pub(super) fn kernel(seen: &Seen) -> Check {
     if !seen.has_tun {
         return Check::fail(NAME, format!("{release}: there is no /dev/net/tun"), "modprobe tun");
     }
-    if version < IO_URING_SINCE {
-        let seen = format!("{release} is too old for io_uring as weft uses it; packets go by mmsg");
+    if version < OLDEST {
+        let seen = format!("{release} is older than 6.1, the oldest that weft is tried with");
         return Check::warn(NAME, seen, "apt-get install linux-image-amd64   # 6.1 or newer");
     }
     let missing = NEWER_FEATURES.iter().filter(|(since, _)| version < *since);
@@ -85,6 +88,10 @@ pub(super) fn io_uring(seen: &Seen) -> Check {
             let asked = seen.settings().is_some_and(|it| it.tuning.io == Some(IoKind::Mmsg));
             if asked {
                 return Check::ok(NAME, format!("not asked for: --io {io}"));
+            }
+            let release = seen.sysctl("kernel/osrelease").and_then(version);
+            if release.is_some_and(|version| version < IO_URING_SINCE) {
+                return Check::ok(NAME, format!("not for this kernel; packets go by {io}"));
             }
             if disabled != "0" {
                 return Check::warn(NAME, format!("{by_sysctl}; packets go by {io}"), enable);
@@ -290,6 +297,12 @@ mod tests {
         assert_eq!(io_uring(&by(Some("uring"))).verdict, Verdict::Ok);
         assert_eq!(io_uring(&by(None)).verdict, Verdict::Ok);
         assert_eq!(io_uring(&by(Some("mmsg"))).verdict, Verdict::Warn);
+        let kernel = |release: &str| Seen {
+            sysctls: [("kernel/osrelease".to_owned(), release.to_owned())].into(),
+            ..by(Some("mmsg"))
+        };
+        assert_eq!(io_uring(&kernel("6.1.0-56-amd64")).verdict, Verdict::Ok);
+        assert_eq!(io_uring(&kernel("6.4.0")).verdict, Verdict::Warn);
         let off = Seen {
             sysctls: [("kernel/io_uring_disabled".to_owned(), "2".to_owned())].into(),
             ..by(Some("mmsg"))

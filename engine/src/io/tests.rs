@@ -19,7 +19,7 @@ type Make = fn(Direction, &Files<'_>) -> Box<dyn Io>;
 
 const ALL: [(&str, Make); 3] = [
     ("uring", |direction, files| Box::new(Ring::new(direction, true, files).unwrap())),
-    // What Linux 6.1 has.
+    // What Linux 6.4 has.
     ("single-shot uring", |direction, files| Box::new(Ring::new(direction, false, files).unwrap())),
     ("mmsg", |direction, files| Box::new(Mmsg::new(direction, files).unwrap())),
 ];

@@ -405,7 +405,7 @@ fn explain(error: io::Error) -> io::Error {
              a container's seccomp profile (allow io_uring_setup, _enter and _register)"
         }
         Some(libc::ENOSYS) => "this kernel was built without io_uring, or seccomp hides it",
-        Some(libc::EINVAL) => "this kernel's io_uring is too old: weft needs Linux 6.1",
+        Some(libc::EINVAL) => "this kernel's io_uring is too old: weft needs Linux 6.4",
         Some(libc::ENOMEM) => "raise the memlock limit (`ulimit -l`, LimitMEMLOCK=)",
         _ => return error,
     };
