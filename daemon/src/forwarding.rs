@@ -18,9 +18,9 @@ use weft_backends::{
     KernelEvents, Offload, Started,
 };
 use weft_control::keeper::{self, Own};
-use weft_control::lease::{Expiry, NodeRecord, Snapshot, peers};
+use weft_control::lease::{Expiry, NodeRecord, Refusal, Snapshot, peers};
 use weft_control::subnet_env::SubnetEnv;
-use weft_control::{Lease, LeaseAttrs, NetworkConfig, Registry, RegistryError, View};
+use weft_control::{Lease, NetworkConfig, Registry, RegistryError, View};
 
 use crate::board::Board;
 use crate::external::{self, Prepared};
@@ -34,6 +34,8 @@ use crate::probe::{self, Found, Path, Prober, Reach, Target};
 use crate::state_file::{LastKnown, StateFile};
 use claiming::{Claiming, claimed};
 use turn::{Lost, Turn};
+
+pub(crate) use turn::Tenure;
 
 /// The slow timer: everything is reconciled even if nothing was heard.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
@@ -61,12 +63,12 @@ pub(crate) struct Forwarding<'a> {
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// Packets no longer move.
-    Lost(String),
+    Lost { reason: String, tenure: Box<Tenure> },
     /// Our subnets are others now.
     OtherLease(Box<Lease>),
     /// The external interface is another, or has another address or MTU; a backend is ready there, for
-    /// the same lease. `former`: what the registry may tell of us meanwhile, besides the lease's own.
-    OtherInterface { prepared: Box<Prepared>, lease: Box<Lease>, former: Vec<LeaseAttrs> },
+    /// the same lease.
+    OtherInterface { prepared: Box<Prepared>, tenure: Box<Tenure> },
 }
 
 impl Forwarding<'_> {
@@ -79,13 +81,12 @@ impl Forwarding<'_> {
         self,
         overlay: &mut Overlay,
         config: &NetworkConfig,
-        lease: Lease,
-        former: Vec<LeaseAttrs>,
+        tenure: Tenure,
         watch: &mut watch::Receiver<View>,
         last_known: &mut StateFile<LastKnown>,
     ) -> anyhow::Result<Ended> {
         let (margin, retry) = self.settings.renewal();
-        let mut turn = Turn::new(config.clone(), lease, former, self.place, margin);
+        let mut turn = Turn::new(config.clone(), tenure, self.place, margin);
         let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks());
         turn.prober = local.and_then(|local| Prober::start(local, self.started.mtu));
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
@@ -101,7 +102,7 @@ impl Forwarding<'_> {
             if turn.lost.is_some() && !is_on {
                 claiming = Some(Claiming::begin(&self, &turn));
             }
-            // Two nodes that each lost a lease would wait for the other one's record to end.
+            // Two nodes with one address would each wait for the other's record to end.
             let is_whole = turn.readable && turn.lost.is_none();
             let renewal = sleep_until(turn.renewal.map(|due| due.max(turn.renew_not_before)));
             tokio::select! {
@@ -177,7 +178,9 @@ impl Forwarding<'_> {
                     turn.renew_not_before = Instant::now() + pause;
                 }
                 Ok(()) = firewall.changed() => self.tell_health(&turn),
-                BackendEvent::Lost(reason) = overlay.event() => return Ok(Ended::Lost(reason)),
+                BackendEvent::Lost(reason) = overlay.event() => {
+                    return Ok(Ended::Lost { reason, tenure: turn.tenure().into() });
+                }
             }
         }
     }
@@ -215,9 +218,8 @@ impl Forwarding<'_> {
         let Self { settings, kind, place, .. } = *self;
         match Prepared::open(settings, &turn.config, kind, next, &place.node.id).await? {
             Ok(prepared) => {
-                let (prepared, lease) = (Box::new(prepared), Box::new(turn.lease.clone()));
-                let former = turn.former.clone();
-                Ok(Some(Ended::OtherInterface { prepared, lease, former }))
+                let (prepared, tenure) = (Box::new(prepared), Box::new(turn.tenure()));
+                Ok(Some(Ended::OtherInterface { prepared, tenure }))
             }
             Err(error) => {
                 turn.stuck = Some(error.to_string());
@@ -246,7 +248,7 @@ impl Forwarding<'_> {
         Ok(())
     }
 
-    /// Follows the registry: first our own lease, then the peers'. Under a lost lease packets move as
+    /// Follows the registry: first our own lease, then the peers'. Under a lost lease all goes on as
     /// before.
     async fn follow(
         &self,
@@ -257,29 +259,36 @@ impl Forwarding<'_> {
         match keeper::check_own(&turn.lease, &turn.former, &snapshot.leases) {
             Own::Held(lease) => {
                 if lease.attrs.same_node(&turn.identity.attrs) {
-                    turn.former.clear();
+                    turn.former = vec![turn.identity.attrs.clone()];
                 }
+                // A claim that goes on will find it, and ends with it.
+                turn.lost = None;
                 turn.hold(lease, self.settings.renewal().0);
             }
             Own::Missing if turn.lost == Some(Lost::Gone) => {}
             Own::Missing => {
-                turn.lost = Some(Lost::Gone);
                 tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
-                self.health.starts_again("our lease is gone; claiming it again");
+                self.lose(turn, Lost::Gone, "our lease is gone; claiming it again");
             }
             Own::TakenBy(_) if turn.lost == Some(Lost::Taken) => {}
             Own::TakenBy(other) => {
-                turn.lost = Some(Lost::Taken);
                 tracing::error!(
                     subnet = %turn.lease.key,
                     owner = ?other.attrs.public_addresses().collect::<Vec<_>>(),
                     "our subnet has another owner; its containers must move to a new subnet"
                 );
-                self.health.starts_again("our subnet has another owner; claiming another one");
+                self.lose(turn, Lost::Taken, "our subnet has another owner; claiming another one");
             }
         }
         self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
         Ok(())
+    }
+
+    fn lose(&self, turn: &mut Turn, lost: Lost, why: &str) {
+        // Else the claim has told already what it waits for.
+        if turn.lost.replace(lost).is_none() {
+            self.health.starts_again(why);
+        }
     }
 
     /// Makes everything as it should be, and says whether the kernel had to be changed.
@@ -325,7 +334,7 @@ impl Forwarding<'_> {
         }
         problems.extend(turn.given_up.iter().cloned());
         turn.problems = problems;
-        if !turn.subnet_file_written {
+        if !turn.subnet_file_written && turn.lost.is_none() {
             turn.subnet_file_written = self.write_subnet_file(turn);
         }
         let subnets: Vec<IpNetwork> = turn.lease.key.networks().collect();
@@ -380,7 +389,10 @@ impl Forwarding<'_> {
             DesiredPeer { lease, other_addresses, is_weft }
         });
         let desired = Desired { lease: turn.lease.clone(), peers: desired.collect() };
-        let refused = peers.refused.iter().map(|(key, why)| format!("lease {key} refused: {why}"));
+        // A lease that has just been claimed may be told before the claim has ended.
+        let is_told = |why: &Refusal| turn.lost.is_none() || !matches!(why, Refusal::OurAddress(_));
+        let refused = peers.refused.iter().filter(|(_, why)| is_told(why));
+        let refused = refused.map(|(key, why)| format!("lease {key} refused: {why}"));
         let skipped =
             snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
         (desired, refused.chain(skipped).collect())

@@ -21,7 +21,7 @@ use crate::board::Board;
 use crate::external::{self, Prepared, Surroundings};
 use crate::firewall::{Firewall, Wanted};
 use crate::flags::{Flags, Note, Settings};
-use crate::forwarding::{Ended, Forwarding, expiry};
+use crate::forwarding::{Ended, Forwarding, Tenure, expiry};
 use crate::health::Health;
 use crate::http;
 use crate::leasing::Claim;
@@ -138,20 +138,21 @@ impl Daemon<'_> {
             health,
             board: self.board,
         };
-        let (mut lease, last) = self.first_lease(&claim, &station.last_known).await;
+        let (lease, last) = self.first_lease(&claim, &station.last_known).await;
+        let mut tenure = Tenure::of(lease);
         if let Err(error) = config_file(settings, registry).save(&self.text) {
             tracing::warn!("cannot remember the network config: {error:#}");
         }
         let mut watch = registry.watch(last);
         let by_config = self.config.enable_nftables;
         let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
-        let mut former = Vec::new();
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         self.board.firewall(firewall.watch());
         loop {
-            tracing::info!(subnet = %lease.key, expires = expiry(&lease), "lease");
+            let lease = &tenure.lease;
+            tracing::info!(subnet = %lease.key, expires = expiry(lease), "lease");
             Made::record(&self.config, settings, &station.place.node.files)?;
-            let started = self.start(&mut station, &lease).await?;
+            let started = self.start(&mut station, lease).await?;
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
             self.board.update(|status| {
@@ -177,21 +178,19 @@ impl Daemon<'_> {
                 started,
                 board: self.board,
             };
-            match forwarding
-                .run(overlay, &self.config, lease.clone(), former.clone(), &mut watch, last_known)
-                .await?
-            {
-                Ended::Lost(reason) => {
+            match forwarding.run(overlay, &self.config, tenure, &mut watch, last_known).await? {
+                Ended::Lost { reason, tenure: held } => {
                     tracing::error!("forwarding broke: {reason}; starting the backend again");
                     health.starts_again(&format!("forwarding broke: {reason}"));
+                    tenure = *held;
                 }
                 Ended::OtherLease(other) => {
                     health.starts_again("taking up other subnets");
-                    (lease, former) = (*other, Vec::new());
+                    tenure = Tenure::of(*other);
                 }
-                Ended::OtherInterface { prepared, lease: held, former: told } => {
+                Ended::OtherInterface { prepared, tenure: held } => {
                     health.starts_again("the external interface has changed");
-                    (lease, former) = (*held, told);
+                    tenure = *held;
                     self.move_station(&mut station, *prepared).await?;
                 }
             }

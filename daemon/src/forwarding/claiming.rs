@@ -1,4 +1,4 @@
-//! Getting a lease anew while packets move under the one that is lost.
+//! Getting a lease anew while the loop goes on under the one that is lost.
 
 use std::pin::Pin;
 

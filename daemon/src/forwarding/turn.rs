@@ -29,7 +29,7 @@ pub(super) struct Turn {
     /// Why the lease is ours no more, until we have another.
     pub(super) lost: Option<Lost>,
     known_end: KnownEnd,
-    /// What the registry may tell of us until it tells our attributes.
+    /// As [`Tenure::former`].
     pub(super) former: Vec<LeaseAttrs>,
     /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
     pub(super) renewal: Option<Instant>,
@@ -53,6 +53,23 @@ pub(super) struct Turn {
     pub(super) given_up: Vec<String>,
 }
 
+/// Our hold on a lease, from one turn to the next.
+#[derive(Debug, Clone)]
+pub(crate) struct Tenure {
+    pub(crate) lease: Lease,
+    /// What the registry may tell of us: what we were, are, and were about to be when a write's answer
+    /// got lost.
+    former: Vec<LeaseAttrs>,
+    lost: Option<Lost>,
+}
+
+impl Tenure {
+    /// The beginning.
+    pub(crate) fn of(lease: Lease) -> Self {
+        Self { lease, former: Vec::new(), lost: None }
+    }
+}
+
 /// What became of a lease that was ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lost {
@@ -64,14 +81,16 @@ pub(super) enum Lost {
 impl Turn {
     pub(super) fn new(
         config: NetworkConfig,
-        lease: Lease,
-        mut former: Vec<LeaseAttrs>,
+        tenure: Tenure,
         place: &Place,
         margin: Duration,
     ) -> Self {
+        let Tenure { lease, mut former, lost } = tenure;
         let attrs = &place.identity.attrs;
-        if lease.attrs != *attrs && !former.contains(&lease.attrs) {
-            former.push(lease.attrs.clone());
+        for ours in [&lease.attrs, attrs] {
+            if !former.contains(ours) {
+                former.push(ours.clone());
+            }
         }
         let renewal = renewal(&lease, attrs, margin);
         Self {
@@ -81,7 +100,7 @@ impl Turn {
             failures: Vec::new(),
             identity: place.identity.clone(),
             former,
-            lost: None,
+            lost,
             known_end: KnownEnd::of(&lease),
             lease,
             renewal,
@@ -97,6 +116,11 @@ impl Turn {
             prober: None,
             given_up: Vec::new(),
         }
+    }
+
+    /// What the next turn goes on with.
+    pub(super) fn tenure(&self) -> Tenure {
+        Tenure { lease: self.lease.clone(), former: self.former.clone(), lost: self.lost }
     }
 
     /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
