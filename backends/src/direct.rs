@@ -27,9 +27,9 @@ impl Direct {
         self.links.extend(netlink.links_of(&unknown));
     }
 
-    /// The link that one of the node's addresses is on.
-    pub(crate) fn link(&self, attrs: &LeaseAttrs) -> Option<u32> {
-        attrs.public_addresses().find_map(|ip| *self.links.get(&ip)?)
+    /// The link that an address is on.
+    pub(crate) fn link(&self, ip: IpAddr) -> Option<u32> {
+        *self.links.get(&ip)?
     }
 
     /// The plain route to a subnet of the node that published this, if it is on a link.

@@ -12,15 +12,15 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnetwork::IpNetwork;
 use serde_json::json;
 use tokio::sync::mpsc;
-use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig};
+use weft_control::{Lease, LeaseAttrs, NetworkConfig};
 
 use crate::direct::Direct;
 use crate::netlink::{GatewayRoute, Netlink};
 use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
 use crate::{
-    Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, ExternalInterface, Opened,
-    PeerWay, Report, Started, Way,
+    Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
+    ExternalInterface, Opened, PeerWay, Report, Started, Way,
 };
 
 /// What BackendV6Data tells.
@@ -88,20 +88,22 @@ impl Backend for HostGw {
     fn reconcile(&mut self, desired: &Desired, basis: Basis) -> Report {
         let mut report = Report::default();
         self.peers.clear();
-        let attrs = desired.peers.iter().filter(|it| it.lease.key.ipv6.is_some());
-        let doubtful = attrs.map(|it| &it.lease.attrs).filter(|attrs| self.is_doubtful(attrs));
-        let addresses = doubtful.flat_map(LeaseAttrs::public_addresses).collect();
+        let doubtful = desired
+            .peers
+            .iter()
+            .filter(|peer| peer.lease.key.ipv6.is_some() && self.is_doubtful(&peer.lease.attrs));
+        let addresses = doubtful.flat_map(addresses).collect();
         self.neighbours.look(&self.netlink, addresses, basis);
         let (mut routes, mut problems) = (Vec::new(), Vec::new());
-        for Lease { key, attrs, .. } in desired.peers.iter().map(|peer| &peer.lease) {
+        for peer in &desired.peers {
             let mut found = Vec::new();
-            for destination in key.networks() {
-                match self.route_to(destination, key, attrs) {
+            for destination in peer.lease.key.networks() {
+                match self.route_to(destination, peer) {
                     Ok(route) => found.push(route),
                     Err(problem) => problems.push(problem),
                 }
             }
-            self.peers.extend(way_to(attrs, &found));
+            self.peers.extend(way_to(&peer.lease.attrs, &found));
             routes.extend(found);
         }
         report.tell(problems);
@@ -139,19 +141,15 @@ impl Backend for HostGw {
 
 impl HostGw {
     /// To one of the subnets of a lease.
-    fn route_to(
-        &self,
-        destination: IpNetwork,
-        key: &LeaseKey,
-        attrs: &LeaseAttrs,
-    ) -> Result<GatewayRoute, String> {
+    fn route_to(&self, destination: IpNetwork, peer: &DesiredPeer) -> Result<GatewayRoute, String> {
+        let Lease { key, attrs, .. } = &peer.lease;
         if attrs.backend_type != BackendKind::HostGw.to_string() {
             let kind = if attrs.backend_type.is_empty() { "udp" } else { &attrs.backend_type };
             return Err(format!("the node of {key} is of the backend {kind}, not host-gw"));
         }
         let link = self.interface.index;
         if destination.is_ipv6() && self.is_doubtful(attrs) {
-            let gateway = IpAddr::V6(self.neighbour(key, attrs)?);
+            let gateway = IpAddr::V6(self.neighbour(peer)?);
             return Ok(GatewayRoute { destination, gateway, link, onlink: true });
         }
         let same = attrs.public_addresses().find(|ip| ip.is_ipv6() == destination.is_ipv6());
@@ -168,9 +166,10 @@ impl HostGw {
     }
 
     /// The IPv6 address of a doubtful one.
-    fn neighbour(&self, key: &LeaseKey, attrs: &LeaseAttrs) -> Result<Ipv6Addr, String> {
-        let name = &self.interface.name;
-        if self.neighbours.link(attrs) != Some(self.interface.index) {
+    fn neighbour(&self, peer: &DesiredPeer) -> Result<Ipv6Addr, String> {
+        let (Lease { key, attrs, .. }, name) = (&peer.lease, &self.interface.name);
+        let ours = Some(self.interface.index);
+        if !addresses(peer).any(|ip| self.neighbours.link(ip) == ours) {
             return Err(format!(
                 "the node of {key} must be on the same link as {name} for host-gw"
             ));
@@ -182,6 +181,11 @@ impl HostGw {
             )
         })
     }
+}
+
+/// All that are known.
+fn addresses(peer: &DesiredPeer) -> impl Iterator<Item = IpAddr> {
+    peer.lease.attrs.public_addresses().chain(peer.other_addresses.iter().copied())
 }
 
 /// What a lease tells, if it can be believed.

@@ -480,6 +480,10 @@ fn link_address(message: &AddressMessage) -> Option<LinkAddress> {
             flags = *bits;
         }
     }
+    // Another host has it.
+    if message.header.flags.contains(AddressHeaderFlags::Dadfailed) {
+        return None;
+    }
     let ip = local.or(address)?;
     let network = IpNetwork::new(ip, message.header.prefix_len).ok()?;
     Some(LinkAddress {

@@ -333,7 +333,9 @@ impl<'a> Chooser<'a> {
         let taken = [ipv4.map(IpAddr::V4), ipv6.map(IpAddr::V6)];
         let others = link.addresses.iter().filter(|it| can_send(it) && !is_link_local(it));
         let others = others.map(|it| it.network.ip()).filter(|ip| !taken.contains(&Some(*ip)));
-        let link_local = link.addresses.iter().find_map(|address| match address.network.ip() {
+        // The kernel has the latest first, such as a virtual router's, which moves to other hosts.
+        let mut oldest_first = link.addresses.iter().rev().filter(|it| !it.deprecated);
+        let link_local = oldest_first.find_map(|address| match address.network.ip() {
             IpAddr::V6(ip) => ip.is_unicast_link_local().then_some(ip),
             IpAddr::V4(_) => None,
         });
@@ -683,7 +685,8 @@ mod tests {
 
     #[test]
     fn a_link_local_address_is_told_where_there_is_no_better_one() {
-        let links = [link(2, "eth0", &["192.0.2.10/24", "fe80::1/64 link"])];
+        let addresses = ["192.0.2.10/24", "fe80::7/64 link", "fe80::1/64 link"];
+        let links = [link(2, "eth0", &addresses)];
         let interface =
             choose(&iface(&["eth0"]), BOTH, &links, &[], Way::default()).unwrap().interface;
         assert_eq!((interface.ipv6, interface.link_local), (None, ip("fe80::1")));

@@ -224,8 +224,31 @@ fn host_gw_carries_ipv6_between_hosts_of_different_families() -> Result<()> {
     host.ip(&["address", "add", "fe80::95/64", "dev", "eth0", "nodad"])?;
     until("the other host knows the new address", || Ok(gateway(0)? == "fe80::95"))?;
     traffic(&lab)?;
+    // The kernel makes another one from the MAC.
     host.ip(&["link", "set", "eth0", "down"])?;
     host.ip(&["link", "set", "eth0", "up"])?;
+    host.ip(&["route", "add", "default", "dev", "eth0"])?;
+    until("the other host knows the next address", || {
+        let next = gateway(0)?;
+        Ok(next.starts_with("fe80:") && next != "fe80::95" && lab.status(1)?.problems.is_empty())
+    })?;
+    traffic(&lab)?;
+    lab.remove()
+}
+
+/// One publishes its IPv6 address alone, the other one, having none, IPv4's.
+#[test]
+fn host_gw_carries_ipv6_alone_between_hosts_of_different_families() -> Result<()> {
+    let mut lab = Lab::new(LabOptions {
+        hosts: 2,
+        backend: "host-gw".into(),
+        network: IPV6.into(),
+        ..LabOptions::default()
+    })?;
+    let host = &lab.host(0).netns;
+    host.ip(&["address", "add", "fd00:168::94/64", "dev", "eth0", "nodad"])?;
+    host.ip(&["-6", "route", "add", "default", "dev", "eth0"])?;
+    bring_up(&mut lab, &[])?;
     traffic(&lab)?;
     lab.remove()
 }
