@@ -9,6 +9,7 @@
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use nix::unistd::Group;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
+use socket2::{Domain, SockAddr, Type};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::task::spawn_blocking;
@@ -81,9 +83,12 @@ pub fn ask<T: DeserializeOwned>(
 }
 
 fn exchange(socket: &Path, request: &Request, within: Duration) -> io::Result<Answer> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(within))?;
+    let stream = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // Before it connects: that waits, too, where a frozen daemon's queue is full (unix(7)).
     stream.set_write_timeout(Some(PATIENCE))?;
+    stream.connect(&SockAddr::unix(socket)?)?;
+    let mut stream = UnixStream::from(OwnedFd::from(stream));
+    stream.set_read_timeout(Some(within))?;
     let mut line = serde_json::to_string(request)?;
     line.push('\n');
     stream.write_all(line.as_bytes())?;
