@@ -2,9 +2,9 @@
 //! follow.
 
 mod claiming;
+mod desired;
 mod turn;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -14,11 +14,10 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval};
 use weft_backends::{
-    BackendEvent, BackendKind, Basis, Desired, DesiredPeer, ExternalInterface, GivenUp,
-    KernelEvents, Offload, Started,
+    BackendEvent, BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started,
 };
 use weft_control::keeper::{self, Own};
-use weft_control::lease::{Expiry, NodeRecord, Refusal, Snapshot, peers};
+use weft_control::lease::{Expiry, NodeRecord, Snapshot};
 use weft_control::subnet_env::SubnetEnv;
 use weft_control::{Lease, NetworkConfig, Registry, RegistryError, View};
 
@@ -30,9 +29,10 @@ use crate::health::Health;
 use crate::node;
 use crate::overlay::Overlay;
 use crate::place::Place;
-use crate::probe::{self, Found, Path, Prober, Reach, Target};
+use crate::probe::{self, Prober};
 use crate::state_file::{LastKnown, StateFile};
 use claiming::{Claiming, claimed};
+use desired::desired;
 use turn::{Lost, Turn};
 
 pub(crate) use turn::Tenure;
@@ -299,7 +299,7 @@ impl Forwarding<'_> {
         turn: &mut Turn,
         basis: Basis,
     ) -> anyhow::Result<bool> {
-        let (desired, mut problems) = self.desired(snapshot, turn);
+        let (desired, mut problems) = desired(self.settings, snapshot, turn);
         let (kind, public_ip) = (self.kind, self.place.public_ip);
         let targets = probe::targets(kind, public_ip, &desired.peers, &snapshot.nodes);
         turn.config_problem = follow_config(snapshot, turn);
@@ -367,37 +367,6 @@ impl Forwarding<'_> {
         }
     }
 
-    /// Everybody whose lease can be trusted, with the addresses they may send from.
-    fn desired(&self, snapshot: &Snapshot, turn: &Turn) -> (Desired, BTreeSet<String>) {
-        let peers = peers(&turn.config, &turn.lease, &turn.former, &snapshot.leases);
-        let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
-        let mut weft_nodes: HashSet<IpAddr> = HashSet::new();
-        for record in &snapshot.nodes {
-            for public in record.public_addresses() {
-                weft_nodes.insert(public);
-                others.entry(public).or_default().extend(&record.addresses);
-            }
-        }
-        for (public, address) in &self.settings.peer_sources {
-            others.entry(*public).or_default().push(*address);
-        }
-        let desired = peers.accepted.into_iter().map(|lease| {
-            let publics: Vec<IpAddr> = lease.attrs.public_addresses().collect();
-            let is_weft = publics.iter().any(|ip| weft_nodes.contains(ip));
-            let other_addresses =
-                publics.iter().filter_map(|ip| others.get(ip)).flatten().copied().collect();
-            DesiredPeer { lease, other_addresses, is_weft }
-        });
-        let desired = Desired { lease: turn.lease.clone(), peers: desired.collect() };
-        // A lease that has just been claimed may be told before the claim has ended.
-        let is_told = |why: &Refusal| turn.lost.is_none() || !matches!(why, Refusal::OurAddress(_));
-        let refused = peers.refused.iter().filter(|(_, why)| is_told(why));
-        let refused = refused.map(|(key, why)| format!("lease {key} refused: {why}"));
-        let skipped =
-            snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
-        (desired, refused.chain(skipped).collect())
-    }
-
     /// Another node that lives with our public address.
     fn rival(snapshot: &Snapshot, turn: &Turn) -> Option<String> {
         let other = keeper::claimant(&turn.identity, &snapshot.nodes)?;
@@ -428,7 +397,7 @@ impl Forwarding<'_> {
     async fn give_up_offload(&self, overlay: &mut Overlay, turn: &mut Turn) -> anyhow::Result<()> {
         let Some(prober) = &turn.prober else { return Ok(()) };
         let mut is_news = false;
-        for (offload, peer) in blamed(&prober.findings().all()) {
+        for (offload, peer) in prober.findings().blamed() {
             let given_up = overlay.call(move |backend| backend.give_up(offload)).await?;
             if let Some(GivenUp { what, cure }) = given_up {
                 let line = format!(
@@ -494,20 +463,6 @@ impl Forwarding<'_> {
             status.lease_renewal = turn.renewal.and_then(on_the_clock);
         });
     }
-}
-
-/// The offloads that may be what loses packets, each with a peer on the way to which it does.
-fn blamed(findings: &[(Target, Found)]) -> BTreeMap<Offload, IpAddr> {
-    let mut blamed = BTreeMap::new();
-    for (target, found) in findings {
-        let by_path = (found.path == Path::NoOffload).then_some(Offload::Segmentation);
-        let by_reach = (found.reach == Reach::EchoOnly).then_some(Offload::Checksum);
-        for offload in by_path.into_iter().chain(by_reach) {
-            let peer = blamed.entry(offload).or_insert(target.outer);
-            *peer = target.outer.min(*peer);
-        }
-    }
-    blamed
 }
 
 /// Goes by a network config that was changed, where a running daemon can: in which subnets are given
@@ -577,32 +532,5 @@ async fn sleep_until(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
         None => std::future::pending().await,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_offload_is_blamed_whatever_else_is_wrong() {
-        let target = |last: u8| {
-            let outer = IpAddr::from([192, 0, 2, last]);
-            Target { inner: IpAddr::from([10, 42, last, 0]), outer, port: Some(8286) }
-        };
-        let found = |reach, path| {
-            let mut found = Found::default();
-            (found.reach, found.path) = (reach, path);
-            found
-        };
-        let findings = [
-            (target(3), found(Reach::EchoOnly, Path::Unknown)),
-            (target(2), found(Reach::EchoOnly, Path::NoOffload)),
-            (target(1), found(Reach::Reachable, Path::Full)),
-        ];
-        let of = |last| IpAddr::from([192, 0, 2, last]);
-        let wanted = [(Offload::Segmentation, of(2)), (Offload::Checksum, of(2))];
-        assert_eq!(blamed(&findings), BTreeMap::from(wanted));
-        assert!(blamed(&findings[2..]).is_empty());
     }
 }

@@ -2,6 +2,7 @@
 //! outside. Two rounds go on side by side: whether the peer is reached, and where it is, how large
 //! packets may be on the path to it.
 
+mod clock;
 mod path;
 mod reach;
 
@@ -73,24 +74,24 @@ impl Course {
     /// Says how many peers there are, which the pace depends on.
     pub(super) fn set_pace(&mut self, peers: usize) {
         let peers = u32::try_from(peers).unwrap_or(u32::MAX);
-        self.reach.set_interval(INTERVAL.max(DISTANCE.saturating_mul(peers)));
+        self.reach.clock.interval = INTERVAL.max(DISTANCE.saturating_mul(peers));
         let turns = peers.saturating_mul(1_000) / PATHS_A_SECOND;
-        self.path.set_interval(INTERVAL.max(Duration::from_millis(turns.into())));
+        self.path.clock.interval = INTERVAL.max(Duration::from_millis(turns.into()));
     }
 
     /// When [`Course::step`] has something to do next, at the latest.
     pub(super) fn due(&self) -> Instant {
-        let reach = self.reach.due();
-        if self.probes_path() { reach.min(self.path.due()) } else { reach }
+        let reach = self.reach.clock.due;
+        if self.probes_path() { reach.min(self.path.clock.due) } else { reach }
     }
 
     /// Whether [`Course::step`] has something to do now.
     pub(super) fn can_step(&self, now: Instant) -> bool {
-        self.reach.can_step(now) || self.can_step_path(now)
+        self.reach.clock.can_go_on(now) || self.can_step_path(now)
     }
 
     fn can_step_path(&self, now: Instant) -> bool {
-        self.probes_path() && self.path.can_step(now)
+        self.probes_path() && self.path.clock.can_go_on(now)
     }
 
     fn probes_path(&self) -> bool {
@@ -100,19 +101,19 @@ impl Course {
     /// Has the next probe go out now: the peer has shown itself.
     pub(super) fn hurry(&mut self, now: Instant) {
         if self.found.reach != Reach::Reachable {
-            self.reach.begin_soon(now);
+            self.reach.clock.begin_soon(now);
         }
     }
 
     /// Begins a round of the path now.
     pub(super) fn probe_path_soon(&mut self, now: Instant) {
-        self.path.begin_soon(now);
+        self.path.clock.begin_soon(now);
     }
 
     /// What is to be sent now. `nonce` makes numbers that nobody guesses.
     pub(super) fn step(&mut self, now: Instant, mut nonce: impl FnMut() -> u64) -> Vec<Send> {
         let mut sends = Vec::new();
-        if self.reach.can_step(now) {
+        if self.reach.clock.can_go_on(now) {
             self.reach.step(now, &mut self.found, &mut nonce, &mut sends);
         }
         if self.can_step_path(now) {
@@ -144,12 +145,6 @@ impl Course {
     pub(super) fn probe_refused(&mut self) {
         self.reach.probe_refused();
     }
-}
-
-/// A round begins early, but an answer has its time.
-fn can_go_on(tries: u8, due: Instant, now: Instant) -> bool {
-    let early = if tries == 0 { EARLY } else { Duration::ZERO };
-    now + early >= due
 }
 
 #[cfg(test)]
@@ -310,7 +305,7 @@ mod tests {
         world.course.probe_refused();
         world.pass(ENOUGH - INTERVAL, echoes);
         assert_eq!(world.reach(), Reach::NoDaemon);
-        assert!(!world.course.found().blames_offload());
+        assert_eq!(world.course.found().blamed().count(), 0);
         world.pass(ENOUGH, all);
         assert_eq!(world.reach(), Reach::Reachable);
     }

@@ -78,11 +78,6 @@ impl Found {
         u8::try_from((lost * 100).checked_div(known)?).ok()
     }
 
-    /// Whether it may be an offload that loses packets.
-    pub(super) fn blames_offload(&self) -> bool {
-        self.path == Path::NoOffload || self.reach == Reach::EchoOnly
-    }
-
     pub(super) fn count(&mut self, answered: bool) {
         self.sent += 1;
         self.answered += u64::from(answered);

@@ -4,6 +4,7 @@
 //! Each weft node answers probes at its address on the overlay, at a port that its record in the
 //! registry names. flannel's nodes have no record; they get ICMP echoes, which they need not answer.
 
+mod blame;
 mod course;
 mod found;
 mod icmp;
@@ -11,7 +12,7 @@ mod known;
 pub(crate) mod packet;
 pub(crate) mod socket;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
@@ -22,7 +23,7 @@ use ipnetwork::IpNetwork;
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use weft_backends::{BackendKind, DesiredPeer};
+use weft_backends::{BackendKind, DesiredPeer, Offload};
 use weft_control::lease::NodeRecord;
 
 use self::course::{INTERVAL, Send};
@@ -300,16 +301,16 @@ impl Work {
         {
             tracing::warn!(peer = %outer, "{problem}");
         }
-        if found.blames_offload() {
+        if found.blamed().next().is_some() {
             self.changed.send_modify(|count| *count += 1);
         }
     }
 }
 
 impl Findings {
-    /// Of all peers.
-    pub(crate) fn all(&self) -> Vec<(Target, Found)> {
-        self.lock().peers.values().map(|peer| (peer.target, *peer.course.found())).collect()
+    /// The offloads that may be what loses packets, each with a peer on the way to which it does.
+    pub(crate) fn blamed(&self) -> BTreeMap<Offload, IpAddr> {
+        blame::blamed(self.lock().peers.values().map(|it| (&it.target, it.course.found())))
     }
 
     /// Of the peer with this address on the overlay.

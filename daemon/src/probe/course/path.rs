@@ -5,7 +5,8 @@
 use std::time::{Duration, Instant};
 
 use super::super::found::{Found, Path};
-use super::{INTERVAL, Send, can_go_on};
+use super::clock::Clock;
+use super::{INTERVAL, Send};
 
 /// How long answers may take before more is sent.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -17,13 +18,9 @@ const SIZES: [u16; 7] = [576, 1_280, 1_350, 1_400, 1_422, 1_450, 1_472];
 
 #[derive(Debug)]
 pub(super) struct PathRound {
+    pub(super) clock: Clock,
     /// Bytes of the largest packet that containers send.
     mtu: u16,
-    interval: Duration,
-    /// Times that something was sent; 0 between rounds.
-    tries: u8,
-    /// When to go on, in a round; when to begin one, else.
-    due: Instant,
     pairs: Vec<[(u64, bool); 2]>,
     sized: Vec<(u64, u16, bool)>,
     damaged: bool,
@@ -31,34 +28,7 @@ pub(super) struct PathRound {
 
 impl PathRound {
     pub(super) fn new(mtu: u16, begin: Instant) -> Self {
-        Self {
-            mtu,
-            interval: INTERVAL,
-            tries: 0,
-            due: begin,
-            pairs: Vec::new(),
-            sized: Vec::new(),
-            damaged: false,
-        }
-    }
-
-    pub(super) fn set_interval(&mut self, interval: Duration) {
-        self.interval = interval;
-    }
-
-    pub(super) fn due(&self) -> Instant {
-        self.due
-    }
-
-    pub(super) fn can_step(&self, now: Instant) -> bool {
-        can_go_on(self.tries, self.due, now)
-    }
-
-    /// Begins a round now, unless one is under way.
-    pub(super) fn begin_soon(&mut self, now: Instant) {
-        if self.tries == 0 {
-            self.due = now;
-        }
+        Self { clock: Clock::new(begin), mtu, pairs: Vec::new(), sized: Vec::new(), damaged: false }
     }
 
     /// Begins anew with a peer that has just been reached. `die`: any number. Where there are many peers
@@ -66,8 +36,7 @@ impl PathRound {
     /// a time of its own.
     pub(super) fn begin_anew(&mut self, now: Instant, die: u64) {
         let part = u32::from(die.to_le_bytes()[0]);
-        self.tries = 0;
-        self.due = now + (self.interval - INTERVAL) * part / u32::from(u8::MAX);
+        self.clock.end(now + (self.clock.interval - INTERVAL) * part / u32::from(u8::MAX));
     }
 
     pub(super) fn step(
@@ -77,20 +46,19 @@ impl PathRound {
         nonce: &mut dyn FnMut() -> u64,
         sends: &mut Vec<Send>,
     ) {
-        if self.tries == 0 {
+        if self.clock.tries == 0 {
             self.pairs.clear();
             self.sized.clear();
             self.damaged = false;
         }
-        if self.tries == TRIES {
+        if self.clock.tries == TRIES {
             if let Some(path) = self.judge() {
                 self.note(path, found);
             }
-            return self.end(now);
+            return self.clock.end(now + self.clock.interval);
         }
-        self.tries += 1;
-        self.due = now + PATIENCE;
-        if self.tries % 2 == 1 {
+        self.clock.wait(now, PATIENCE);
+        if self.clock.tries % 2 == 1 {
             let pair = [nonce(), nonce()];
             self.pairs.push(pair.map(|nonce| (nonce, false)));
             return sends.push(Send::Pair(pair, self.mtu));
@@ -130,11 +98,6 @@ impl PathRound {
         };
     }
 
-    fn end(&mut self, now: Instant) {
-        self.tries = 0;
-        self.due = now + self.interval;
-    }
-
     /// An answer from the peer's address on the overlay.
     pub(super) fn answered(&mut self, nonce: u64, intact: bool, now: Instant, found: &mut Found) {
         let sized = self.sized.iter_mut().find(|(it, _, _)| *it == nonce);
@@ -150,9 +113,9 @@ impl PathRound {
         }
         let is_whole = pair.iter().all(|(_, answered)| *answered);
         self.damaged |= !intact;
-        if self.tries > 0 && is_whole && !self.damaged {
+        if self.clock.tries > 0 && is_whole && !self.damaged {
             self.note(Path::Full, found);
-            self.end(now);
+            self.clock.end(now + self.clock.interval);
         }
     }
 }

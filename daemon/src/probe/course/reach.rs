@@ -5,7 +5,8 @@
 use std::time::{Duration, Instant};
 
 use super::super::found::{Found, Reach};
-use super::{INTERVAL, Means, Send, can_go_on};
+use super::clock::Clock;
+use super::{Means, Send};
 
 /// How long an answer may take before the probe is repeated.
 const PATIENCE: Duration = Duration::from_millis(750);
@@ -13,12 +14,8 @@ pub(super) const REPEATS: u8 = 3;
 
 #[derive(Debug)]
 pub(super) struct ReachRound {
+    pub(super) clock: Clock,
     means: Means,
-    interval: Duration,
-    /// Probes sent; 0 between rounds.
-    tries: u8,
-    /// When to go on, in a round; when to begin one, else.
-    due: Instant,
     /// When the next round begins.
     next: Instant,
     small: Vec<(u64, Instant)>,
@@ -34,10 +31,8 @@ pub(super) struct ReachRound {
 impl ReachRound {
     pub(super) fn new(means: Means, begin: Instant) -> Self {
         Self {
+            clock: Clock::new(begin),
             means,
-            interval: INTERVAL,
-            tries: 0,
-            due: begin,
             next: begin,
             small: Vec::new(),
             echoes: Vec::new(),
@@ -49,25 +44,6 @@ impl ReachRound {
         }
     }
 
-    pub(super) fn set_interval(&mut self, interval: Duration) {
-        self.interval = interval;
-    }
-
-    pub(super) fn due(&self) -> Instant {
-        self.due
-    }
-
-    pub(super) fn can_step(&self, now: Instant) -> bool {
-        can_go_on(self.tries, self.due, now)
-    }
-
-    /// Begins a round now, unless one is under way.
-    pub(super) fn begin_soon(&mut self, now: Instant) {
-        if self.tries == 0 {
-            self.due = now;
-        }
-    }
-
     pub(super) fn step(
         &mut self,
         now: Instant,
@@ -75,32 +51,31 @@ impl ReachRound {
         nonce: &mut dyn FnMut() -> u64,
         sends: &mut Vec<Send>,
     ) {
-        if self.tries == 0 {
+        if self.clock.tries == 0 {
             self.small.clear();
             self.echoes.clear();
             self.outer_echoes.clear();
             (self.echo_answers, self.outer_answers) = (false, false);
             (self.refused, self.probe_refused) = (false, false);
-            self.next = now + self.interval;
+            self.next = now + self.clock.interval;
         } else {
             // One of flannel's loses nothing by not answering.
             if self.means.probes {
                 found.count(false);
             }
-            if self.tries > self.repeats(found) {
+            if self.clock.tries > self.repeats(found) {
                 found.reach = self.unreachable();
-                return self.end();
+                return self.clock.end(self.next);
             }
         }
-        self.tries += 1;
-        self.due = now + PATIENCE;
+        self.clock.wait(now, PATIENCE);
         let small = nonce();
         self.small.push((small, now));
         if !self.means.probes {
             return sends.push(Send::Echo(small));
         }
         sends.push(Send::Small(small));
-        if self.tries > 1 && self.means.pings {
+        if self.clock.tries > 1 && self.means.pings {
             let (echo, outer) = (nonce(), nonce());
             self.echoes.push(echo);
             self.outer_echoes.push(outer);
@@ -128,11 +103,6 @@ impl ReachRound {
         }
     }
 
-    fn end(&mut self) {
-        self.tries = 0;
-        self.due = self.next;
-    }
-
     /// An answer from the peer's address on the overlay. Says whether it is one to a small probe.
     pub(super) fn answered(&mut self, nonce: u64, now: Instant, found: &mut Found) -> bool {
         let Some((_, sent)) = self.small.iter().find(|(it, _)| *it == nonce) else {
@@ -143,9 +113,9 @@ impl ReachRound {
         found.reach = Reach::Reachable;
         self.small.retain(|(it, _)| *it != nonce);
         // One that comes late was counted as lost.
-        if self.tries > 0 {
+        if self.clock.tries > 0 {
             found.count(true);
-            self.end();
+            self.clock.end(self.next);
         }
         true
     }
@@ -155,10 +125,10 @@ impl ReachRound {
     }
 
     pub(super) fn refused(&mut self) {
-        self.refused |= self.tries > 0;
+        self.refused |= self.clock.tries > 0;
     }
 
     pub(super) fn probe_refused(&mut self) {
-        self.probe_refused |= self.tries > 0;
+        self.probe_refused |= self.clock.tries > 0;
     }
 }
