@@ -77,8 +77,8 @@ impl TunDevice {
     }
 
     /// Whether a read can be told not to wait, as io_uring tells it; that is since Linux 6.4. Before, a
-    /// thread of the kernel's waits in each read: slow, with several reads out of order, and not to be
-    /// ended in time.
+    /// thread of the kernel's waits in each read: several have no order among them, and do not end in
+    /// time.
     pub(crate) fn reads_without_waiting(&self) -> bool {
         // The device is down, so there is nothing to be read. u64::MAX: this file has no offset.
         let mut byte = [0];

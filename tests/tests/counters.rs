@@ -80,6 +80,7 @@ fn counts(lab: &Lab, from: usize, to: usize) -> Result<Counts> {
         ("weft_packets", of("weft_packets_total", way)?, sent),
         ("weft_device_packets", of("weft_device_packets_total", received)?, written),
         ("weft_device_bytes", of("weft_device_bytes_total", received)?, written_bytes),
+        ("weft_input_packets", of("weft_input_packets_total", way)?, sent),
         // Each packet was in one batch, and in one write.
         ("packets of batches", of("weft_batch_packets_sum", way)?, sent),
         ("packets of writes", of("weft_segment_packets_sum", way)?, sent),
@@ -133,6 +134,9 @@ fn they_agree_with_the_wire_and_with_the_device() -> Result<()> {
         for ((from, to), before) in both.into_iter().zip(before) {
             agree(&lab, from, to, &before?).with_context(|| format!("{io}, {from} to {to}"))?;
             let ours = |name| counter(&lab, to, name);
+            let told = metrics(&lab.host(to).netns, 8081)?;
+            let lasted = r#"weft_batch_duration_seconds_sum{direction="udp_to_tun"}"#;
+            ensure!(told.get(lasted).is_some_and(|it| *it > 0.0), "no time");
             ensure!(ours("udp_to_tun_super_packets")? > 0, "no super-packet");
             ensure!(ours("udp_to_tun_writes")? < ours("udp_to_tun_packets")?, "nothing joined");
         }
