@@ -37,14 +37,11 @@ lab: build
 	target/release/weft lab --backend $(BACKEND) --registry $(REGISTRY)
 
 # What speaks to etcd runs once more by its v2 API, and with etcd 3.5; Debian's is 3.4.
-# The second and third time with what Linux 6.1 and Linux 6.4 have: those tests that have no
-# case of their own for it.
+# The second time with what Linux 6.1 has: those tests that have no case of their own for it.
 MODES = --package weft-tests --test overlay --test guard --test path_mtu --test ecn
 test: build
 	$(CARGO) test --release --locked --workspace
 	LAB_WEFT_IO=mmsg LAB_WEFT_OFFLOAD=tun-uso=off $(CARGO) test --release --locked $(MODES)
-	LAB_WEFT_IO=uring LAB_WEFT_OFFLOAD=multishot-read=off \
-		$(CARGO) test --release --locked $(MODES)
 	LAB_WEFT_ETCD_API=v2 $(CARGO) test --release --locked --package weft-tests --test etcd \
 		--test etcd_outage
 	packaging/install-etcd-3.5 target/etcd-3.5

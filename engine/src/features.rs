@@ -18,19 +18,16 @@ pub enum Feature {
     TcpCoalesce,
     /// Neighbours of one UDP flow in one write to the TUN; needs `TunUso`.
     UdpCoalesce,
-    /// One endless read from the TUN (IORING_OP_READ_MULTISHOT; Linux 6.7).
-    MultishotRead,
 }
 
 impl Feature {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 6] = [
         Self::TunTso,
         Self::TunUso,
         Self::UdpSegment,
         Self::UdpGro,
         Self::TcpCoalesce,
         Self::UdpCoalesce,
-        Self::MultishotRead,
     ];
 
     /// The name in flags, logs and status.
@@ -42,7 +39,6 @@ impl Feature {
             Self::UdpGro => "udp-gro",
             Self::TcpCoalesce => "tcp-coalesce",
             Self::UdpCoalesce => "udp-coalesce",
-            Self::MultishotRead => "multishot-read",
         }
     }
 }

@@ -201,7 +201,7 @@ impl Engine {
         let device_error = |source| EngineError::Device { name: config.device.clone(), source };
         let device = TunDevice::open(&config.device, config.workers, &features);
         let device = device.map_err(device_error)?;
-        let io = choose_io(config.tuning.io, &features, &device)?;
+        let io = choose_io(config.tuning.io, &device)?;
         device.bring_up(config.mtu).map_err(device_error)?;
         Ok(Self { config, io, features: Arc::new(features), device, sockets, sources })
     }
@@ -279,13 +279,9 @@ pub const fn overhead(underlay: IpAddr) -> u32 {
 }
 
 /// The way to do input and output: the one asked for, else the best. The device must be down.
-fn choose_io(
-    wish: Option<IoKind>,
-    features: &Features,
-    device: &TunDevice,
-) -> Result<IoKind, EngineError> {
+fn choose_io(wish: Option<IoKind>, device: &TunDevice) -> Result<IoKind, EngineError> {
     let probe = || match uring::probe() {
-        Ok(_) if !device.reads_without_waiting() => Err(std::io::Error::other(
+        Ok(()) if !device.reads_without_waiting() => Err(std::io::Error::other(
             "this kernel's io_uring cannot wait for the TUN device: weft needs Linux 6.4",
         )),
         probed => probed,
@@ -294,13 +290,9 @@ fn choose_io(
         Some(IoKind::Mmsg) => None,
         Some(IoKind::Uring) | None => Some(probe()),
     };
-    // Reading on and on is the ring's, and not every kernel's.
-    if !matches!(probed, Some(Ok(true))) {
-        features.fall(Feature::MultishotRead, FeatureState::Missing);
-    }
     match probed {
         None => Ok(IoKind::Mmsg),
-        Some(Ok(_)) => Ok(IoKind::Uring),
+        Some(Ok(())) => Ok(IoKind::Uring),
         Some(Err(error)) if wish.is_some() => Err(EngineError::Ring(error)),
         Some(Err(error)) => {
             tracing::info!("packets go by recvmmsg and sendmsg, since {error}");
@@ -394,8 +386,7 @@ impl Job {
         // Made here, since only the thread that makes a ring may use it.
         match self.io {
             IoKind::Uring => {
-                let multishot = self.context.features.has(Feature::MultishotRead);
-                let ring = Ring::new(self.direction, multishot, &files);
+                let ring = Ring::new(self.direction, &files);
                 self.run_on(ring);
             }
             IoKind::Mmsg => {

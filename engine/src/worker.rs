@@ -111,7 +111,7 @@ pub(crate) fn turn<I: Io, C: Carry<I>>(
     let mut spin = Spin { budget: context.busy_poll, until: None };
     while !context.stop.load(Ordering::Relaxed) {
         io.submit(spin.wait())?;
-        io.reap(&mut completions)?;
+        io.reap(&mut completions);
         let mut batch = None;
         if completions.iter().any(|completion| matches!(completion, Completion::Received(_))) {
             context.stats.add(C::BATCHES, 1);

@@ -295,7 +295,7 @@ fn the_engine_equals_the_naive_forwarder() -> Result<()> {
         &["--io=uring"][..],
         &["--io=mmsg"],
         &["--io=uring", "--udp-source-port=fixed", "--workers=1"],
-        &["--io=uring", "--offload=tun-uso=off,multishot-read=off"],
+        &["--io=uring", "--offload=tun-uso=off"],
         &["--io=uring", "--offload=tcp-coalesce=off,udp-segment=off"],
         &["--io=mmsg", "--offload=tun-tso=off,udp-gro=off,udp-coalesce=off"],
     ] {

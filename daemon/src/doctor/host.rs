@@ -12,10 +12,9 @@ const OLDEST: (u32, u32) = (6, 1);
 /// The first kernel whose TUN device io_uring can wait for.
 const IO_URING_SINCE: (u32, u32) = (6, 4);
 /// The first kernels with what is worth having.
-const NEWER_FEATURES: [((u32, u32), &str); 3] = [
+const NEWER_FEATURES: [((u32, u32), &str); 2] = [
     ((6, 2), "UDP segmentation offload from containers (6.2)"),
     (IO_URING_SINCE, "io_uring for the TUN device (6.4)"),
-    ((6, 7), "multishot reads of the TUN device (6.7)"),
 ];
 
 /// Whether a daemon answers, forwards, and has nothing to complain of.
@@ -216,7 +215,7 @@ mod tests {
         let verdict = |release: &str| kernel(&with_sysctl("kernel/osrelease", release)).verdict;
         assert_eq!(verdict("5.15.0-91-generic"), Verdict::Warn);
         assert_eq!(verdict("6.1.0-18-amd64"), Verdict::Ok);
-        assert!(kernel(&with_sysctl("kernel/osrelease", "6.1.0")).seen.contains("6.7"));
+        assert!(kernel(&with_sysctl("kernel/osrelease", "6.1.0")).seen.contains("6.4"));
         assert_eq!(kernel(&with_sysctl("kernel/osrelease", "6.18.3")).seen, "6.18.3");
         let no_tun = Seen { has_tun: false, ..with_sysctl("kernel/osrelease", "6.18.3") };
         let found = kernel(&no_tun);

@@ -38,8 +38,8 @@ pub struct EngineFlags {
     #[arg(hide_possible_values = true, verbatim_doc_comment)]
     pub io: Way,
     /// Goes without something that the kernel does for many packets at once:
-    /// tun-tso, tun-uso, udp-segment, udp-gro, tcp-coalesce, udp-coalesce or
-    /// multishot-read; repeatable, or separated by commas
+    /// tun-tso, tun-uso, udp-segment, udp-gro, tcp-coalesce or udp-coalesce;
+    /// repeatable, or separated by commas
     #[arg(long, value_name = "KIND=off", value_delimiter = ',', value_parser = offload)]
     #[arg(verbatim_doc_comment)]
     pub offload: Vec<Feature>,
@@ -172,14 +172,14 @@ mod tests {
         let found = flags(&[
             "--io=mmsg",
             "--offload=udp-gro=off,tun-tso=off",
-            "--offload=multishot-read=off",
+            "--offload=udp-coalesce=off",
             "--udp-source-port=fixed",
             "--busy-poll=50",
             "--dscp=copy",
         ]);
         let wanted = Tuning {
             io: Some(IoKind::Mmsg),
-            off: vec![Feature::UdpGro, Feature::TunTso, Feature::MultishotRead],
+            off: vec![Feature::UdpGro, Feature::TunTso, Feature::UdpCoalesce],
             source_port: SourcePort::Fixed,
             busy_poll: Duration::from_micros(50),
             dscp: DscpMode::Copy,

@@ -152,15 +152,9 @@ impl Io for Mmsg {
         Ok(())
     }
 
-    fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
-        let received = self.done.iter().filter_map(|completion| match completion {
-            Completion::Received(received) => Some(received.packets.len()),
-            Completion::Sent(_) | Completion::Woken => None,
-        });
-        let (packets, bytes) = received.fold((0, 0), |(n, sum), len| (n + 1, sum + len));
-        self.window.adapt(packets, bytes);
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        self.window.adapt(&self.done);
         out.append(&mut self.done);
-        Ok(())
     }
 
     fn packet(&self, buffer: &BufferId, at: &Range<usize>) -> &[u8] {

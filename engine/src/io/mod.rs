@@ -42,11 +42,8 @@ pub(crate) trait Io {
     /// The source is gone, or the kernel refuses to go on; nothing more will come of it.
     fn submit(&mut self, wait: Wait) -> io::Result<()>;
 
-    /// Collects what has happened, in order.
-    ///
-    /// # Errors
-    /// As [`Self::submit`].
-    fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()>;
+    /// Hands over what has happened, in order.
+    fn reap(&mut self, out: &mut Vec<Completion>);
 
     /// Bytes in a buffer.
     fn packet(&self, buffer: &BufferId, at: &Range<usize>) -> &[u8];
@@ -128,8 +125,13 @@ impl Window {
         Self { packets: RECEIVE_BUFFERS }
     }
 
-    /// Adapts to the size of what just came in: this many packets of so many bytes in all.
-    fn adapt(&mut self, packets: usize, bytes: usize) {
+    /// Adapts to the size of what just came in.
+    fn adapt(&mut self, done: &[Completion]) {
+        let received = done.iter().filter_map(|completion| match completion {
+            Completion::Received(received) => Some(received.packets.len()),
+            Completion::Sent(_) | Completion::Woken => None,
+        });
+        let (packets, bytes) = received.fold((0, 0), |(count, sum), len| (count + 1, sum + len));
         if let Some(len) = bytes.checked_div(packets) {
             let fitting = u16::try_from(WINDOW_LEN / len.max(1)).unwrap_or(u16::MAX);
             self.packets = fitting.clamp(WINDOW_MIN, RECEIVE_BUFFERS);

@@ -1,10 +1,15 @@
 //! A thread's io_uring: one endless read that fills buffers, sends from buffers, and a bell to
 //! wake it.
 //!
-//! What the kernel does for us: the source is armed once (multishot) and takes a buffer of the
-//! provided ring for each packet, until none is left (ENOBUFS) or something breaks; then it is
-//! armed again. Sends with MSG_DONTWAIT end while they are submitted, so packets keep their order
-//! without links between entries.
+//! What the kernel does for us: the socket is armed once (multishot) and takes a buffer of the
+//! provided ring for each datagram, until none is left (ENOBUFS) or something breaks; then it is
+//! armed again. Of the TUN, one read waits for a packet; once there is one, further reads look for
+//! more without waiting (RWF_NOWAIT). One multishot read would save entries, but stays in the
+//! device's wait queue for good, so that whoever sends to the device pays for a wake-up with each
+//! packet, also while we are awake.
+//!
+//! Sends with MSG_DONTWAIT and reads with RWF_NOWAIT end while they are submitted, so packets keep
+//! their order without links between entries.
 
 use std::alloc::{self, Layout};
 use std::fmt;
@@ -18,7 +23,7 @@ use std::slice;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::types::{BufRingEntry, CancelBuilder, Fixed, RecvMsgOut, Timespec};
-use io_uring::{EnterFlags, IoUring, Probe, cqueue, opcode, squeue};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
 
 use super::message::{CONTROL_LEN, Marks, SENDER_LEN, SendMessage, sender};
 use super::{
@@ -28,8 +33,9 @@ use crate::batch::Transmit;
 use crate::buffers::{BufferId, BufferPool};
 use crate::sys;
 
-/// Where a kernel lacks READ_MULTISHOT (before 6.7): reads in flight. More would wake in vain.
-const READS_IN_FLIGHT: u32 = 4;
+/// Reads that look for more behind a first packet, at most: one in vain costs a tenth of a
+/// microsecond or so.
+const FIRST_LOOK: u16 = 8;
 /// Room in front of a received datagram for `io_uring_recvmsg_out`, the sender's address and the
 /// control messages.
 const DATAGRAM_HEADROOM: usize = RECVMSG_OUT_LEN + SENDER_LEN + CONTROL_LEN;
@@ -43,8 +49,8 @@ const COMPLETIONS: u32 = 1024;
 const ROUNDS: usize = 8;
 
 const _: () = assert!(RECEIVE_BUFFERS.is_power_of_two());
-const _: () = assert!(SEND_BUFFERS as u32 + READS_IN_FLIGHT + 1 < SUBMISSIONS);
-const _: () = assert!((RECEIVE_BUFFERS + SEND_BUFFERS) as u32 + READS_IN_FLIGHT < COMPLETIONS);
+const _: () = assert!((RECEIVE_BUFFERS + SEND_BUFFERS) as u32 + 2 < SUBMISSIONS);
+const _: () = assert!(SUBMISSIONS <= COMPLETIONS);
 
 /// How long a closing ring waits for the kernel to let go of its buffers.
 const CANCEL_TIMEOUT: Timespec = Timespec::new().sec(1);
@@ -61,16 +67,14 @@ const GROUP: u16 = 0;
 const RECEIVE: u64 = 1 << 16;
 const SEND: u64 = 2 << 16;
 const WAKE: u64 = 3 << 16;
+const LOOK: u64 = 4 << 16;
 
-/// Whether io_uring is to be had, and if so whether it can read on and on (READ_MULTISHOT).
+/// Whether io_uring is to be had.
 ///
 /// # Errors
-/// io_uring is switched off or too old; the text says which and what mends it.
-pub(crate) fn probe() -> io::Result<bool> {
-    let ring = build_ring(8).map_err(explain)?;
-    let mut probe = Probe::new();
-    ring.submitter().register_probe(&mut probe).map_err(explain)?;
-    Ok(probe.is_supported(opcode::ReadMulti::CODE))
+/// It is switched off or too old; the text says which and what mends it.
+pub(crate) fn probe() -> io::Result<()> {
+    build_ring(8).map(drop).map_err(explain)
 }
 
 /// A thread's ring, with its buffers.
@@ -92,10 +96,15 @@ pub(crate) struct Ring {
     receive_shape: Box<libc::msghdr>,
     bell_count: Box<u64>,
     direction: Direction,
-    read_multishot: bool,
-    /// Receives that the kernel has.
-    armed: u32,
+    /// Whether the kernel has the receive that waits.
+    armed: bool,
     bell_armed: bool,
+    /// How many packets the last submission found.
+    found: u16,
+    /// How many came behind a first one, the last time that one came.
+    following: u16,
+    enter_flags: EnterFlags,
+    done: Vec<Completion>,
 }
 
 impl fmt::Debug for Ring {
@@ -105,17 +114,13 @@ impl fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring for the calling thread, and for no other (SINGLE_ISSUER). `read_multishot`: as
-    /// [`probe`] has it.
+    /// A ring for the calling thread, and for no other (SINGLE_ISSUER).
     ///
     /// # Errors
     /// The kernel refused the ring or one of its parts; the text says what mends it.
-    pub(crate) fn new(
-        direction: Direction,
-        read_multishot: bool,
-        files: &Files<'_>,
-    ) -> io::Result<Self> {
+    pub(crate) fn new(direction: Direction, files: &Files<'_>) -> io::Result<Self> {
         let ring = build_ring(SUBMISSIONS).map_err(explain)?;
+        let enter_flags = enter_flags(&ring);
         let Files { source, bell, sockets } = files;
         let all = [source, bell].into_iter().chain(sockets);
         let all: Vec<RawFd> = all.map(AsRawFd::as_raw_fd).collect();
@@ -142,9 +147,12 @@ impl Ring {
             receive_shape,
             bell_count: Box::new(0),
             direction,
-            read_multishot,
-            armed: 0,
+            armed: false,
             bell_armed: false,
+            found: 0,
+            following: 0,
+            enter_flags,
+            done: Vec::with_capacity(usize::from(2 * RECEIVE_BUFFERS + SEND_BUFFERS)),
         })
     }
 
@@ -173,24 +181,68 @@ impl Ring {
         self.provided.publish();
     }
 
-    /// Has the kernel take the rest of the input that is there.
-    fn go_on(&mut self) -> io::Result<()> {
+    /// Submits what is queued, and waits until so many completions are there to be collected.
+    fn enter(&mut self, wanted: u32) -> io::Result<()> {
+        let queued = len_u32(self.ring.submission().len());
+        let flags = self.enter_flags.bits();
+        // SAFETY: no argument is passed; what queued entries point to is as `push` demands.
+        let entered =
+            unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, wanted, flags, None) };
+        match entered {
+            Ok(_) => Ok(()),
+            // Interrupted, or completions have piled up: both end when they are collected.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Has the kernel take the rest of the datagrams that are there.
+    fn receive_on(&mut self) -> io::Result<()> {
         for _ in 0..ROUNDS {
             if !self.ring.submission().taskrun() {
                 break;
             }
-            self.ring.submit_and_wait(0)?;
+            self.enter(0)?;
         }
+        self.collect().map(drop)
+    }
+
+    /// Once there is a packet, reads those behind it: at first about as many as the last time, then
+    /// ever more. Where single packets come and go, no look is in vain.
+    fn read_on(&mut self) -> io::Result<()> {
+        let mut all = self.collect()?;
+        let mut look = self.following.max(self.found.min(1)).min(FIRST_LOOK);
+        while all > 0 && look.min(self.offered) > 0 {
+            let looks = look.min(self.offered);
+            for _ in 0..looks {
+                self.push_read(libc::RWF_NOWAIT, LOOK);
+            }
+            self.enter(0)?;
+            let found = self.collect()?;
+            all += found;
+            if found < looks {
+                break;
+            }
+            look = all;
+        }
+        self.found = all;
+        self.following = all.checked_sub(1).unwrap_or(self.following);
         Ok(())
     }
 
     fn arm(&mut self) {
-        while self.armed < self.receives_wanted() {
-            let entry = self.receive_entry().user_data(RECEIVE);
-            // SAFETY: receives write into the buffers of the provided ring only, which live until
-            // the ring closes; the shape they read lives as long.
-            unsafe { self.push(&entry) }
-            self.armed += 1;
+        if !self.armed {
+            match self.direction {
+                Direction::TunToUdp => self.push_read(0, RECEIVE),
+                Direction::UdpToTun => {
+                    let shape = self.receive_shape.as_ref();
+                    let entry = opcode::RecvMsgMulti::new(SOURCE, shape, GROUP).build();
+                    // SAFETY: it writes into the buffers of the provided ring only, which live until
+                    // the ring closes; the shape that it reads lives as long.
+                    unsafe { self.push(&entry.user_data(RECEIVE)) }
+                }
+            }
+            self.armed = true;
         }
         if !self.bell_armed {
             let count = ptr::from_mut(self.bell_count.as_mut()).cast();
@@ -201,29 +253,15 @@ impl Ring {
         }
     }
 
-    fn receives_wanted(&self) -> u32 {
-        match self.direction {
-            Direction::TunToUdp if !self.read_multishot => READS_IN_FLIGHT,
-            Direction::TunToUdp | Direction::UdpToTun => 1,
-        }
-    }
-
-    fn receive_entry(&self) -> squeue::Entry {
-        match self.direction {
-            Direction::UdpToTun => {
-                opcode::RecvMsgMulti::new(SOURCE, self.receive_shape.as_ref(), GROUP).build()
-            }
-            // io-uring 0.7.15 loses FIXED_FILE in this one opcode and would read descriptor 0.
-            Direction::TunToUdp if self.read_multishot => {
-                opcode::ReadMulti::new(SOURCE, 0, GROUP).build().flags(squeue::Flags::FIXED_FILE)
-            }
-            Direction::TunToUdp => {
-                opcode::Read::new(SOURCE, ptr::null_mut(), len_u32(self.pool.buffer_len()))
-                    .buf_group(GROUP)
-                    .build()
-                    .flags(squeue::Flags::BUFFER_SELECT)
-            }
-        }
+    fn push_read(&mut self, flags: i32, what: u64) {
+        let entry = opcode::Read::new(SOURCE, ptr::null_mut(), len_u32(self.pool.buffer_len()))
+            .buf_group(GROUP)
+            .rw_flags(flags)
+            .build()
+            .flags(squeue::Flags::BUFFER_SELECT);
+        // SAFETY: it writes into the buffers of the provided ring only, which live until the ring
+        // closes.
+        unsafe { self.push(&entry.user_data(what)) }
     }
 
     /// # Safety
@@ -232,7 +270,7 @@ impl Ring {
         // SAFETY: the caller's promise.
         while unsafe { self.ring.submission().push(entry) }.is_err() {
             // Full: the kernel takes what is there. An error shows again at the next wait.
-            if let Err(error) = self.ring.submit() {
+            if let Err(error) = self.enter(0) {
                 tracing::debug!("io_uring_enter while queueing: {error}");
             }
         }
@@ -244,55 +282,30 @@ impl Ring {
         submissions.is_empty() && !submissions.taskrun() && !submissions.cq_overflow()
     }
 
-    fn next_completion(&mut self) -> Option<cqueue::Entry> {
-        self.ring.completion().next()
-    }
-}
-
-impl Io for Ring {
-    fn submit(&mut self, wait: Wait) -> io::Result<()> {
-        self.offer();
-        self.arm();
-        let outcome = match wait {
-            Wait::Sleep => self.ring.submit_and_wait(1),
-            // Where the kernel has nothing for us, and we nothing for it, this is no system call.
-            Wait::Look if self.is_quiet() => return Ok(()),
-            Wait::Look => self.ring.submit_and_wait(0),
-        };
-        let outcome = outcome.and_then(|_| self.go_on());
-        match outcome {
-            Ok(()) => Ok(()),
-            // Interrupted, or completions have piled up: both end with the next reap.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
-        let (mut packets, mut bytes) = (0, 0);
+    /// Takes what has completed, and says how many packets came in.
+    fn collect(&mut self) -> io::Result<u16> {
+        let mut packets = 0;
         while let Some(entry) = self.next_completion() {
             let index = index(entry.user_data());
             match entry.user_data() & !0xffff {
                 SEND => {
                     let transmit = self.sends[usize::from(index)].transmit.take();
-                    out.extend(transmit.map(|transmit| {
+                    self.done.extend(transmit.map(|transmit| {
                         let result = outcome(entry.result()).map(drop);
                         Completion::Sent(Sent { buffer: BufferId::new(index), transmit, result })
                     }));
                 }
                 WAKE => {
                     self.bell_armed = false;
-                    out.push(Completion::Woken);
+                    self.done.push(Completion::Woken);
                 }
-                _ => {
-                    if !cqueue::more(entry.flags()) {
-                        self.armed -= 1;
-                    }
+                kind => {
+                    self.armed &= kind == LOOK || cqueue::more(entry.flags());
                     match outcome(entry.result()) {
                         Ok(len) => {
                             packets += 1;
-                            bytes += len;
-                            out.extend(self.received(&entry, len).map(Completion::Received));
+                            let received = self.received(&entry, len);
+                            self.done.extend(received.map(Completion::Received));
                         }
                         // Out of buffers, or nothing there after all: armed again at the next
                         // submission, when the caller has recycled what it has.
@@ -302,8 +315,33 @@ impl Io for Ring {
                 }
             }
         }
-        self.window.adapt(packets, bytes);
-        Ok(())
+        Ok(packets)
+    }
+
+    fn next_completion(&mut self) -> Option<cqueue::Entry> {
+        self.ring.completion().next()
+    }
+}
+
+impl Io for Ring {
+    fn submit(&mut self, wait: Wait) -> io::Result<()> {
+        self.offer();
+        self.arm();
+        match wait {
+            Wait::Sleep => self.enter(1)?,
+            // Where the kernel has nothing for us, and we nothing for it, this is no system call.
+            Wait::Look if self.is_quiet() => return Ok(()),
+            Wait::Look => self.enter(0)?,
+        }
+        match self.direction {
+            Direction::TunToUdp => self.read_on(),
+            Direction::UdpToTun => self.receive_on(),
+        }
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) {
+        self.window.adapt(&self.done);
+        out.append(&mut self.done);
     }
 
     fn packet(&self, buffer: &BufferId, at: &Range<usize>) -> &[u8] {
@@ -395,6 +433,16 @@ fn build_ring(entries: u32) -> io::Result<IoUring> {
         .setup_taskrun_flag()
         .setup_cqsize(COMPLETIONS.max(entries))
         .build(entries)
+}
+
+/// What each entry into the kernel asks for besides: to run what is due (deferred task work), and
+/// not to count the wait for packets as a wait for a disk. Since Linux 6.15; before, an idle thread
+/// shows as iowait.
+fn enter_flags(ring: &IoUring) -> EnterFlags {
+    let quiet = EnterFlags::GETEVENTS | EnterFlags::NO_IOWAIT;
+    // SAFETY: nothing is submitted, nothing waited for, and no argument passed.
+    let answer = unsafe { ring.submitter().enter::<libc::sigset_t>(0, 0, quiet.bits(), None) };
+    if answer.is_ok() { quiet } else { EnterFlags::GETEVENTS }
 }
 
 /// Says which switch refuses io_uring.
