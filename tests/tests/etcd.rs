@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
+use rustix::process::Signal;
 use weft_control::keeper::{Identity, Plan, plan};
 use weft_control::lease::{Expiry, Snapshot};
 use weft_control::subnet_env::Previous;
@@ -344,7 +345,8 @@ fn a_clock_that_jumps_is_not_followed() -> Result<()> {
         all_acquainted(&lab)?;
         pings(&lab)?;
     }
-    drop(daemon);
+    // In order, so that libfaketime takes its shared memory away.
+    assert!(daemon.end(Signal::TERM)?.success());
     lab.remove()
 }
 
