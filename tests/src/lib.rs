@@ -9,6 +9,7 @@ pub mod refusing;
 pub mod service;
 pub mod slow_proxy;
 pub mod terminal;
+pub mod vxlan;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

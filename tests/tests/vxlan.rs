@@ -1,79 +1,30 @@
-//! vxlan: devices, neighbours, forwarding entries and routes, exact, kept, unbroken while the daemon
-//! is away, and shared with flannel.
+//! vxlan: devices, neighbours, forwarding entries and routes, exact, kept, and unbroken while the daemon
+//! is away.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ipnetwork::IpNetwork;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use weft_daemon::lab::{Bytes, Lab, PingOptions};
+use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status;
 use weft_tests::load::loses_nothing_over_restarts;
+use weft_tests::vxlan::{
+    are, bridge_json, lease, lease_file, link, list, objects, ping_both_ways, wanted, write_lease,
+};
 use weft_tests::{
     DEADLINE, Weftd, bring_up, dual_stack, hosts_of, reaches, tells, until, write_config,
 };
 
-/// Two hops, both in kernels.
-const TTL_ACROSS: u8 = 62;
 /// What is promised of a repair, which a busy machine may keep once in several times.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(1);
-/// Where a hand-made flannel node is: no weftd runs on it.
-const FLANNEL: usize = 1;
-const FLANNEL_MAC: &str = "c6:d2:32:6f:8f:44";
-const FLANNEL_SUBNET: &str = "10.42.77.0";
 
 fn lab(hosts: usize) -> Result<Lab> {
     hosts_of("vxlan", hosts)
-}
-
-fn bridge_json(netns: &NetNs, arguments: &[&str]) -> Result<Value> {
-    let text = netns.tool("bridge", &[&["-json"], arguments].concat())?;
-    Ok(serde_json::from_str(if text.is_empty() { "[]" } else { &text })?)
-}
-
-fn list(value: &Value) -> Result<&Vec<Value>> {
-    value.as_array().context("no list")
-}
-
-fn link(netns: &NetNs, device: &str) -> Result<Value> {
-    let links = netns.ip_json(&["-details", "link", "show", device])?;
-    links.get(0).cloned().with_context(|| format!("no {device}"))
-}
-
-/// All that leads out of a device, a line each.
-fn objects(netns: &NetNs, device: &str) -> Result<BTreeSet<String>> {
-    let mut lines = BTreeSet::new();
-    for family in ["-4", "-6"] {
-        let found = netns.ip_json(&[family, "route", "show", "dev", device])?;
-        for route in list(&found)?.iter().filter(|route| !route["gateway"].is_null()) {
-            let (to, via, by) = (&route["dst"], &route["gateway"], &route["protocol"]);
-            lines.insert(format!("route {to} via {via} proto {by} {}", route["flags"]));
-        }
-    }
-    let found = netns.ip_json(&["neigh", "show", "dev", device, "nud", "permanent"])?;
-    for neighbour in list(&found)? {
-        lines.insert(format!("neighbour {} {}", neighbour["dst"], neighbour["lladdr"]));
-    }
-    for entry in list(&bridge_json(netns, &["fdb", "show", "dev", device])?)? {
-        let (flags, state) = (&entry["flags"], &entry["state"]);
-        lines.insert(format!("fdb {} {} {flags} {state}", entry["mac"], entry["dst"]));
-    }
-    Ok(lines)
-}
-
-/// What there must be for a peer's subnet.
-fn wanted(subnet: IpNetwork, mac: &str, public_ip: &str) -> [String; 3] {
-    let base = subnet.network();
-    [
-        format!(r#"route "{subnet}" via "{base}" proto "119" ["onlink"]"#),
-        format!(r#"neighbour "{base}" "{mac}""#),
-        format!(r#"fdb "{mac}" "{public_ip}" ["self"] "permanent""#),
-    ]
 }
 
 /// What the leases of all others say there must be on a host.
@@ -88,34 +39,6 @@ fn all_wanted(lab: &Lab, host: usize) -> Result<BTreeSet<String>> {
     Ok(all)
 }
 
-fn lease_file(lab: &Lab, subnet: IpNetwork) -> Result<PathBuf> {
-    Ok(lab.registry()?.join(format!("subnets/{}-{}", subnet.network(), subnet.prefix())))
-}
-
-/// Without what the directory registry adds: when it ends.
-fn lease(lab: &Lab, subnet: IpNetwork) -> Result<Value> {
-    let mut lease: Value = serde_json::from_slice(&fs::read(lease_file(lab, subnet)?)?)?;
-    lease.as_object_mut().context("no object")?.remove("Expires");
-    Ok(lease)
-}
-
-fn write_lease(lab: &Lab, key: &str, public_ip: &str, mac: &str) -> Result<()> {
-    let data = json!({"VNI": 1, "VtepMAC": mac});
-    let lease = json!({"PublicIP": public_ip, "PublicIPv6": null, "BackendType": "vxlan",
-        "BackendData": data});
-    let subnets = lab.registry()?.join("subnets");
-    fs::create_dir_all(&subnets)?;
-    // Whole at once, as a registry's writers do.
-    let new = lab.registry()?.join(format!("new-{key}"));
-    fs::write(&new, lease.to_string())?;
-    Ok(fs::rename(new, subnets.join(key))?)
-}
-
-fn are(netns: &NetNs, wanted: &BTreeSet<String>) -> Result<()> {
-    until("everything is as it should be", || Ok(objects(netns, "flannel.1")? == *wanted))
-        .with_context(|| format!("{:#?}, not {wanted:#?}", objects(netns, "flannel.1")))
-}
-
 fn are_as_wanted(lab: &Lab, host: usize) -> Result<()> {
     let netns = &lab.host(host).netns;
     until("everything is as the leases say", || {
@@ -124,16 +47,6 @@ fn are_as_wanted(lab: &Lab, host: usize) -> Result<()> {
     .with_context(|| {
         format!("{:#?}, not {:#?}", objects(netns, "flannel.1"), all_wanted(lab, host))
     })
-}
-
-fn ping_both_ways(lab: &Lab, one: usize, other: usize) -> Result<()> {
-    for (from, to) in [(one, other), (other, one)] {
-        until(&format!("{from} reaches {to}"), || {
-            let report = lab.ping(from, to, &PingOptions::default())?;
-            Ok(report.complete() && report.replies.iter().all(|reply| reply.ttl == TTL_ACROSS))
-        })?;
-    }
-    Ok(())
 }
 
 #[test]
@@ -360,135 +273,6 @@ fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     };
     loses_nothing_over_restarts(&mut lab, || objects(&host, "flannel.1"), leave_behind)?;
     assert_eq!(state(&lab)?, before, "device, MAC and lease are the same");
-    lab.remove()
-}
-
-/// A node as flannel leaves it, made by `ip` and `bridge` alone.
-fn make_flannel(lab: &mut Lab) -> Result<()> {
-    let host = NetNs::open(lab.host(FLANNEL).netns.name());
-    let address = lab.host(FLANNEL).address.to_string();
-    make_flannel_device(&host, FLANNEL_MAC, &address, "8472")?;
-    host.ip(&["address", "add", &format!("{FLANNEL_SUBNET}/32"), "dev", "flannel.1"])?;
-    write_lease(lab, &format!("{FLANNEL_SUBNET}-24"), &address, FLANNEL_MAC)?;
-    let env = "FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.77.1/24\nFLANNEL_MTU=1450\n\
-               FLANNEL_IPMASQ=false\n";
-    fs::write(&lab.host(FLANNEL).subnet_file, env)?;
-    lab.attach_container(FLANNEL)?;
-    Ok(())
-}
-
-fn make_flannel_device(host: &NetNs, mac: &str, local: &str, port: &str) -> Result<()> {
-    let what = ["link", "add", "flannel.1", "address", mac, "mtu", "1450", "type", "vxlan"];
-    let how = ["id", "1", "dev", "eth0", "local", local, "dstport", port, "nolearning"];
-    host.ip(&[&what[..], &how].concat())?;
-    host.ip(&["link", "set", "flannel.1", "up"])
-}
-
-/// What flannel adds for a peer.
-fn add_peer(host: &NetNs, subnet: &str, base: &str, mac: &str, public_ip: &str) -> Result<()> {
-    let device = ["dev", "flannel.1"];
-    host.ip(
-        &[&["neigh", "replace", base, "lladdr", mac, "nud", "permanent"], &device[..]].concat()
-    )?;
-    let fdb = ["fdb", "replace", mac, "dst", public_ip];
-    host.tool("bridge", &[&fdb[..], &device, &["self", "permanent"]].concat())?;
-    host.ip(&[&["route", "replace", subnet, "via", base, "onlink"], &device[..]].concat())
-}
-
-#[test]
-fn a_flannel_node_is_a_peer_like_any_other_and_may_move() -> Result<()> {
-    let mut lab = lab(2)?;
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}"#)?;
-    make_flannel(&mut lab)?;
-    lab.start_daemon(0, &[])?;
-    lab.wait_ready(0, DEADLINE)?;
-    lab.attach_container(0)?;
-    let (host, far) =
-        (NetNs::open(lab.host(0).netns.name()), NetNs::open(lab.host(FLANNEL).netns.name()));
-    let subnet = lab.status(0)?.subnets[0];
-    let data = lease(&lab, subnet)?["BackendData"].clone();
-    add_peer(
-        &far,
-        &subnet.to_string(),
-        &subnet.network().to_string(),
-        data["VtepMAC"].as_str().context("no MAC")?,
-        &lab.host(0).address.to_string(),
-    )?;
-    let theirs: IpNetwork = "10.42.77.0/24".parse()?;
-    let address = lab.host(FLANNEL).address.to_string();
-    are(&host, &wanted(theirs, FLANNEL_MAC, &address).into())?;
-    ping_both_ways(&lab, 0, FLANNEL)?;
-    assert!(lab.transfer(0, FLANNEL, Bytes(4 << 20))?.intact());
-    assert!(lab.transfer(FLANNEL, 0, Bytes(4 << 20))?.intact());
-
-    // It moves to another address, and once more while nobody watches.
-    let key = format!("{FLANNEL_SUBNET}-24");
-    for (number, moved) in ["10.168.0.195", "10.168.0.196"].into_iter().enumerate() {
-        if number == 1 {
-            lab.stop_daemon(0)?;
-        }
-        far.ip(&["address", "flush", "dev", "eth0"])?;
-        far.ip(&["address", "add", &format!("{moved}/24"), "dev", "eth0"])?;
-        far.ip(&["link", "set", "flannel.1", "type", "vxlan", "local", moved])?;
-        write_lease(&lab, &key, moved, FLANNEL_MAC)?;
-        if number == 1 {
-            lab.start_daemon(0, &[])?;
-            lab.wait_ready(0, DEADLINE)?;
-        }
-        are(&host, &wanted(theirs, FLANNEL_MAC, moved).into())?;
-        ping_both_ways(&lab, 0, FLANNEL)?;
-    }
-    lab.remove()
-}
-
-#[test]
-fn what_flannel_left_is_taken_over() -> Result<()> {
-    let mut lab = lab(2)?;
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}"#)?;
-    make_flannel(&mut lab)?;
-    let host = NetNs::open(lab.host(0).netns.name());
-    let own_mac = "c6:00:00:00:00:01";
-    make_flannel_device(&host, own_mac, &lab.host(0).address.to_string(), "8472")?;
-    let far = lab.host(FLANNEL).address.to_string();
-    add_peer(&host, "10.42.77.0/24", FLANNEL_SUBNET, FLANNEL_MAC, &far)?;
-    add_peer(&host, "10.42.88.0/24", "10.42.88.0", "c6:00:00:00:00:88", "10.168.0.188")?;
-    let index = link(&host, "flannel.1")?["ifindex"].clone();
-    lab.start_daemon(0, &[])?;
-    lab.wait_ready(0, DEADLINE)?;
-    are(&host, &wanted("10.42.77.0/24".parse()?, FLANNEL_MAC, &far).into())?;
-    let device = link(&host, "flannel.1")?;
-    assert_eq!(
-        json!([device["ifindex"], device["address"], device["ifalias"]]),
-        json!([index, own_mac, "weft"])
-    );
-    let subnet = lab.status(0)?.subnets[0];
-    assert_eq!(lease(&lab, subnet)?["BackendData"]["VtepMAC"], own_mac);
-
-    // One that will not do is made anew.
-    lab.stop_daemon(0)?;
-    host.ip(&["link", "del", "flannel.1"])?;
-    make_flannel_device(&host, own_mac, &lab.host(0).address.to_string(), "4789")?;
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan","Port":8472}}"#)?;
-    lab.start_daemon(0, &[])?;
-    lab.wait_ready(0, DEADLINE)?;
-    are(&host, &wanted("10.42.77.0/24".parse()?, FLANNEL_MAC, &far).into())?;
-    let told = "already exists with incompatible configuration: port 4789 instead of 8472; \
-                recreating device";
-    assert!(fs::read_to_string(&lab.host(0).log)?.contains(told));
-
-    // A stranger's that has the name is left alone, and told of.
-    lab.stop_daemon(0)?;
-    host.ip(&["link", "del", "flannel.1"])?;
-    host.ip(&["link", "add", "flannel.1", "type", "bridge"])?;
-    let strangers = link(&host, "flannel.1")?;
-    lab.start_daemon(0, &[])?;
-    until("it is told", || {
-        let log = fs::read_to_string(&lab.host(0).log)?;
-        Ok(log.contains("the name flannel.1, which the VXLAN device needs, is that of a bridge"))
-    })?;
-    let device = link(&host, "flannel.1")?;
-    let kind = |device: &Value| device["linkinfo"]["info_kind"].clone();
-    assert_eq!((&device["ifindex"], kind(&device)), (&strangers["ifindex"], kind(&strangers)));
     lab.remove()
 }
 
