@@ -6,7 +6,8 @@
 //! armed again. Of the TUN, one read waits for a packet; once there is one, further reads look for
 //! more without waiting (RWF_NOWAIT). One multishot read would save entries, but stays in the
 //! device's wait queue for good, so that whoever sends to the device pays for a wake-up with each
-//! packet, also while we are awake.
+//! packet, also while we are awake. Each read has a buffer of its own: of a provided ring, kernels
+//! before 6.17 hand the same buffer to several reads where one of them finds nothing (liburing#1530).
 //!
 //! Sends with MSG_DONTWAIT and reads with RWF_NOWAIT end while they are submitted, so packets keep
 //! their order without links between entries.
@@ -63,11 +64,13 @@ const SOCKETS: u32 = 2;
 /// The group number of the one provided ring.
 const GROUP: u16 = 0;
 
-/// What an entry was for, in its user data above the buffer's index.
+/// What an entry was for, in its user data above the buffer's index: datagrams, a read of the TUN
+/// that waits, one that does not, a send, the bell.
 const RECEIVE: u64 = 1 << 16;
-const SEND: u64 = 2 << 16;
-const WAKE: u64 = 3 << 16;
-const LOOK: u64 = 4 << 16;
+const READ: u64 = 2 << 16;
+const LOOK: u64 = 3 << 16;
+const SEND: u64 = 4 << 16;
+const WAKE: u64 = 5 << 16;
 
 /// Whether io_uring is to be had.
 ///
@@ -81,22 +84,19 @@ pub(crate) fn probe() -> io::Result<()> {
 pub(crate) struct Ring {
     // Closed before the memory below is freed, which the kernel may write into until then.
     ring: IoUring,
-    provided: ProvidedRing,
+    /// `None` where packets are read from the TUN.
+    datagrams: Option<Datagrams>,
     pool: BufferPool,
     /// By buffer.
     sends: Box<[SendSlot]>,
-    /// Buffers for input that wait to be offered; the last one has been used last.
+    /// Buffers for input that the kernel does not have; the last one has been used last.
     empty: Vec<u16>,
-    /// How many the kernel has.
-    offered: u16,
     window: Window,
     /// Buffers to send from that are in no send.
     free: Vec<u16>,
-    /// What multishot receives are shaped by; the kernel reads it when armed.
-    receive_shape: Box<libc::msghdr>,
     bell_count: Box<u64>,
     direction: Direction,
-    /// Whether the kernel has the receive that waits.
+    /// Whether the kernel has what waits for input.
     armed: bool,
     bell_armed: bool,
     /// How many packets the last submission found.
@@ -131,20 +131,18 @@ impl Ring {
         };
         let count = RECEIVE_BUFFERS + direction.send_buffers();
         let pool = BufferPool::new(count, headroom + direction.input_len_max());
-        let provided = ProvidedRing::register(&ring, RECEIVE_BUFFERS).map_err(explain)?;
-        let mut receive_shape = Box::new(sys::empty_msghdr());
-        receive_shape.msg_namelen = socklen(SENDER_LEN);
-        receive_shape.msg_controllen = CONTROL_LEN;
+        let datagrams = match direction {
+            Direction::TunToUdp => None,
+            Direction::UdpToTun => Some(Datagrams::new(&ring).map_err(explain)?),
+        };
         Ok(Self {
             ring,
-            provided,
+            datagrams,
             pool,
             sends: (0..count).map(|_| SendSlot::new()).collect(),
             empty: (0..RECEIVE_BUFFERS).rev().collect(),
-            offered: 0,
             window: Window::new(),
             free: (RECEIVE_BUFFERS..count).rev().collect(),
-            receive_shape,
             bell_count: Box::new(0),
             direction,
             armed: false,
@@ -156,29 +154,21 @@ impl Ring {
         })
     }
 
-    fn received(&mut self, entry: &cqueue::Entry, len: usize) -> Option<Received> {
-        let buffer = cqueue::buffer_select(entry.flags())?;
-        self.offered -= 1;
-        Some(match self.direction {
-            Direction::TunToUdp => from_tun(buffer, len),
-            Direction::UdpToTun => from_udp(buffer, len, &self.pool, &self.receive_shape),
-        })
-    }
-
     fn assert_inside(&self, at: &Range<usize>) {
         let inside = at.start <= at.end && at.end <= self.pool.buffer_len();
         assert!(inside, "a packet lies inside its buffer");
     }
 
-    /// Gives the kernel as many buffers as the window is wide.
+    /// Gives the kernel as many buffers for datagrams as the window is wide.
     fn offer(&mut self) {
-        while self.offered < self.window.packets
+        let Some(datagrams) = &mut self.datagrams else { return };
+        while datagrams.offered < self.window.packets
             && let Some(index) = self.empty.pop()
         {
-            self.provided.add(index, &self.pool);
-            self.offered += 1;
+            datagrams.provided.add(index, &self.pool);
+            datagrams.offered += 1;
         }
-        self.provided.publish();
+        datagrams.provided.publish();
     }
 
     /// Submits what is queued, and waits until so many completions are there to be collected.
@@ -211,11 +201,11 @@ impl Ring {
     /// ever more. Where single packets come and go, no look is in vain.
     fn read_on(&mut self) -> io::Result<()> {
         let mut all = self.collect()?;
-        let mut look = self.following.max(self.found.min(1)).min(FIRST_LOOK);
-        while all > 0 && look.min(self.offered) > 0 {
-            let looks = look.min(self.offered);
-            for _ in 0..looks {
-                self.push_read(libc::RWF_NOWAIT, LOOK);
+        let mut wanted = self.following.max(self.found.min(1)).min(FIRST_LOOK);
+        while all > 0 {
+            let looks = self.look(wanted.min(self.window.packets.saturating_sub(all)));
+            if looks == 0 {
+                break;
             }
             self.enter(0)?;
             let found = self.collect()?;
@@ -223,26 +213,31 @@ impl Ring {
             if found < looks {
                 break;
             }
-            look = all;
+            wanted = all;
         }
         self.found = all;
         self.following = all.checked_sub(1).unwrap_or(self.following);
         Ok(())
     }
 
+    /// Queues reads that do not wait; says how many there were buffers for.
+    fn look(&mut self, wanted: u16) -> u16 {
+        (0..wanted).find(|_| !self.push_read(libc::RWF_NOWAIT, LOOK)).unwrap_or(wanted)
+    }
+
     fn arm(&mut self) {
         if !self.armed {
-            match self.direction {
-                Direction::TunToUdp => self.push_read(0, RECEIVE),
-                Direction::UdpToTun => {
-                    let shape = self.receive_shape.as_ref();
+            self.armed = match &self.datagrams {
+                None => self.push_read(0, READ),
+                Some(datagrams) => {
+                    let shape = ptr::from_ref(datagrams.shape.as_ref());
                     let entry = opcode::RecvMsgMulti::new(SOURCE, shape, GROUP).build();
                     // SAFETY: it writes into the buffers of the provided ring only, which live until
                     // the ring closes; the shape that it reads lives as long.
                     unsafe { self.push(&entry.user_data(RECEIVE)) }
+                    true
                 }
-            }
-            self.armed = true;
+            };
         }
         if !self.bell_armed {
             let count = ptr::from_mut(self.bell_count.as_mut()).cast();
@@ -253,15 +248,15 @@ impl Ring {
         }
     }
 
-    fn push_read(&mut self, flags: i32, what: u64) {
-        let entry = opcode::Read::new(SOURCE, ptr::null_mut(), len_u32(self.pool.buffer_len()))
-            .buf_group(GROUP)
-            .rw_flags(flags)
-            .build()
-            .flags(squeue::Flags::BUFFER_SELECT);
-        // SAFETY: it writes into the buffers of the provided ring only, which live until the ring
-        // closes.
-        unsafe { self.push(&entry.user_data(what)) }
+    /// Queues a read of the TUN, if there is an empty buffer.
+    fn push_read(&mut self, flags: i32, what: u64) -> bool {
+        let Some(index) = self.empty.pop() else { return false };
+        let (start, len) = (self.pool.start(index), len_u32(self.pool.buffer_len()));
+        let entry = opcode::Read::new(SOURCE, start, len).rw_flags(flags).build();
+        // SAFETY: the buffer has the bytes and lives until the ring closes; it is in no list, and so
+        // nobody's, until its completion brings it back.
+        unsafe { self.push(&entry.user_data(what | u64::from(index))) }
+        true
     }
 
     /// # Safety
@@ -299,18 +294,28 @@ impl Ring {
                     self.bell_armed = false;
                     self.done.push(Completion::Woken);
                 }
-                kind => {
-                    self.armed &= kind == LOOK || cqueue::more(entry.flags());
-                    match outcome(entry.result()) {
-                        Ok(len) => {
+                RECEIVE => {
+                    self.armed = cqueue::more(entry.flags());
+                    // Where it is not to be had for want of a buffer or of datagrams, it is armed
+                    // again at the next submission, when the caller has recycled what it has.
+                    if let Some(len) = received(entry.result())? {
+                        let buffer = cqueue::buffer_select(entry.flags());
+                        let datagrams = self.datagrams.as_mut();
+                        let received = datagrams
+                            .zip(buffer)
+                            .map(|(datagrams, buffer)| datagrams.take(buffer, len, &self.pool));
+                        self.done.extend(received.map(Completion::Received));
+                        packets += 1;
+                    }
+                }
+                what => {
+                    self.armed &= what != READ;
+                    match received(entry.result())? {
+                        Some(len) => {
+                            self.done.push(Completion::Received(from_tun(index, len)));
                             packets += 1;
-                            let received = self.received(&entry, len);
-                            self.done.extend(received.map(Completion::Received));
                         }
-                        // Out of buffers, or nothing there after all: armed again at the next
-                        // submission, when the caller has recycled what it has.
-                        Err(error) if is_passing(&error) => {}
-                        Err(error) => return Err(error),
+                        None => self.empty.push(index),
                     }
                 }
             }
@@ -333,10 +338,7 @@ impl Io for Ring {
             Wait::Look if self.is_quiet() => return Ok(()),
             Wait::Look => self.enter(0)?,
         }
-        match self.direction {
-            Direction::TunToUdp => self.read_on(),
-            Direction::UdpToTun => self.receive_on(),
-        }
+        if self.datagrams.is_some() { self.receive_on() } else { self.read_on() }
     }
 
     fn reap(&mut self, out: &mut Vec<Completion>) {
@@ -460,8 +462,15 @@ fn explain(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{cure} ({error})"))
 }
 
-fn is_passing(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EAGAIN | libc::EINTR))
+/// Bytes that came in; `None` where it was nothing, for want of buffers or of input.
+fn received(result: i32) -> io::Result<Option<usize>> {
+    match outcome(result) {
+        Ok(len) => Ok(Some(len)),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::ENOBUFS | libc::EAGAIN | libc::EINTR) => Ok(None),
+            _ => Err(error),
+        },
+    }
 }
 
 fn outcome(result: i32) -> io::Result<usize> {
@@ -478,21 +487,41 @@ fn from_tun(buffer: u16, len: usize) -> Received {
     }
 }
 
-fn from_udp(buffer: u16, len: usize, pool: &BufferPool, shape: &libc::msghdr) -> Received {
-    let len = len.min(pool.buffer_len());
-    // SAFETY: the kernel has just handed over this buffer and does not write there any more; the
-    // slice ends inside it and before this function does.
-    let bytes = unsafe { slice::from_raw_parts(pool.start(buffer), len) };
-    let message = RecvMsgOut::parse(bytes, shape).ok();
-    let sender = message.as_ref().and_then(|message| sender(message.name_data()));
-    let marks = message.map(|it| Marks::parse(it.control_data())).unwrap_or_default();
-    let packets = DATAGRAM_HEADROOM.min(len)..len;
-    Received {
-        buffer: BufferId::new(buffer),
-        segment_len: marks.segment_len.unwrap_or(packets.len()),
-        packets,
-        sender: Some(sender.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))),
-        traffic_class: marks.traffic_class,
+/// What datagrams are received with: a ring of buffers, of which the kernel picks one for each.
+struct Datagrams {
+    provided: ProvidedRing,
+    /// How many buffers the kernel has.
+    offered: u16,
+    /// What receives are shaped by; the kernel reads it when armed.
+    shape: Box<libc::msghdr>,
+}
+
+impl Datagrams {
+    fn new(ring: &IoUring) -> io::Result<Self> {
+        let mut shape = Box::new(sys::empty_msghdr());
+        shape.msg_namelen = socklen(SENDER_LEN);
+        shape.msg_controllen = CONTROL_LEN;
+        Ok(Self { provided: ProvidedRing::register(ring, RECEIVE_BUFFERS)?, offered: 0, shape })
+    }
+
+    /// A buffer that the kernel has filled.
+    fn take(&mut self, buffer: u16, len: usize, pool: &BufferPool) -> Received {
+        self.offered -= 1;
+        let len = len.min(pool.buffer_len());
+        // SAFETY: the kernel has just handed over this buffer and does not write there any more; the
+        // slice ends inside it and before this function does.
+        let bytes = unsafe { slice::from_raw_parts(pool.start(buffer), len) };
+        let message = RecvMsgOut::parse(bytes, &self.shape).ok();
+        let sender = message.as_ref().and_then(|message| sender(message.name_data()));
+        let marks = message.map(|it| Marks::parse(it.control_data())).unwrap_or_default();
+        let packets = DATAGRAM_HEADROOM.min(len)..len;
+        Received {
+            buffer: BufferId::new(buffer),
+            segment_len: marks.segment_len.unwrap_or(packets.len()),
+            packets,
+            sender: Some(sender.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))),
+            traffic_class: marks.traffic_class,
+        }
     }
 }
 
