@@ -74,6 +74,41 @@ fn voluntary_switches(task: &Path) -> Result<u64> {
     Ok(line.context("no such line")?.trim().parse()?)
 }
 
+/// Sends over all flows, both ways at once, and sees that each keeps its order.
+fn all_keep_their_order(lab: &Lab) -> Result<()> {
+    let received: Result<Vec<u32>> = thread::scope(|scope| {
+        let mut receiving = Vec::new();
+        for (from, to) in [(0, 1), (1, 0)] {
+            let (senders, receivers): (Vec<_>, Vec<_>) = flows(lab, from, to)?.into_iter().unzip();
+            let receive = |it| scope.spawn(move || receive_in_order(&it, || {}));
+            receiving.extend(receivers.into_iter().map(receive));
+            scope.spawn(move || {
+                for number in 0..3000 {
+                    for sender in &senders {
+                        // A full queue loses datagrams, which is no matter here.
+                        let _ = sender.send(&datagram(number));
+                    }
+                }
+            });
+        }
+        receiving.into_iter().map(|it| it.join().expect("a receiver panicked")).collect()
+    });
+    ensure!(received?.into_iter().all(|count| count > 100), "hardly anything arrived");
+    Ok(())
+}
+
+/// The threads that have not slept since, of all hosts.
+fn idle_since(lab: &Lab, before: &[Vec<(String, u64)>; 2]) -> Result<Vec<String>> {
+    let mut idle = Vec::new();
+    for (host, before) in before.iter().enumerate() {
+        let after = sleeps(lab, host)?;
+        assert_eq!(after.len(), 4);
+        let unchanged = after.into_iter().filter(|thread| before.contains(thread));
+        idle.extend(unchanged.map(|(name, _)| format!("{name} of host {host}")));
+    }
+    Ok(idle)
+}
+
 #[test]
 fn no_flow_is_reordered_and_every_worker_takes_part() -> Result<()> {
     for io in ["--io=uring", "--io=mmsg"] {
@@ -81,36 +116,17 @@ fn no_flow_is_reordered_and_every_worker_takes_part() -> Result<()> {
         plain_wire(&lab)?;
         bring_up(&mut lab, &[io, "--workers=2"])?;
         let before = [sleeps(&lab, 0)?, sleeps(&lab, 1)?];
-        let received = thread::scope(|scope| {
-            let mut receiving = Vec::new();
-            for (from, to) in [(0, 1), (1, 0)] {
-                let (senders, receivers): (Vec<_>, Vec<_>) =
-                    flows(&lab, from, to)?.into_iter().unzip();
-                receiving.extend(
-                    receivers
-                        .into_iter()
-                        .map(|it| scope.spawn(move || receive_in_order(&it, || {}))),
-                );
-                scope.spawn(move || {
-                    for number in 0..3000 {
-                        for sender in &senders {
-                            // A full queue loses datagrams, which is no matter here.
-                            let _ = sender.send(&datagram(number));
-                        }
-                    }
-                });
-            }
-            receiving.into_iter().map(|it| it.join().expect("a receiver panicked")).collect()
-        });
-        let received: Result<Vec<u32>> = received;
-        assert!(received?.into_iter().all(|count| count > 100), "{io}");
-        for (host, before) in before.into_iter().enumerate() {
-            let after = sleeps(&lab, host)?;
-            assert_eq!(after.len(), 4);
-            for ((name, before), (_, after)) in before.iter().zip(&after) {
-                assert!(after > before, "{name} of host {host} has carried nothing");
+        let mut idle = Vec::new();
+        // Ports are the kernel's choice: once in some hundred times all sixteen flows fall to one
+        // worker. Others then do not.
+        for _ in 0..3 {
+            all_keep_their_order(&lab).context(io)?;
+            idle = idle_since(&lab, &before)?;
+            if idle.is_empty() {
+                break;
             }
         }
+        assert_eq!(idle, <[&str; 0]>::default(), "{io}: these have carried nothing");
         lab.remove()?;
     }
     Ok(())
