@@ -50,7 +50,7 @@ pub enum FeatureState {
     On,
     /// By a flag.
     Off,
-    /// This kernel, or this way to do input and output, has no such thing.
+    /// This kernel has no such thing.
     Missing,
     /// The kernel refused it while packets flowed.
     Refused,
