@@ -4,9 +4,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ptr;
 
+use io_uring::types::RecvMsgOut;
 use socket2::SockAddr;
 
+use super::Received;
 use crate::batch::{Outer, Transmit};
+use crate::buffers::BufferId;
 use crate::sys;
 
 /// Bytes of payload that a UDP datagram, or several received as one, has at most.
@@ -15,6 +18,10 @@ pub(crate) const DATAGRAM_LEN_MAX: usize = 65_535;
 pub(crate) const SENDER_LEN: usize = size_of::<libc::sockaddr_in6>();
 /// Room for what comes with a datagram: UDP_GRO and the traffic class.
 pub(crate) const CONTROL_LEN: usize = 2 * size_of::<Control>();
+/// Room in front of a datagram that io_uring has received for `io_uring_recvmsg_out`, the sender's
+/// address and the control messages.
+pub(crate) const DATAGRAM_HEADROOM: usize = RECVMSG_OUT_LEN + SENDER_LEN + CONTROL_LEN;
+const RECVMSG_OUT_LEN: usize = 16;
 
 /// One control message whose value has at most eight bytes.
 #[repr(C)]
@@ -152,6 +159,21 @@ fn split_first(control: &[u8]) -> Option<(libc::c_int, libc::c_int, &[u8], &[u8]
 }
 
 const _: () = assert!(HEADER_LEN == 16 && size_of::<usize>() == 8, "a 64-bit machine");
+
+/// What io_uring has received into a buffer; receives are shaped by `shape`.
+pub(crate) fn from_udp(buffer: BufferId, bytes: &[u8], shape: &libc::msghdr) -> Received {
+    let message = RecvMsgOut::parse(bytes, shape).ok();
+    let sender = message.as_ref().and_then(|message| sender(message.name_data()));
+    let marks = message.map(|it| Marks::parse(it.control_data())).unwrap_or_default();
+    let packets = DATAGRAM_HEADROOM.min(bytes.len())..bytes.len();
+    Received {
+        buffer,
+        segment_len: marks.segment_len.unwrap_or(packets.len()),
+        packets,
+        sender: Some(sender.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))),
+        traffic_class: marks.traffic_class,
+    }
+}
 
 #[cfg(test)]
 mod tests {

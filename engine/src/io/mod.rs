@@ -1,5 +1,6 @@
 //! Packet input and output in batches, in two ways that do the same: [`uring`] and [`mmsg`].
 
+mod burst;
 pub(crate) mod message;
 pub(crate) mod mmsg;
 #[cfg(test)]

@@ -16,17 +16,17 @@ use std::alloc::{self, Layout};
 use std::fmt;
 use std::io;
 use std::mem;
-use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use io_uring::types::{BufRingEntry, CancelBuilder, Fixed, RecvMsgOut, Timespec};
+use io_uring::types::{BufRingEntry, CancelBuilder, Fixed, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
 
-use super::message::{CONTROL_LEN, Marks, SENDER_LEN, SendMessage, sender};
+use super::burst::Burst;
+use super::message::{CONTROL_LEN, DATAGRAM_HEADROOM, SENDER_LEN, SendMessage, from_udp};
 use super::{
     Completion, Direction, Files, Io, RECEIVE_BUFFERS, Received, SEND_BUFFERS, Sent, Wait, Window,
 };
@@ -34,13 +34,6 @@ use crate::batch::Transmit;
 use crate::buffers::{BufferId, BufferPool};
 use crate::sys;
 
-/// Reads that look for more behind a first packet, at most: one in vain costs a tenth of a
-/// microsecond or so.
-const FIRST_LOOK: u16 = 8;
-/// Room in front of a received datagram for `io_uring_recvmsg_out`, the sender's address and the
-/// control messages.
-const DATAGRAM_HEADROOM: usize = RECVMSG_OUT_LEN + SENDER_LEN + CONTROL_LEN;
-const RECVMSG_OUT_LEN: usize = 16;
 /// Entries for submission: more than there are buffers.
 const SUBMISSIONS: u32 = 512;
 /// Completions that are reaped at once; more wait in the kernel.
@@ -99,10 +92,7 @@ pub(crate) struct Ring {
     /// Whether the kernel has what waits for input.
     armed: bool,
     bell_armed: bool,
-    /// How many packets the last submission found.
-    found: u16,
-    /// How many came behind a first one, the last time that one came.
-    following: u16,
+    burst: Burst,
     enter_flags: EnterFlags,
     done: Vec<Completion>,
 }
@@ -147,8 +137,7 @@ impl Ring {
             direction,
             armed: false,
             bell_armed: false,
-            found: 0,
-            following: 0,
+            burst: Burst::default(),
             enter_flags,
             done: Vec::with_capacity(usize::from(2 * RECEIVE_BUFFERS + SEND_BUFFERS)),
         })
@@ -197,32 +186,20 @@ impl Ring {
         self.collect().map(drop)
     }
 
-    /// Once there is a packet, reads those behind it: at first about as many as the last time, then
-    /// ever more. Where single packets come and go, no look is in vain.
+    /// Once there is a packet, reads those behind it.
     fn read_on(&mut self) -> io::Result<()> {
-        let mut all = self.collect()?;
-        let mut wanted = self.following.max(self.found.min(1)).min(FIRST_LOOK);
-        while all > 0 {
-            let looks = self.look(wanted.min(self.window.packets.saturating_sub(all)));
+        let mut found = self.collect()?;
+        loop {
+            let looks = self.burst.next(found, self.window.packets);
             if looks == 0 {
-                break;
+                return Ok(());
+            }
+            for _ in 0..looks {
+                self.push_read(libc::RWF_NOWAIT, LOOK);
             }
             self.enter(0)?;
-            let found = self.collect()?;
-            all += found;
-            if found < looks {
-                break;
-            }
-            wanted = all;
+            found = self.collect()?;
         }
-        self.found = all;
-        self.following = all.checked_sub(1).unwrap_or(self.following);
-        Ok(())
-    }
-
-    /// Queues reads that do not wait; says how many there were buffers for.
-    fn look(&mut self, wanted: u16) -> u16 {
-        (0..wanted).find(|_| !self.push_read(libc::RWF_NOWAIT, LOOK)).unwrap_or(wanted)
     }
 
     fn arm(&mut self) {
@@ -511,17 +488,7 @@ impl Datagrams {
         // SAFETY: the kernel has just handed over this buffer and does not write there any more; the
         // slice ends inside it and before this function does.
         let bytes = unsafe { slice::from_raw_parts(pool.start(buffer), len) };
-        let message = RecvMsgOut::parse(bytes, &self.shape).ok();
-        let sender = message.as_ref().and_then(|message| sender(message.name_data()));
-        let marks = message.map(|it| Marks::parse(it.control_data())).unwrap_or_default();
-        let packets = DATAGRAM_HEADROOM.min(len)..len;
-        Received {
-            buffer: BufferId::new(buffer),
-            segment_len: marks.segment_len.unwrap_or(packets.len()),
-            packets,
-            sender: Some(sender.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))),
-            traffic_class: marks.traffic_class,
-        }
+        from_udp(BufferId::new(buffer), bytes, &self.shape)
     }
 }
 
