@@ -392,8 +392,12 @@ impl Drop for Ring {
             Err(error) => error.raw_os_error() == Some(libc::ENOENT),
         };
         if !nothing_left {
-            // The kernel may still write there: better lost than written to by surprise.
+            // The kernel may still use all that entries point to: better lost than written to by
+            // surprise.
             mem::forget(mem::replace(&mut self.pool, BufferPool::new(0, 1)));
+            mem::forget(mem::take(&mut self.bell_count));
+            mem::forget(self.datagrams.take());
+            mem::forget(mem::take(&mut self.sends));
         }
         // A ring is torn down some 20 to 80 ms after it is closed, and would hold its files open until
         // then: the next engine could not have a device of the same name. What was cancelled holds
