@@ -33,6 +33,7 @@ mod meter;
 pub mod offload;
 pub mod packet;
 pub mod routes;
+mod scheduling;
 pub mod stats;
 #[expect(unsafe_code, reason = "the fence: system calls that no crate wraps safely")]
 mod sys;

@@ -69,6 +69,24 @@ pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Whether the calling thread is scheduled as threads are unless somebody chooses (SCHED_OTHER).
+pub(crate) fn is_scheduled_by_default() -> bool {
+    // SAFETY: sched_getscheduler takes no pointers; 0 is the calling thread.
+    unsafe { libc::sched_getscheduler(0) == libc::SCHED_OTHER }
+}
+
+/// Has the calling thread scheduled by SCHED_BATCH, or by SCHED_OTHER (sched(7)).
+///
+/// # Errors
+/// EPERM: a seccomp filter forbids it.
+pub(crate) fn schedule_as_batch(on: bool) -> io::Result<()> {
+    let policy = if on { libc::SCHED_BATCH } else { libc::SCHED_OTHER };
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: `param` outlives the call, which reads it only; 0 is the calling thread.
+    let answer = unsafe { libc::sched_setscheduler(0, policy, &raw const param) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Bytes that the kernel may write to as well. Pages that nobody touches take no memory.
 pub(crate) fn zeroed_cells(len: usize) -> Box<[UnsafeCell<u8>]> {
     let bytes = Box::into_raw(vec![0u8; len].into_boxed_slice());

@@ -16,6 +16,7 @@ use crate::guard::Guard;
 use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
 use crate::io::{Completion, Direction, Files, Io, Wait};
 use crate::routes::RouteTable;
+use crate::scheduling::Scheduling;
 use crate::stats::{Counter, Distribution, ThreadStats};
 use crate::tun::TunQueue;
 use crate::udp::UdpSocket;
@@ -108,6 +109,7 @@ pub(crate) fn turn<I: Io, C: Carry<I>>(
 ) -> io::Result<()> {
     let mut routes = arc_swap::Cache::new(&*context.routes);
     let mut completions = Vec::new();
+    let mut scheduling = Scheduling::of_this_thread(Instant::now());
     let mut spin = Spin { budget: context.busy_poll, until: None };
     while !context.stop.load(Ordering::Relaxed) {
         io.submit(spin.wait())?;
@@ -116,7 +118,11 @@ pub(crate) fn turn<I: Io, C: Carry<I>>(
         if completions.iter().any(|completion| matches!(completion, Completion::Received(_))) {
             context.stats.add(C::BATCHES, 1);
             spin.begin();
-            batch = Some((Instant::now(), context.stats.get(C::INPUT)));
+            let now = Instant::now();
+            if let Some(scheduling) = &mut scheduling {
+                scheduling.review(now);
+            }
+            batch = Some((now, context.stats.get(C::INPUT)));
         }
         let routes: &RouteTable = routes.load();
         for completion in completions.drain(..) {
