@@ -1,4 +1,5 @@
-//! System calls that no crate wraps safely: TUN queues, eventfd, and socket options by number.
+//! System calls that no crate wraps safely: TUN queues, eventfd, scheduling, and socket options by
+//! number.
 //!
 //! With `io/uring.rs` the only home of `unsafe`.
 
