@@ -1,9 +1,9 @@
 //! weft's data plane: moves packets between a TUN device and UDP sockets.
 //!
 //! Each worker has one queue of the TUN device and one socket, served by two threads, one a
-//! direction. Each thread owns its buffers, its counters and its way to do input and output: an
-//! io_uring, or plain system calls where there is none. The published [`RouteTable`] is all that
-//! threads share, read once per batch.
+//! direction, or by one that polls both ([`Tuning::busy_poll`]). Each direction owns its buffers, its
+//! counters and its way to do input and output: an io_uring, or plain system calls where there is
+//! none. The published [`RouteTable`] is all that they share, read once per batch.
 //!
 //! **tun_to_udp.** The kernel routes a container's packet into the TUN device, many of one flow as
 //! one super-packet → a read puts it into a buffer, behind its virtio header → [`packet::IpView`]
@@ -79,7 +79,7 @@ use stats::ThreadStats;
 use tun_to_udp::TunToUdp;
 use udp::UdpSocket;
 use udp_to_tun::UdpToTun;
-use worker::{Context, turn};
+use worker::{Context, Lane, LaneOn};
 
 /// What an engine is made of.
 #[derive(Debug, Clone)]
@@ -88,7 +88,7 @@ pub struct EngineConfig {
     pub device: String,
     /// The largest inner packet, in bytes; the MTU of the device.
     pub mtu: u16,
-    /// Queues of the device and sockets; 2 threads each. At least 1.
+    /// Queues of the device and sockets; 2 threads each, or 1 that polls. At least 1.
     pub workers: usize,
     /// Address and port of the sockets.
     pub listen: SocketAddr,
@@ -107,9 +107,17 @@ pub struct Tuning {
     pub off: Vec<Feature>,
     pub source_port: SourcePort,
     /// How long a thread looks for more packets before it sleeps. Anything but zero costs a core
-    /// a thread while packets come, for shorter round trips.
+    /// a worker while packets come, for shorter round trips.
     pub busy_poll: Duration,
     pub dscp: DscpMode,
+}
+
+impl Tuning {
+    /// Busy polling, one thread carries both: it costs one core a worker, and no packet waits until the
+    /// other direction's thread gives way. Otherwise each has its own, with which TCP is faster.
+    fn directions_a_thread(&self) -> usize {
+        if self.busy_poll.is_zero() { 1 } else { 2 }
+    }
 }
 
 impl Default for Tuning {
@@ -226,6 +234,7 @@ impl Engine {
             io: self.io,
             features: Arc::clone(&self.features),
             routes: Arc::new(ArcSwap::from_pointee(routes)),
+            stats: Vec::new(),
             stop: Arc::new(AtomicBool::new(false)),
             threads: Vec::new(),
         };
@@ -239,25 +248,29 @@ impl Engine {
             } else {
                 Arc::clone(&self.sources)
             };
-            for direction in [Direction::TunToUdp, Direction::UdpToTun] {
-                let context = Context {
+            let contexts = Direction::BOTH.map(|direction| {
+                let stats = Arc::new(ThreadStats::default());
+                handle.stats.push((direction, Arc::clone(&stats)));
+                Context {
+                    direction,
                     tun: Arc::clone(&tun),
                     udp: Arc::clone(&udp),
                     sockets: Arc::clone(&sockets),
                     features: Arc::clone(&self.features),
                     routes: Arc::clone(&handle.routes),
-                    stats: Arc::new(ThreadStats::default()),
-                    stop: Arc::clone(&handle.stop),
+                    stats,
                     guard: Guard { mode: self.config.guard, mtu: self.config.mtu.into() },
                     tunnel_addresses: self.config.tunnel_addresses.clone(),
                     overhead: overhead(self.config.listen.ip()),
                     dscp: self.config.tuning.dscp,
-                    busy_poll: self.config.tuning.busy_poll,
-                };
+                }
+            });
+            for contexts in contexts.chunks(self.config.tuning.directions_a_thread()) {
                 let job = Job {
-                    direction,
+                    contexts: contexts.to_vec(),
                     io: self.io,
-                    context,
+                    busy_poll: self.config.tuning.busy_poll,
+                    stop: Arc::clone(&handle.stop),
                     started: started.clone(),
                     on_failure: Arc::clone(&on_failure),
                 };
@@ -307,6 +320,7 @@ pub struct EngineHandle {
     io: IoKind,
     features: Arc<Features>,
     routes: Arc<ArcSwap<RouteTable>>,
+    stats: Vec<(Direction, Arc<ThreadStats>)>,
     stop: Arc<AtomicBool>,
     threads: Vec<Running>,
 }
@@ -330,8 +344,7 @@ impl EngineHandle {
 
     /// What can be read of it at any time, from any thread.
     pub fn meter(&self) -> EngineMeter {
-        let stats = self.threads.iter().map(|it| (it.direction, Arc::clone(&it.stats))).collect();
-        EngineMeter::new(self.io, Arc::clone(&self.features), stats)
+        EngineMeter::new(self.io, Arc::clone(&self.features), self.stats.clone().into())
     }
 }
 
@@ -353,17 +366,16 @@ impl Drop for EngineHandle {
 
 /// A thread of a worker.
 struct Running {
-    direction: Direction,
     join: Option<JoinHandle<()>>,
     bell: File,
-    stats: Arc<ThreadStats>,
 }
 
 /// Everything that a thread needs to begin.
 struct Job {
-    direction: Direction,
+    contexts: Vec<Context>,
     io: IoKind,
-    context: Context,
+    busy_poll: Duration,
+    stop: Arc<AtomicBool>,
     started: Sender<std::io::Result<()>>,
     on_failure: OnFailure,
 }
@@ -372,50 +384,44 @@ impl Job {
     fn spawn(self, number: usize) -> Result<Running, EngineError> {
         let bell = sys::eventfd().map_err(EngineError::Thread)?;
         let thread_bell = bell.try_clone().map_err(EngineError::Thread)?;
-        let stats = Arc::clone(&self.context.stats);
-        let direction = self.direction;
-        let name = format!("{}-{number}", direction.name());
+        let name = match &self.contexts[..] {
+            [one] => format!("{}-{number}", one.direction.name()),
+            _ => format!("both_ways-{number}"),
+        };
         let join = thread::Builder::new()
             .name(name)
             .spawn(move || self.run(&thread_bell))
             .map_err(EngineError::Thread)?;
-        Ok(Running { direction, join: Some(join), bell: bell.into(), stats })
+        Ok(Running { join: Some(join), bell: bell.into() })
     }
 
     fn run(self, bell: &OwnedFd) {
-        let files = self.context.files(self.direction, bell.as_fd());
-        // Made here, since only the thread that makes a ring may use it.
-        match self.io {
-            IoKind::Uring => {
-                let ring = Ring::new(self.direction, &files);
-                self.run_on(ring);
-            }
-            IoKind::Mmsg => {
-                let mmsg = Mmsg::new(self.direction, &files);
-                self.run_on(mmsg);
-            }
-        }
-    }
-
-    fn run_on(self, io: std::io::Result<impl Io>) {
         let name = thread::current().name().unwrap_or("engine").to_owned();
         let mut watch = DeathWatch { on_failure: self.on_failure, reason: None };
-        let mut io = match io {
-            Ok(io) => io,
+        // Made here, since only the thread that makes a ring may use it.
+        let lanes = self.contexts.into_iter().map(|context| {
+            let files = context.files(bell.as_fd());
+            Ok(match self.io {
+                IoKind::Uring => lane(Ring::new(context.direction, &files)?, context),
+                IoKind::Mmsg => lane(Mmsg::new(context.direction, &files)?, context),
+            })
+        });
+        let mut lanes = match lanes.collect::<std::io::Result<Vec<_>>>() {
+            Ok(lanes) => lanes,
             Err(error) => return drop(self.started.send(Err(error))),
         };
         drop(self.started.send(Ok(())));
         watch.reason = Some(format!("{name} panicked"));
-        let ended = carry(&mut io, self.direction, self.context);
+        let ended = worker::run(&mut lanes, bell.as_fd(), &self.stop, self.busy_poll);
         watch.reason = ended.err().map(|error| format!("{name} stopped: {error}"));
     }
 }
 
-/// Carries packets one way until the engine stops.
-fn carry(io: &mut impl Io, direction: Direction, context: Context) -> std::io::Result<()> {
-    match direction {
-        Direction::TunToUdp => turn(io, &context.clone(), &mut TunToUdp::new(context)),
-        Direction::UdpToTun => turn(io, &context.clone(), &mut UdpToTun::new(context)),
+/// One direction of a worker, ready to carry packets.
+fn lane(io: impl Io + 'static, context: Context) -> Box<dyn Lane> {
+    match context.direction {
+        Direction::TunToUdp => Box::new(LaneOn::new(io, TunToUdp::new(context.clone()), context)),
+        Direction::UdpToTun => Box::new(LaneOn::new(io, UdpToTun::new(context.clone()), context)),
     }
 }
 

@@ -1,7 +1,9 @@
 //! From the containers to their peers.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::batch::{Batch, Outer, Transmit};
@@ -33,14 +35,17 @@ pub(crate) struct TunToUdp {
     /// The send that the next packet may join.
     batch: Option<Batch>,
     /// Sends that found the socket full, none of which another has overtaken.
-    stalled: Vec<Sent>,
+    stalled: VecDeque<Sent>,
+    /// How long the first of them may still wait.
+    stalled_until: Instant,
 }
 
 impl TunToUdp {
     pub(crate) fn new(context: Context) -> Self {
         let limit = RateLimit::new(Instant::now());
         let tally = Tally::new(Direction::TunToUdp);
-        Self { context, limit, tally, batch: None, stalled: Vec::new() }
+        let (stalled, stalled_until) = (VecDeque::new(), Instant::now());
+        Self { context, limit, tally, batch: None, stalled, stalled_until }
     }
 
     fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: &Received) {
@@ -138,12 +143,20 @@ impl TunToUdp {
     /// no flow is ever reordered.
     fn sent(&mut self, io: &mut impl Io, routes: &RouteTable, sent: Sent) {
         if sent.result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
-            return self.stalled.push(sent);
+            return self.stall(sent);
         }
         self.drop_stalled(io);
         let packets = io.packet(&sent.buffer, &sent.transmit.packets);
         self.finish(routes, packets, &sent.transmit, sent.result);
         io.recycle(sent.buffer);
+    }
+
+    fn stall(&mut self, sent: Sent) {
+        if self.stalled.is_empty() {
+            self.context.stats.add(Counter::TunToUdpStalls, 1);
+            self.stalled_until = Instant::now() + STALL_MAX;
+        }
+        self.stalled.push_back(sent);
     }
 
     fn drop_stalled(&mut self, io: &mut impl Io) {
@@ -153,32 +166,20 @@ impl TunToUdp {
         }
     }
 
-    /// Sends again, in order, what found the socket full, for as long as it may take.
+    /// Sends again, in order, what found the socket full, until it is full again; after too long a
+    /// wait, what finds it full is lost.
     fn send_stalled(&mut self, io: &mut impl Io, routes: &RouteTable) {
-        if self.stalled.is_empty() {
-            return;
+        while let Some(sent) = self.stalled.pop_front() {
+            let Sent { buffer, transmit, .. } = &sent;
+            let packets = io.packet(buffer, &transmit.packets);
+            let result = sys::send(&self.context.sockets[transmit.outer.socket], packets, transmit);
+            let full = result.as_ref().is_err_and(|it| it.kind() == io::ErrorKind::WouldBlock);
+            if full && Instant::now() < self.stalled_until {
+                return self.stalled.push_front(sent);
+            }
+            self.finish(routes, packets, transmit, result);
+            io.recycle(sent.buffer);
         }
-        self.context.stats.add(Counter::TunToUdpStalls, 1);
-        let deadline = Instant::now() + STALL_MAX;
-        let mut stalled = std::mem::take(&mut self.stalled);
-        for Sent { buffer, transmit, .. } in stalled.drain(..) {
-            let packets = io.packet(&buffer, &transmit.packets);
-            let socket = &self.context.sockets[transmit.outer.socket];
-            let result = loop {
-                match sys::send(socket, packets, &transmit) {
-                    Err(error)
-                        if error.kind() == io::ErrorKind::WouldBlock
-                            && Instant::now() < deadline =>
-                    {
-                        socket.wait_for_room();
-                    }
-                    result => break result,
-                }
-            };
-            self.finish(routes, packets, &transmit, result);
-            io.recycle(buffer);
-        }
-        self.stalled = stalled;
     }
 
     /// Counts a send, or does what its error asks for.
@@ -292,6 +293,11 @@ impl<I: Io> Carry<I> for TunToUdp {
         self.send_stalled(io, routes);
         self.send_batch(io);
         self.tally.settle(routes);
+    }
+
+    fn full_socket(&self) -> Option<BorrowedFd<'_>> {
+        let first = self.stalled.front()?;
+        Some(self.context.sockets[first.transmit.outer.socket].as_fd())
     }
 }
 

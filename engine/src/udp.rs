@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::batch::{Outer, Transmit};
@@ -30,9 +29,6 @@ const SOURCE_PORTS: usize = 16;
 /// Bytes asked for each socket buffer. flannel's default of 208 KiB loses a tenth of the packets
 /// of one TCP stream.
 pub const SOCKET_BUFFER_LEN: u32 = 8 << 20;
-
-/// How long to wait at a time for room in the send buffer: at 100 Mbit/s, room for 40 packets.
-const ROOM_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 
 /// How long the sockets of a process that has just ended may keep the port busy; see
 /// [`crate::tun`].
@@ -109,13 +105,6 @@ impl UdpSocket {
     /// The same socket again.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         Ok(Self { socket: self.socket.try_clone()?, local: self.local })
-    }
-
-    /// Waits until the send buffer is half empty, or a little while: there may be room before.
-    pub(crate) fn wait_for_room(&self) {
-        let mut files = [PollFd::new(&self.socket, PollFlags::OUT)];
-        // Whatever comes of it, the next thing is to try.
-        let _ = poll(&mut files, Some(&ROOM_WAIT));
     }
 
     /// Bytes of an IP packet that the path to this peer carries, as far as the kernel knows.

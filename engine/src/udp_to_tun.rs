@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use crate::ecn;
@@ -157,6 +158,10 @@ impl<I: Io> Carry<I> for UdpToTun {
     fn flush(&mut self, _io: &mut I, routes: &RouteTable) {
         self.write_run();
         self.tally.settle(routes);
+    }
+
+    fn full_socket(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 }
 

@@ -1,5 +1,7 @@
-//! The threads of a worker: each sleeps in its [`Io`], then reaps what has happened, then acts.
+//! The threads of a worker: each sleeps until there is something to do, then reaps what has happened,
+//! then acts.
 
+use std::array;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,6 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::ecn::DscpMode;
 use crate::features::{Feature, FeatureState, Features};
@@ -21,9 +25,14 @@ use crate::stats::{Counter, Distribution, ThreadStats};
 use crate::tun::TunQueue;
 use crate::udp::UdpSocket;
 
-/// What a thread works with besides its [`Io`].
+/// How long to wait at a time for room in a send buffer, which is told when half of it is empty: at
+/// 100 Mbit/s, room for 40 packets.
+const ROOM_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+
+/// What packets of one direction are carried with, besides an [`Io`].
 #[derive(Debug, Clone)]
 pub(crate) struct Context {
+    pub(crate) direction: Direction,
     pub(crate) tun: Arc<TunQueue>,
     /// The worker's own socket, which also receives.
     pub(crate) udp: Arc<UdpSocket>,
@@ -32,28 +41,30 @@ pub(crate) struct Context {
     pub(crate) routes: Arc<ArcSwap<RouteTable>>,
     pub(crate) features: Arc<Features>,
     pub(crate) stats: Arc<ThreadStats>,
-    pub(crate) stop: Arc<AtomicBool>,
     pub(crate) guard: Guard,
     /// Our addresses on the TUN, at most one of each family: ICMP errors come from there.
     pub(crate) tunnel_addresses: Vec<IpAddr>,
     /// Bytes that the underlay adds to each packet.
     pub(crate) overhead: u32,
     pub(crate) dscp: DscpMode,
-    /// How long to look for more before going to sleep.
-    pub(crate) busy_poll: Duration,
 }
 
 impl Context {
-    /// What a thread of this direction reads from and sends to.
-    pub(crate) fn files<'a>(&'a self, direction: Direction, bell: BorrowedFd<'a>) -> Files<'a> {
-        match direction {
-            Direction::TunToUdp => Files {
-                source: self.tun.as_fd(),
-                bell,
-                sockets: self.sockets.iter().map(AsFd::as_fd).collect(),
-            },
-            Direction::UdpToTun => Files { source: self.udp.as_fd(), bell, sockets: Vec::new() },
+    /// What packets come from.
+    fn source(&self) -> BorrowedFd<'_> {
+        match self.direction {
+            Direction::TunToUdp => self.tun.as_fd(),
+            Direction::UdpToTun => self.udp.as_fd(),
         }
+    }
+
+    /// What packets come from and are sent to.
+    pub(crate) fn files<'a>(&'a self, bell: BorrowedFd<'a>) -> Files<'a> {
+        let sockets = match self.direction {
+            Direction::TunToUdp => self.sockets.iter().map(AsFd::as_fd).collect(),
+            Direction::UdpToTun => Vec::new(),
+        };
+        Files { source: self.source(), bell, sockets }
     }
 
     /// The error about `packet`, unless none may be sent or too many were.
@@ -84,7 +95,7 @@ impl Context {
     }
 }
 
-/// One direction of a worker.
+/// What becomes of the packets of one direction.
 pub(crate) trait Carry<I> {
     /// Counts the times that packets were found.
     const BATCHES: Counter;
@@ -94,49 +105,142 @@ pub(crate) trait Carry<I> {
     /// Acts on one completion.
     fn act(&mut self, io: &mut I, routes: &RouteTable, completion: Completion);
 
-    /// Hands on what the completions so far have left unfinished.
+    /// Hands on what the completions so far have left unfinished, as far as there is room for it.
     fn flush(&mut self, io: &mut I, routes: &RouteTable);
+
+    /// The full socket that [`Self::flush`] has to be tried again on before any more is taken.
+    fn full_socket(&self) -> Option<BorrowedFd<'_>>;
 }
 
-/// Carries packets until somebody sets `stop` and rings the bell.
-///
-/// # Errors
-/// The source is gone, or the ring is broken.
-pub(crate) fn turn<I: Io, C: Carry<I>>(
-    io: &mut I,
-    context: &Context,
-    carry: &mut C,
-) -> io::Result<()> {
-    let mut routes = arc_swap::Cache::new(&*context.routes);
-    let mut completions = Vec::new();
-    let mut scheduling = Scheduling::of_this_thread(Instant::now());
-    let mut spin = Spin { budget: context.busy_poll, until: None };
-    while !context.stop.load(Ordering::Relaxed) {
-        io.submit(spin.wait())?;
-        io.reap(&mut completions);
+/// One direction of a worker at work.
+pub(crate) trait Lane {
+    /// Carries what there is; says when it was done with it, if packets came in.
+    ///
+    /// # Errors
+    /// The source is gone, or the ring is broken.
+    fn turn(&mut self, wait: Wait) -> io::Result<Option<Instant>>;
+
+    /// What has to happen before there is something to carry.
+    fn awaits(&self) -> Event<'_>;
+}
+
+/// What a lane waits for.
+pub(crate) enum Event<'a> {
+    Packets(BorrowedFd<'a>),
+    Room(BorrowedFd<'a>),
+}
+
+/// See [`Lane`].
+pub(crate) struct LaneOn<I, C> {
+    io: I,
+    carry: C,
+    context: Context,
+    routes: arc_swap::Cache<Arc<ArcSwap<RouteTable>>, Arc<RouteTable>>,
+    completions: Vec<Completion>,
+}
+
+impl<I: Io, C: Carry<I>> LaneOn<I, C> {
+    pub(crate) fn new(io: I, carry: C, context: Context) -> Self {
+        let routes = arc_swap::Cache::new(Arc::clone(&context.routes));
+        Self { io, carry, context, routes, completions: Vec::new() }
+    }
+}
+
+impl<I: Io, C: Carry<I>> Lane for LaneOn<I, C> {
+    fn turn(&mut self, wait: Wait) -> io::Result<Option<Instant>> {
+        let Self { io, carry, context, routes, completions } = self;
+        if carry.full_socket().is_some() {
+            carry.flush(io, routes.load());
+            if carry.full_socket().is_some() {
+                return Ok(None);
+            }
+        }
+        io.submit(wait)?;
+        io.reap(completions);
+        let routes: &RouteTable = routes.load();
         let mut batch = None;
         if completions.iter().any(|completion| matches!(completion, Completion::Received(_))) {
             context.stats.add(C::BATCHES, 1);
-            spin.begin();
-            let now = Instant::now();
-            if let Some(scheduling) = &mut scheduling {
-                scheduling.review(now);
-            }
-            batch = Some((now, context.stats.get(C::INPUT)));
+            batch = Some((Instant::now(), context.stats.get(C::INPUT)));
         }
-        let routes: &RouteTable = routes.load();
         for completion in completions.drain(..) {
             carry.act(io, routes, completion);
         }
         carry.flush(io, routes);
-        if let Some((begun, before)) = batch {
-            let nanos = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        Ok(batch.map(|(begun, before)| {
+            let ended = Instant::now();
+            let nanos = u64::try_from((ended - begun).as_nanos()).unwrap_or(u64::MAX);
             context.stats.record(Distribution::BatchNanos, nanos);
             let packets = context.stats.get(C::INPUT) - before;
             context.stats.record(Distribution::BatchPackets, packets);
+            ended
+        }))
+    }
+
+    fn awaits(&self) -> Event<'_> {
+        match self.carry.full_socket() {
+            Some(socket) => Event::Room(socket),
+            None => Event::Packets(self.context.source()),
+        }
+    }
+}
+
+/// Carries packets until somebody sets `stop` and rings the bell; before each sleep, looks for more
+/// for as long as `busy_poll`.
+///
+/// # Errors
+/// As [`Lane::turn`].
+pub(crate) fn run(
+    lanes: &mut [Box<dyn Lane>],
+    bell: BorrowedFd<'_>,
+    stop: &AtomicBool,
+    busy_poll: Duration,
+) -> io::Result<()> {
+    let mut scheduling = Scheduling::of_this_thread(Instant::now());
+    let mut spin = Spin { budget: busy_poll, until: None };
+    let mut found = None;
+    while !stop.load(Ordering::Relaxed) {
+        let wait = match (spin.wait(), &*lanes) {
+            (Wait::Sleep, [lane]) if matches!(lane.awaits(), Event::Packets(_)) => Wait::Sleep,
+            // What was found may have left sends that go out with the next look.
+            (Wait::Sleep, lanes) if found.is_none() => {
+                sleep(lanes, bell)?;
+                Wait::Look
+            }
+            (Wait::Sleep | Wait::Look, _) => Wait::Look,
+        };
+        found = None;
+        for lane in &mut *lanes {
+            found = lane.turn(wait)?.or(found);
+        }
+        if let Some(now) = found {
+            spin.begin(now);
+            if let Some(scheduling) = &mut scheduling {
+                scheduling.review(now);
+            }
         }
     }
     Ok(())
+}
+
+/// Sleeps until a lane has something to do or the bell rings.
+fn sleep(lanes: &[Box<dyn Lane>], bell: BorrowedFd<'_>) -> io::Result<()> {
+    let mut files: [_; 1 + Direction::BOTH.len()] =
+        array::from_fn(|_| PollFd::from_borrowed_fd(bell, PollFlags::IN));
+    let mut timeout = None;
+    for (file, lane) in files[1..].iter_mut().zip(lanes) {
+        *file = match lane.awaits() {
+            Event::Packets(source) => PollFd::from_borrowed_fd(source, PollFlags::IN),
+            Event::Room(socket) => {
+                timeout = Some(&ROOM_WAIT);
+                PollFd::from_borrowed_fd(socket, PollFlags::OUT)
+            }
+        };
+    }
+    match poll(&mut files, timeout) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Looks for packets a while before it sleeps: a wake-up takes longer than a short wait.
@@ -146,9 +250,9 @@ struct Spin {
 }
 
 impl Spin {
-    fn begin(&mut self) {
+    fn begin(&mut self, now: Instant) {
         if !self.budget.is_zero() {
-            self.until = Some(Instant::now() + self.budget);
+            self.until = Some(now + self.budget);
         }
     }
 

@@ -29,9 +29,15 @@ fn dropped(lab: &Lab) -> Result<u64> {
 
 #[test]
 fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<()> {
-    for io in ["--io=uring", "--io=mmsg"] {
+    // Polling, one thread carries both directions.
+    for flags in [
+        ["--io=uring", "--busy-poll=0"],
+        ["--io=mmsg", "--busy-poll=0"],
+        ["--io=uring", "--busy-poll=50"],
+        ["--io=mmsg", "--busy-poll=50"],
+    ] {
         let mut lab = hosts(2)?;
-        bring_up(&mut lab, &[io, "--workers=1"])?;
+        bring_up(&mut lab, &[&flags[..], &["--workers=1"]].concat())?;
         let arguments: Vec<&str> = SLOW.split(' ').collect();
         lab.host(0).netns.tool("tc", &arguments)?;
         let (near, far) = (socket(&lab, 0)?, socket(&lab, 1)?);
@@ -47,8 +53,8 @@ fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<
             enough.store(true, Ordering::Relaxed);
             outcome
         })
-        .context(io)?;
-        assert_eq!(counter(&lab, 0, "tun_to_udp_full")?, 0, "{io}");
+        .with_context(|| format!("{flags:?}"))?;
+        assert_eq!(counter(&lab, 0, "tun_to_udp_full")?, 0, "{flags:?}");
         lab.remove()?;
     }
     Ok(())

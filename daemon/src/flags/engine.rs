@@ -49,7 +49,7 @@ pub struct EngineFlags {
     #[arg(hide_possible_values = true, verbatim_doc_comment)]
     pub udp_source_port: SourcePort,
     /// Microseconds that the engine looks for more packets before it sleeps:
-    /// shorter round trips, for up to two busy cores a worker
+    /// shorter round trips, for up to one busy core a worker
     #[arg(long, value_name = "MICROS", default_value = "0", value_parser = busy_poll())]
     #[arg(verbatim_doc_comment)]
     pub busy_poll: Duration,

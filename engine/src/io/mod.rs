@@ -88,6 +88,9 @@ pub enum Direction {
 }
 
 impl Direction {
+    /// All there are.
+    pub const BOTH: [Self; 2] = [Self::TunToUdp, Self::UdpToTun];
+
     /// The name in counters and metrics.
     pub const fn name(self) -> &'static str {
         match self {
