@@ -170,11 +170,12 @@ fn a_fight_is_given_up_and_told() -> Result<()> {
 #[test]
 fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     let mut lab = lab(2)?;
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.199.0"}"#)?;
     bring_up(&mut lab, &[])?;
     are_as_wanted(&lab, 0)?;
     let before = wanted(&lab, 0)?;
     let host = NetNs::open(lab.host(0).netns.name());
-    // Of a node that has left meanwhile.
+    // Of a node that has left meanwhile, in a subnet that neither host may have.
     let gone = ["10.42.250.0/24", "via", "10.168.0.250", "proto", "119"];
     let leave_behind = || host.ip(&[&["route", "add"], &gone[..]].concat());
     loses_nothing_over_restarts(&mut lab, || routes(&host, "-4"), leave_behind)?;

@@ -187,7 +187,10 @@ fn a_deleted_device_comes_back() -> Result<()> {
 /// The registry is not trusted: what could take over traffic is refused, and said.
 #[test]
 fn hostile_leases_are_refused_by_name() -> Result<()> {
-    let lab = overlay(2)?;
+    let mut lab = hosts(2)?;
+    // The subnets below stay free.
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.199.0"}"#)?;
+    bring_up(&mut lab, &[])?;
     let ours = subnet(&lab, 0)?;
     // The half that no container of the lab is in: to others it is a lease like any other, and the
     // longest prefix wins.

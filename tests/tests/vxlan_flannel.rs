@@ -96,7 +96,10 @@ fn a_flannel_node_is_a_peer_like_any_other_and_may_move() -> Result<()> {
 #[test]
 fn what_flannel_left_is_taken_over() -> Result<()> {
     let mut lab = hosts_of("vxlan", 2)?;
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}"#)?;
+    write_config(
+        &lab,
+        r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.76.0","Backend":{"Type":"vxlan"}}"#,
+    )?;
     make_flannel(&mut lab)?;
     let host = NetNs::open(lab.host(0).netns.name());
     let own_mac = "c6:00:00:00:00:01";
@@ -120,7 +123,10 @@ fn what_flannel_left_is_taken_over() -> Result<()> {
     lab.stop_daemon(0)?;
     host.ip(&["link", "del", "flannel.1"])?;
     make_flannel_device(&host, own_mac, &lab.host(0).address.to_string(), "4789")?;
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan","Port":8472}}"#)?;
+    write_config(
+        &lab,
+        r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.76.0","Backend":{"Type":"vxlan","Port":8472}}"#,
+    )?;
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, DEADLINE)?;
     are(&host, &wanted("10.42.77.0/24".parse()?, FLANNEL_MAC, &far).into())?;
