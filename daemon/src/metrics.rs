@@ -19,7 +19,6 @@ use family::{Families, Family, Sample, Value, counted, counter, gauge};
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 const PREFIX: &str = "weft";
-const DIRECTIONS: [Direction; 2] = [Direction::TunToUdp, Direction::UdpToTun];
 /// The ways to a peer, so that one without peers is zero and not missing.
 const WAYS: [&str; 2] = ["tunnel", "direct"];
 
@@ -376,7 +375,7 @@ fn of_engine(status: &Status, engine: Option<&EngineMeter>) -> Vec<Family> {
         ),
         histogram(
             "batch_packets",
-            "Packets that a thread found when it woke up",
+            "Packets that were found at once",
             (engine, Distribution::BatchPackets),
             (0..=8, 1.0),
         ),
@@ -419,7 +418,7 @@ fn histogram(
             value: Value::Histogram { buckets: counts, sum: number(sum) * unit },
         })
     };
-    let samples = DIRECTIONS.into_iter().filter_map(sample).collect();
+    let samples = Direction::BOTH.into_iter().filter_map(sample).collect();
     Family { name, labels: &["direction"], help, kind: MetricType::Histogram, samples }
 }
 

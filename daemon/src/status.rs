@@ -145,8 +145,7 @@ pub struct TrafficStatus {
 
 impl From<&Traffic> for TrafficStatus {
     fn from(traffic: &Traffic) -> Self {
-        let [sent, received] =
-            [Direction::TunToUdp, Direction::UdpToTun].map(|it| traffic.read(it));
+        let [sent, received] = Direction::BOTH.map(|it| traffic.read(it));
         Self {
             sent_packets: sent.packets,
             sent_bytes: sent.bytes,

@@ -75,7 +75,7 @@ use guard::Guard;
 use io::Io;
 use io::mmsg::Mmsg;
 use io::uring::{self, Ring};
-use stats::ThreadStats;
+use stats::LaneStats;
 use tun_to_udp::TunToUdp;
 use udp::UdpSocket;
 use udp_to_tun::UdpToTun;
@@ -113,8 +113,8 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// Busy polling, one thread carries both: it costs one core a worker, and no packet waits until the
-    /// other direction's thread gives way. Otherwise each has its own, with which TCP is faster.
+    /// Busy polling, one thread carries both: it costs one core a worker, and packets do not wait until
+    /// the other direction's thread gives way. Otherwise each has its own, which sleeps sooner.
     fn directions_a_thread(&self) -> usize {
         if self.busy_poll.is_zero() { 1 } else { 2 }
     }
@@ -249,7 +249,7 @@ impl Engine {
                 Arc::clone(&self.sources)
             };
             let contexts = Direction::BOTH.map(|direction| {
-                let stats = Arc::new(ThreadStats::default());
+                let stats = Arc::new(LaneStats::default());
                 handle.stats.push((direction, Arc::clone(&stats)));
                 Context {
                     direction,
@@ -277,7 +277,10 @@ impl Engine {
                 handle.threads.push(job.spawn(number)?);
             }
         }
-        for outcome in outcomes.iter().take(handle.threads.len()) {
+        drop(started);
+        for _ in &handle.threads {
+            let outcome =
+                outcomes.recv().unwrap_or_else(|_| Err(std::io::Error::other("it panicked")));
             outcome.map_err(EngineError::Io)?;
         }
         Ok(handle)
@@ -320,7 +323,7 @@ pub struct EngineHandle {
     io: IoKind,
     features: Arc<Features>,
     routes: Arc<ArcSwap<RouteTable>>,
-    stats: Vec<(Direction, Arc<ThreadStats>)>,
+    stats: Vec<(Direction, Arc<LaneStats>)>,
     stop: Arc<AtomicBool>,
     threads: Vec<Running>,
 }

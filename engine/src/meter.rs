@@ -5,22 +5,22 @@ use std::sync::Arc;
 use crate::IoKind;
 use crate::features::{Feature, FeatureState, Features};
 use crate::io::Direction;
-use crate::stats::{Counter, Distribution, Histogram, ThreadStats};
+use crate::stats::{Counter, Distribution, Histogram, LaneStats};
 
 /// Reads an engine's counters and features. A clone reads the same engine, also after its end.
 #[derive(Debug, Clone)]
 pub struct EngineMeter {
     io: IoKind,
     features: Arc<Features>,
-    /// One a thread, and its direction.
-    stats: Arc<[(Direction, Arc<ThreadStats>)]>,
+    /// One a direction of a worker.
+    stats: Arc<[(Direction, Arc<LaneStats>)]>,
 }
 
 impl EngineMeter {
     pub(crate) fn new(
         io: IoKind,
         features: Arc<Features>,
-        stats: Arc<[(Direction, Arc<ThreadStats>)]>,
+        stats: Arc<[(Direction, Arc<LaneStats>)]>,
     ) -> Self {
         Self { io, features, stats }
     }
@@ -35,12 +35,12 @@ impl EngineMeter {
         Feature::ALL.into_iter().map(|feature| (feature, self.features.state(feature)))
     }
 
-    /// A counter, summed over all threads.
+    /// A counter, summed over all workers.
     pub fn counter(&self, counter: Counter) -> u64 {
         self.stats.iter().map(|(_, stats)| stats.get(counter)).sum()
     }
 
-    /// A distribution, summed over all threads of a direction.
+    /// A distribution of a direction, summed over all workers.
     pub fn distribution(&self, direction: Direction, distribution: Distribution) -> Histogram {
         let mut sum = Histogram::default();
         for (_, stats) in self.stats.iter().filter(|(its, _)| *its == direction) {

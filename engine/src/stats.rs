@@ -35,7 +35,7 @@ counters! {
     TunToUdpSuperPackets => "tun_to_udp_super_packets",
     /// Sends that the kernel refused to segment, and that went out packet by packet.
     TunToUdpSegmentRefused => "tun_to_udp_segment_refused",
-    /// Times that the thread woke up to packets; packets / batches is the batch size.
+    /// Times that packets were found; packets / batches is the batch size.
     TunToUdpBatches => "tun_to_udp_batches",
     /// Dropped: not a well-formed IP packet.
     TunToUdpMalformed => "tun_to_udp_malformed",
@@ -47,7 +47,7 @@ counters! {
     TunToUdpTooBig => "tun_to_udp_too_big",
     /// Sent in outer fragments, the path being smaller and the inner packet's sender not minding.
     TunToUdpFragmented => "tun_to_udp_fragmented",
-    /// Times that sends had to wait for room in the socket's send buffer.
+    /// Times that sends found the socket's send buffer full, and had to wait or were dropped.
     TunToUdpStalls => "tun_to_udp_stalls",
     /// Dropped: the socket's send buffer or the device's queue stayed full.
     TunToUdpFull => "tun_to_udp_full",
@@ -65,7 +65,7 @@ counters! {
     UdpToTunSuperPackets => "udp_to_tun_super_packets",
     /// Writes of several packets as one that the kernel refused, and that went packet by packet.
     UdpToTunCoalesceRefused => "udp_to_tun_coalesce_refused",
-    /// Times that the thread woke up to datagrams.
+    /// Times that datagrams were found.
     UdpToTunBatches => "udp_to_tun_batches",
     /// Dropped: not a well-formed IP packet.
     UdpToTunMalformed => "udp_to_tun_malformed",
@@ -89,10 +89,10 @@ counters! {
     IcmpLimited => "icmp_limited",
 }
 
-/// What is measured of each batch, by each thread for its direction.
+/// What is measured of each batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Distribution {
-    /// Packets that the thread woke up to; of the TUN device, a super-packet is one.
+    /// Packets that were found at once; of the TUN device, a super-packet is one.
     BatchPackets,
     /// Packets that one send, or one write to the TUN device, carried.
     SegmentPackets,
@@ -134,15 +134,15 @@ impl Cell {
     }
 }
 
-/// The counters and distributions of one thread. Only that thread adds to them.
+/// The counters and distributions of one direction of a worker. Only its thread adds to them.
 #[derive(Debug)]
-pub struct ThreadStats {
+pub struct LaneStats {
     counters: CachePadded<[Cell; Counter::ALL.len()]>,
     /// The buckets of each distribution, and behind them the sum.
     distributions: CachePadded<[[Cell; BUCKETS + 1]; Distribution::ALL.len()]>,
 }
 
-impl Default for ThreadStats {
+impl Default for LaneStats {
     fn default() -> Self {
         let counters = [const { Cell(AtomicU64::new(0)) }; Counter::ALL.len()];
         let distributions =
@@ -154,7 +154,7 @@ impl Default for ThreadStats {
     }
 }
 
-impl ThreadStats {
+impl LaneStats {
     pub fn add(&self, counter: Counter, amount: u64) {
         self.counters[counter as usize].add(amount);
     }
@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn counts_each_by_itself() {
-        let stats = ThreadStats::default();
+        let stats = LaneStats::default();
         stats.add(Counter::IcmpSent, 2);
         stats.add(Counter::IcmpSent, 3);
         assert_eq!(stats.get(Counter::IcmpSent), 5);
@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn a_value_falls_into_the_first_bucket_that_holds_it() {
-        let stats = ThreadStats::default();
+        let stats = LaneStats::default();
         let values = [0, 1, 2, 3, 4, 5, 1 << 30, (1 << 30) + 1, u64::MAX >> 1];
         for value in values {
             stats.record(Distribution::BatchNanos, value);

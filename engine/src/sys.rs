@@ -59,7 +59,7 @@ pub(crate) fn set_tun_offload(queue: BorrowedFd<'_>, kinds: libc::c_uint) -> io:
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A new eventfd(2), which wakes a thread that waits in its ring.
+/// A new eventfd(2), which wakes a thread that waits.
 pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: eventfd takes no pointers.
     let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };

@@ -46,7 +46,7 @@ impl Traffic {
     }
 }
 
-/// What one thread has moved for the peer that it met last. Threads would wait for each other's
+/// What one direction of a worker has moved for the peer that it met last. Threads would wait for each other's
 /// additions, so they add when the peer changes, and when a batch ends.
 #[derive(Debug)]
 pub(crate) struct Tally {

@@ -36,16 +36,21 @@ pub(crate) struct TunToUdp {
     batch: Option<Batch>,
     /// Sends that found the socket full, none of which another has overtaken.
     stalled: VecDeque<Sent>,
-    /// How long the first of them may still wait.
+    /// Until when they may wait.
     stalled_until: Instant,
 }
 
 impl TunToUdp {
     pub(crate) fn new(context: Context) -> Self {
-        let limit = RateLimit::new(Instant::now());
-        let tally = Tally::new(Direction::TunToUdp);
-        let (stalled, stalled_until) = (VecDeque::new(), Instant::now());
-        Self { context, limit, tally, batch: None, stalled, stalled_until }
+        let now = Instant::now();
+        Self {
+            context,
+            limit: RateLimit::new(now),
+            tally: Tally::new(Direction::TunToUdp),
+            batch: None,
+            stalled: VecDeque::new(),
+            stalled_until: now,
+        }
     }
 
     fn received(&mut self, io: &mut impl Io, routes: &RouteTable, received: &Received) {

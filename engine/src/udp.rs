@@ -129,8 +129,8 @@ impl UdpSocket {
 
     /// Sends one packet in as many fragments as the path needs.
     pub(crate) fn send_fragmented(&self, packet: &[u8], peer: SocketAddr) -> io::Result<()> {
-        // The option belongs to the socket, so a packet that the worker's other thread sends in
-        // between may lose its DF: no harm is done.
+        // The option belongs to the socket, so a packet that another thread sends in between may
+        // lose its DF: no harm is done.
         self.set_dont_fragment(false)?;
         let sent = self.send(packet, peer);
         self.set_dont_fragment(true)?;

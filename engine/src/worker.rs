@@ -21,12 +21,12 @@ use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
 use crate::io::{Completion, Direction, Files, Io, Wait};
 use crate::routes::RouteTable;
 use crate::scheduling::Scheduling;
-use crate::stats::{Counter, Distribution, ThreadStats};
+use crate::stats::{Counter, Distribution, LaneStats};
 use crate::tun::TunQueue;
 use crate::udp::UdpSocket;
 
-/// How long to wait at a time for room in a send buffer, which is told when half of it is empty: at
-/// 100 Mbit/s, room for 40 packets.
+/// How long to wait at a time for room in a send buffer, since poll(2) tells of it only when half of
+/// it is free: at 100 Mbit/s, room for 40 packets.
 const ROOM_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 
 /// What packets of one direction are carried with, besides an [`Io`].
@@ -40,7 +40,7 @@ pub(crate) struct Context {
     pub(crate) sockets: Arc<[UdpSocket]>,
     pub(crate) routes: Arc<ArcSwap<RouteTable>>,
     pub(crate) features: Arc<Features>,
-    pub(crate) stats: Arc<ThreadStats>,
+    pub(crate) stats: Arc<LaneStats>,
     pub(crate) guard: Guard,
     /// Our addresses on the TUN, at most one of each family: ICMP errors come from there.
     pub(crate) tunnel_addresses: Vec<IpAddr>,
@@ -130,7 +130,7 @@ pub(crate) enum Event<'a> {
     Room(BorrowedFd<'a>),
 }
 
-/// See [`Lane`].
+/// A lane with one kind of [`Io`].
 pub(crate) struct LaneOn<I, C> {
     io: I,
     carry: C,
@@ -151,11 +151,11 @@ impl<I: Io, C: Carry<I>> Lane for LaneOn<I, C> {
         let Self { io, carry, context, routes, completions } = self;
         if carry.full_socket().is_some() {
             carry.flush(io, routes.load());
-            if carry.full_socket().is_some() {
-                return Ok(None);
-            }
         }
-        io.submit(wait)?;
+        if carry.full_socket().is_some() {
+            return Ok(None);
+        }
+        io.submit(wait).map_err(|error| context.direction.cannot_take(&error))?;
         io.reap(completions);
         let routes: &RouteTable = routes.load();
         let mut batch = None;
@@ -185,6 +185,17 @@ impl<I: Io, C: Carry<I>> Lane for LaneOn<I, C> {
     }
 }
 
+impl Direction {
+    /// Says where packets no longer come from.
+    fn cannot_take(self, error: &io::Error) -> io::Error {
+        let source = match self {
+            Self::TunToUdp => "cannot read the TUN device",
+            Self::UdpToTun => "cannot receive from the UDP socket",
+        };
+        io::Error::new(error.kind(), format!("{source}: {error}"))
+    }
+}
+
 /// Carries packets until somebody sets `stop` and rings the bell; before each sleep, looks for more
 /// for as long as `busy_poll`.
 ///
@@ -200,15 +211,16 @@ pub(crate) fn run(
     let mut spin = Spin { budget: busy_poll, until: None };
     let mut found = None;
     while !stop.load(Ordering::Relaxed) {
-        let wait = match (spin.wait(), &*lanes) {
-            (Wait::Sleep, [lane]) if matches!(lane.awaits(), Event::Packets(_)) => Wait::Sleep,
-            // What was found may have left sends that go out with the next look.
-            (Wait::Sleep, lanes) if found.is_none() => {
+        let mut wait = spin.wait(found.is_none());
+        let sleeps_in_its_io =
+            matches!(&*lanes, [lane] if matches!(lane.awaits(), Event::Packets(_)));
+        if wait == Wait::Sleep && !sleeps_in_its_io {
+            // What was found may have left sends, which go out with the next look.
+            if found.is_none() {
                 sleep(lanes, bell)?;
-                Wait::Look
             }
-            (Wait::Sleep | Wait::Look, _) => Wait::Look,
-        };
+            wait = Wait::Look;
+        }
         found = None;
         for lane in &mut *lanes {
             found = lane.turn(wait)?.or(found);
@@ -225,6 +237,7 @@ pub(crate) fn run(
 
 /// Sleeps until a lane has something to do or the bell rings.
 fn sleep(lanes: &[Box<dyn Lane>], bell: BorrowedFd<'_>) -> io::Result<()> {
+    // The bell, also in the place of a lane that there is not.
     let mut files: [_; 1 + Direction::BOTH.len()] =
         array::from_fn(|_| PollFd::from_borrowed_fd(bell, PollFlags::IN));
     let mut timeout = None;
@@ -256,10 +269,13 @@ impl Spin {
         }
     }
 
-    fn wait(&mut self) -> Wait {
+    /// Whether to go to sleep; `in_vain` says whether the last look found nothing.
+    fn wait(&mut self, in_vain: bool) -> Wait {
         if self.until.is_some_and(|until| Instant::now() < until) {
             // Where there are more threads than cores, the one that has packets goes first.
-            thread::yield_now();
+            if in_vain {
+                thread::yield_now();
+            }
             return Wait::Look;
         }
         self.until = None;

@@ -17,7 +17,7 @@ use crate::batch::Transmit;
 use crate::buffers::BufferId;
 use crate::sys::{self, ReceiveMany};
 
-/// A thread's files, with its buffers.
+/// The files, with the buffers for them.
 pub(crate) struct Mmsg {
     direction: Direction,
     source: OwnedFd,

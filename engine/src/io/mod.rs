@@ -32,7 +32,7 @@ const SEND_BUFFERS: u16 = 2 * RECEIVE_BUFFERS + 1;
 /// The largest super-packet: its length is a 16-bit field of its IP header.
 const SUPER_PACKET_LEN_MAX: usize = 65_535;
 
-/// Where a thread's packets come from and go to.
+/// Where packets of one direction come from and go to.
 ///
 /// A buffer is in one place at a time: empty and waiting for input, free, with the caller as a
 /// [`BufferId`], or in a send.
@@ -78,7 +78,7 @@ pub(crate) enum Wait {
     Look,
 }
 
-/// Which way a thread carries packets.
+/// Which way packets are carried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
     /// From the containers to a peer.
@@ -143,7 +143,7 @@ impl Window {
     }
 }
 
-/// The files that a thread works on. They must be open until its [`Io`] is made, which holds
+/// The files that an [`Io`] works on. They must be open until its [`Io`] is made, which holds
 /// references of its own.
 #[derive(Debug, Clone)]
 pub(crate) struct Files<'a> {
@@ -155,7 +155,7 @@ pub(crate) struct Files<'a> {
     pub(crate) sockets: Vec<BorrowedFd<'a>>,
 }
 
-/// Something that happened while the thread waited.
+/// Something that happened since the last time.
 #[derive(Debug)]
 pub(crate) enum Completion {
     /// Packets came in.

@@ -1,5 +1,5 @@
-//! A thread's io_uring: one endless read that fills buffers, sends from buffers, and a bell to
-//! wake it.
+//! An io_uring for one direction of a worker: one endless read that fills buffers, sends from buffers,
+//! and a bell to wake its thread.
 //!
 //! What the kernel does for us: the socket is armed once (multishot) and takes a buffer of the
 //! provided ring for each datagram, until none is left (ENOBUFS) or something breaks; then it is
@@ -73,7 +73,7 @@ pub(crate) fn probe() -> io::Result<()> {
     build_ring(8).map(drop).map_err(explain)
 }
 
-/// A thread's ring, with its buffers.
+/// The ring, with its buffers.
 pub(crate) struct Ring {
     // Closed before the memory below is freed, which the kernel may write into until then.
     ring: IoUring,
@@ -414,6 +414,7 @@ fn build_ring(entries: u32) -> io::Result<IoUring> {
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
+        .setup_submit_all()
         .setup_cqsize(COMPLETIONS.max(entries))
         .build(entries)
 }
