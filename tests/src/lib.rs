@@ -13,7 +13,7 @@ pub mod vxlan;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
@@ -87,6 +87,36 @@ pub fn all_acquainted(lab: &Lab) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// A socket in a host's container, on its address.
+pub fn udp_socket(lab: &Lab, host: usize) -> Result<UdpSocket> {
+    let container = lab.container(host)?;
+    let address = SocketAddr::new(container.address()?, 0);
+    Ok(container.netns.run(|| UdpSocket::bind(address))??)
+}
+
+/// Fields of proc_pid_stat(5), by the numbers there, of a thread of a host's daemon.
+pub fn thread_stat<const N: usize>(
+    lab: &Lab,
+    host: usize,
+    name: &str,
+    fields: [usize; N],
+) -> Result<[u64; N]> {
+    for task in fs::read_dir(format!("/proc/{}/task", lab.status(host)?.pid))? {
+        let stat = fs::read_to_string(task?.path().join("stat"))?;
+        let (its, rest) = stat.rsplit_once(')').context("no name")?;
+        if its.ends_with(&format!("({name}")) {
+            let rest: Vec<&str> = rest.split_whitespace().collect();
+            let mut values = [0; N];
+            for (value, field) in values.iter_mut().zip(fields) {
+                // The state, behind the name, is the third.
+                *value = rest.get(field - 3).context("no such field")?.parse()?;
+            }
+            return Ok(values);
+        }
+    }
+    bail!("the daemon of host {host} has no thread {name}")
 }
 
 /// Asks until the answer is yes.

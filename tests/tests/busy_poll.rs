@@ -1,26 +1,18 @@
 //! `--busy-poll`: one thread carries both directions, polls for a while, and then sleeps like others.
 
-use std::fs;
-use std::net::{SocketAddr, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use weft_daemon::lab::{Bytes, Lab, Patience, PingOptions, transfer};
-use weft_tests::{DEADLINE, bring_up, hosts, until};
-
-fn socket(lab: &Lab, host: usize) -> Result<UdpSocket> {
-    let container = lab.container(host)?;
-    let address = SocketAddr::new(container.address()?, 0);
-    let socket = container.netns.run(|| UdpSocket::bind(address))??;
-    socket.set_read_timeout(Some(DEADLINE))?;
-    Ok(socket)
-}
+use weft_daemon::lab::{Bytes, Lab, PingOptions};
+use weft_tests::{DEADLINE, bring_up, hosts, thread_stat, udp_socket, until};
 
 /// One packet at a time, between which the engine goes to sleep or goes on polling. A lost wake-up
 /// shows as time: the daemon's next probe wakes it.
 fn each_is_answered(lab: &Lab) -> Result<()> {
-    let (near, far) = (socket(lab, 0)?, socket(lab, 1)?);
+    let (near, far) = (udp_socket(lab, 0)?, udp_socket(lab, 1)?);
+    far.set_read_timeout(Some(DEADLINE))?;
+    near.set_read_timeout(Some(DEADLINE))?;
     let deadline = Instant::now() + DEADLINE;
     for number in 0..1000u32 {
         for (from, to) in [(&near, &far), (&far, &near)] {
@@ -38,40 +30,20 @@ fn each_is_answered(lab: &Lab) -> Result<()> {
 }
 
 fn both_ways_at_once(lab: &Lab) -> Result<()> {
-    let ends = [lab.container(0)?, lab.container(1)?];
+    let amount = Bytes(16 << 20);
     thread::scope(|scope| {
-        let both = [(ends[0], ends[1]), (ends[1], ends[0])];
-        let running = both.map(|(from, to)| {
-            scope.spawn(|| {
-                let (to_address, patience) = (to.address()?, Patience::default());
-                transfer(&from.netns, &to.netns, to_address, Bytes(16 << 20), &patience)
-            })
-        });
-        for it in running {
-            let moved = it.join().expect("a transfer panicked")?;
-            ensure!(moved.intact(), "bytes arrived as others: {moved:?}");
-        }
+        let there = scope.spawn(|| lab.transfer(0, 1, amount));
+        let back = lab.transfer(1, 0, amount)?;
+        let there = there.join().expect("a transfer panicked")?;
+        ensure!(there.intact() && back.intact(), "bytes arrived as others: {there:?}, {back:?}");
         Ok(())
     })
 }
 
-/// Hundredths of a second that the first host's thread has run (proc_pid_stat(5)).
+/// Hundredths of a second that the first host's thread has run: in user mode, and in the kernel.
 fn ticks(lab: &Lab) -> Result<u64> {
-    for task in fs::read_dir(format!("/proc/{}/task", lab.status(0)?.pid))? {
-        let stat = fs::read_to_string(task?.path().join("stat"))?;
-        let (name, rest) = stat.rsplit_once(')').context("no name")?;
-        if name.ends_with("(both_ways-0") {
-            // Fields 14 and 15; the state, behind the name, is the third.
-            let times: Vec<u64> = rest
-                .split_whitespace()
-                .skip(14 - 3)
-                .take(2)
-                .map(str::parse)
-                .collect::<Result<_, _>>()?;
-            return Ok(times.iter().sum());
-        }
-    }
-    anyhow::bail!("the engine has no thread for both directions")
+    let [user, kernel] = thread_stat(lab, 0, "both_ways-0", [14, 15])?;
+    Ok(user + kernel)
 }
 
 fn sleeps(lab: &Lab) -> Result<()> {

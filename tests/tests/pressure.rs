@@ -1,24 +1,18 @@
 //! More than the wire carries: what cannot go out waits in the kernel's queues, where it is counted,
 //! and the other direction does not notice.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use weft_daemon::lab::Lab;
-use weft_tests::{bring_up, counter, hosts, until};
+use weft_tests::{bring_up, counter, hosts, udp_socket, until};
 
 /// What the first host's wire is cut down to, with more room in its queue than the engine's socket
 /// has in its send buffer.
 const SLOW: &str = "qdisc add dev eth0 root tbf rate 50mbit burst 64kb limit 100mb";
-
-fn socket(lab: &Lab, host: usize) -> Result<UdpSocket> {
-    let container = lab.container(host)?;
-    let address = SocketAddr::new(container.address()?, 0);
-    Ok(container.netns.run(|| UdpSocket::bind(address))??)
-}
 
 /// Packets that the device itself has dropped, its queue being full.
 fn dropped(lab: &Lab) -> Result<u64> {
@@ -40,7 +34,7 @@ fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<
         bring_up(&mut lab, &[&flags[..], &["--workers=1"]].concat())?;
         let arguments: Vec<&str> = SLOW.split(' ').collect();
         lab.host(0).netns.tool("tc", &arguments)?;
-        let (near, far) = (socket(&lab, 0)?, socket(&lab, 1)?);
+        let (near, far) = (udp_socket(&lab, 0)?, udp_socket(&lab, 1)?);
         let enough = AtomicBool::new(false);
         thread::scope(|scope| {
             scope.spawn(|| {

@@ -1,38 +1,28 @@
 //! The engine's threads let others finish, unless they would have to wait for them.
 
-use std::fs;
 use std::hint;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use weft_daemon::lab::Lab;
-use weft_tests::{bring_up, hosts, until};
+use weft_tests::{bring_up, hosts, thread_stat, udp_socket, until};
 
 /// The numbers of sched(7).
-const SCHED_OTHER: u32 = 0;
-const SCHED_BATCH: u32 = 3;
+const SCHED_OTHER: u64 = 0;
+const SCHED_BATCH: u64 = 3;
 
 /// How the thread that reads the first host's device is scheduled.
-fn policy(lab: &Lab) -> Result<u32> {
-    for task in fs::read_dir(format!("/proc/{}/task", lab.status(0)?.pid))? {
-        let stat = fs::read_to_string(task?.path().join("stat"))?;
-        let (name, rest) = stat.rsplit_once(')').context("no name")?;
-        if name.ends_with("(tun_to_udp-0") {
-            // Field 41 of proc_pid_stat(5); the state, behind the name, is the third.
-            return Ok(rest.split_whitespace().nth(41 - 3).context("no policy")?.parse()?);
-        }
-    }
-    anyhow::bail!("the engine has no such thread")
+fn policy(lab: &Lab) -> Result<u64> {
+    let [policy] = thread_stat(lab, 0, "tun_to_udp-0", [41])?;
+    Ok(policy)
 }
 
 fn keep_sending(lab: &Lab, stop: &AtomicBool) -> Result<()> {
-    let (near, far) = (lab.container(0)?, lab.container(1)?);
-    let from = SocketAddr::new(near.address()?, 0);
-    let to = SocketAddr::new(far.address()?, 9);
-    let socket = near.netns.run(|| UdpSocket::bind(from))??;
+    let socket = udp_socket(lab, 0)?;
+    let to = SocketAddr::new(lab.container(1)?.address()?, 9);
     while !stop.load(Ordering::Relaxed) {
         // Nobody listens, of which the sender is told now and then.
         let _ = socket.send_to(b"packet", to);
