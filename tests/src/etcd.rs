@@ -15,7 +15,7 @@ use weft_control::{Access, Etcd2Registry, Etcd3Registry, Registry};
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 
-use crate::{program, subnet, until};
+use crate::{SUBNETS_KEPT_FREE, program, subnet, until};
 
 /// flannel's default.
 pub const PREFIX: &str = "/coreos.com/network";
@@ -316,10 +316,9 @@ pub fn outrun_watchers(lab: &Lab, path: &str, value: &str) -> Result<()> {
     })
 }
 
-/// Has daemons choose among 10.42.20.0 to 10.42.99.0, so that a test's own leases are in nobody's way.
+/// Puts [`SUBNETS_KEPT_FREE`] into the registry.
 pub fn keep_subnets_free(lab: &Lab) -> Result<()> {
-    let range = r#""SubnetMin":"10.42.20.0","SubnetMax":"10.42.99.0""#;
-    put(lab, "config", format!(r#"{{"Network":"10.42.0.0/16",{range}}}"#))
+    put(lab, "config", SUBNETS_KEPT_FREE)
 }
 
 /// The one key below the prefix and `path`.

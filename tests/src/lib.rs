@@ -78,6 +78,11 @@ pub fn write_config(lab: &Lab, config: &str) -> Result<()> {
     Ok(fs::write(lab.registry()?.join("config"), config)?)
 }
 
+/// A network config by which daemons choose among 10.42.20.0 to 10.42.99.0, so that a test's own leases
+/// are in nobody's way.
+pub const SUBNETS_KEPT_FREE: &str =
+    r#"{"Network":"10.42.0.0/16","SubnetMin":"10.42.20.0","SubnetMax":"10.42.99.0"}"#;
+
 /// Waits until each host has all the others as peers.
 pub fn all_acquainted(lab: &Lab) -> Result<()> {
     let others = lab.hosts() - 1;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use weft_daemon::lab::Lab;
-use weft_tests::{DEADLINE, bring_up, hosts, plain_wire, until, write_config};
+use weft_tests::{DEADLINE, SUBNETS_KEPT_FREE, bring_up, hosts, plain_wire, until, write_config};
 
 const FLOWS: u16 = 16;
 const FIRST_PORT: u16 = 20_000;
@@ -149,8 +149,7 @@ const CHANGES: u32 = 20;
 #[test]
 fn routes_change_under_load_without_a_loss() -> Result<()> {
     let mut lab = hosts(2)?;
-    // The third node's subnet stays free.
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.98.0"}"#)?;
+    write_config(&lab, SUBNETS_KEPT_FREE)?;
     bring_up(&mut lab, &[])?;
     let (sender, receiver) = flows(&lab, 0, 1)?.swap_remove(0);
     let enough = AtomicBool::new(false);
@@ -188,7 +187,7 @@ fn routes_change_under_load_without_a_loss() -> Result<()> {
 
 /// A third node's lease appears in the registry and vanishes again, and the first host follows.
 fn come_and_go(lab: &Lab) -> Result<()> {
-    let lease = lab.registry()?.join("subnets/10.42.99.0-24");
+    let lease = lab.registry()?.join("subnets/10.42.200.0-24");
     fs::write(&lease, r#"{"PublicIP":"10.168.0.99"}"#)?;
     until("the third node is there", || Ok(lab.status(0)?.peers.len() == 2))?;
     fs::remove_file(&lease)?;

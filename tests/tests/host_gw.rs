@@ -10,8 +10,8 @@ use weft_daemon::lab::{Bytes, Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::load::loses_nothing_over_restarts;
 use weft_tests::{
-    DEADLINE, bring_up, dual_stack, health, hosts, hosts_of, overlay, reaches, tells, until,
-    write_config,
+    DEADLINE, SUBNETS_KEPT_FREE, bring_up, dual_stack, health, hosts, hosts_of, overlay, reaches,
+    tells, until, write_config,
 };
 
 /// Two hops, both in kernels.
@@ -170,12 +170,12 @@ fn a_fight_is_given_up_and_told() -> Result<()> {
 #[test]
 fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     let mut lab = lab(2)?;
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.199.0"}"#)?;
+    write_config(&lab, SUBNETS_KEPT_FREE)?;
     bring_up(&mut lab, &[])?;
     are_as_wanted(&lab, 0)?;
     let before = wanted(&lab, 0)?;
     let host = NetNs::open(lab.host(0).netns.name());
-    // Of a node that has left meanwhile, in a subnet that neither host may have.
+    // Of a node that has left meanwhile.
     let gone = ["10.42.250.0/24", "via", "10.168.0.250", "proto", "119"];
     let leave_behind = || host.ip(&[&["route", "add"], &gone[..]].concat());
     loses_nothing_over_restarts(&mut lab, || routes(&host, "-4"), leave_behind)?;
@@ -189,8 +189,7 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     let mut lab = lab(2)?;
     let subnets = lab.registry()?.join("subnets");
     fs::create_dir_all(&subnets)?;
-    let range = r#""SubnetMin":"10.42.20.0","SubnetMax":"10.42.99.0""#;
-    write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16",{range}}}"#))?;
+    write_config(&lab, SUBNETS_KEPT_FREE)?;
     let host_gw = |ip: &str| format!(r#"{{"PublicIP":"{ip}","BackendType":"host-gw"}}"#);
     fs::write(subnets.join("10.42.1.0-24"), host_gw("203.0.113.7"))?;
     fs::write(subnets.join("10.42.2.0-24"), r#"{"PublicIP":"10.168.0.120"}"#)?;

@@ -8,8 +8,8 @@ use ipnetwork::IpNetwork;
 use weft_daemon::lab::{Lab, LabOptions, PingOptions};
 use weft_tests::load::{ends, loses_nothing_while};
 use weft_tests::{
-    DEADLINE, all_acquainted, bring_up, has_device, hosts, overlay, pings, subnet, tells, until,
-    write_config,
+    DEADLINE, SUBNETS_KEPT_FREE, all_acquainted, bring_up, has_device, hosts, overlay, pings,
+    subnet, tells, until, write_config,
 };
 
 /// The file of a host's lease.
@@ -113,7 +113,7 @@ fn an_own_lease_that_is_deleted_is_claimed_again() -> Result<()> {
 fn while_a_lost_lease_is_claimed_all_else_goes_on() -> Result<()> {
     let mut lab =
         Lab::new(LabOptions { hosts: 2, backend: "host-gw".into(), ..LabOptions::default() })?;
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.199.0"}"#)?;
+    write_config(&lab, SUBNETS_KEPT_FREE)?;
     bring_up(&mut lab, &[])?;
     let (before, file) = (subnet(&lab, 0)?, lease_file(&lab, 0)?);
     let address = lab.host(0).address;
@@ -188,8 +188,7 @@ fn a_deleted_device_comes_back() -> Result<()> {
 #[test]
 fn hostile_leases_are_refused_by_name() -> Result<()> {
     let mut lab = hosts(2)?;
-    // The subnets below stay free.
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","SubnetMax":"10.42.199.0"}"#)?;
+    write_config(&lab, SUBNETS_KEPT_FREE)?;
     bring_up(&mut lab, &[])?;
     let ours = subnet(&lab, 0)?;
     // The half that no container of the lab is in: to others it is a lease like any other, and the
