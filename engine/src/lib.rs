@@ -234,6 +234,7 @@ impl Engine {
             io: self.io,
             features: Arc::clone(&self.features),
             routes: Arc::new(ArcSwap::from_pointee(routes)),
+            former: Vec::new(),
             stats: Vec::new(),
             stop: Arc::new(AtomicBool::new(false)),
             threads: Vec::new(),
@@ -323,6 +324,8 @@ pub struct EngineHandle {
     io: IoKind,
     features: Arc<Features>,
     routes: Arc<ArcSwap<RouteTable>>,
+    /// Tables that threads may still go by: none of them is to spend its time on freeing one.
+    former: Vec<Arc<RouteTable>>,
     stats: Vec<(Direction, Arc<LaneStats>)>,
     stop: Arc<AtomicBool>,
     threads: Vec<Running>,
@@ -336,8 +339,9 @@ impl fmt::Debug for EngineHandle {
 
 impl EngineHandle {
     /// Replaces the routes; the next batch of every worker uses the new ones.
-    pub fn publish(&self, routes: RouteTable) {
-        self.routes.store(Arc::new(routes));
+    pub fn publish(&mut self, routes: RouteTable) {
+        self.former.push(self.routes.swap(Arc::new(routes)));
+        self.former.retain(|table| Arc::strong_count(table) > 1);
     }
 
     /// Does without a feature that loses packets from now on; says whether it was in use.

@@ -12,7 +12,7 @@ pub struct Amount {
     pub bytes: u64,
 }
 
-/// What one peer was sent and what was delivered from it. All threads add to it.
+/// What one peer was sent, and what from it was let through. All threads add to it.
 #[derive(Debug, Default)]
 pub struct Traffic {
     sent: Sum,

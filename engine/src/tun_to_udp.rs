@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::net::IpAddr;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -34,6 +35,8 @@ pub(crate) struct TunToUdp {
     tally: Tally,
     /// The send that the next packet may join.
     batch: Option<Batch>,
+    /// Sends that the [`Io`] has.
+    under_way: usize,
     /// Sends that found the socket full, none of which another has overtaken.
     stalled: VecDeque<Sent>,
     /// Until when they may wait.
@@ -48,6 +51,7 @@ impl TunToUdp {
             limit: RateLimit::new(now),
             tally: Tally::new(Direction::TunToUdp),
             batch: None,
+            under_way: 0,
             stalled: VecDeque::new(),
             stalled_until: now,
         }
@@ -74,7 +78,7 @@ impl TunToUdp {
         decrement_ttl(bytes);
         match Cut::plan(&header, bytes) {
             Ok(None) if finish_checksum(&header, bytes).is_ok() => {
-                self.append(io, (buffer, &at), outer, at.len(), |packet, out| {
+                self.append(io, routes, (buffer, &at), outer, at.len(), |packet, out| {
                     out.copy_from_slice(packet);
                 });
             }
@@ -82,7 +86,7 @@ impl TunToUdp {
                 self.context.stats.add(Counter::TunToUdpSuperPackets, 1);
                 for number in 0..cut.count() {
                     let len = cut.len_of(number);
-                    self.append(io, (buffer, &at), outer, len, |packet, out| {
+                    self.append(io, routes, (buffer, &at), outer, len, |packet, out| {
                         cut.write(packet, number, out);
                     });
                 }
@@ -117,6 +121,7 @@ impl TunToUdp {
     fn append(
         &mut self,
         io: &mut impl Io,
+        routes: &RouteTable,
         packet: (&BufferId, &Range<usize>),
         outer: Outer,
         len: usize,
@@ -125,7 +130,7 @@ impl TunToUdp {
         let joins = self.batch.as_ref().is_some_and(|batch| batch.takes(&outer, len))
             && self.context.features.has(Feature::UdpSegment);
         if !joins {
-            self.send_batch(io);
+            self.send_batch(io, routes);
             self.batch = io.take_buffer().map(|buffer| Batch::new(buffer, outer, len));
         }
         let Some(batch) = &mut self.batch else {
@@ -136,21 +141,31 @@ impl TunToUdp {
         write(from, out);
     }
 
-    fn send_batch(&mut self, io: &mut impl Io) {
-        if let Some(batch) = self.batch.take() {
-            let (buffer, transmit) = batch.finish();
-            io.send(buffer, transmit);
+    fn send_batch(&mut self, io: &mut impl Io, routes: &RouteTable) {
+        let Some(batch) = self.batch.take() else { return };
+        let (buffer, transmit) = batch.finish();
+        if self.context.features.has(Feature::UdpSegment) || self.under_way > 0 {
+            self.under_way += 1;
+            return io.send(buffer, transmit);
         }
+        // One datagram a send: a few super-packets would use up all buffers before the kernel is asked.
+        let result = if self.stalled.is_empty() {
+            let packets = io.packet(&buffer, &transmit.packets);
+            sys::send(&self.context.sockets[transmit.outer.socket], packets, &transmit)
+        } else {
+            Err(io::ErrorKind::WouldBlock.into())
+        };
+        self.sent(io, routes, Sent { buffer, transmit, result });
     }
 
-    /// What came of a send. A send that finds the socket full waits, and with it those behind; but
-    /// if one behind it got through, or goes out packet by packet now, it is lost rather than late:
-    /// no flow is ever reordered.
+    /// What came of a send. A send that finds its socket full waits, and with it those behind; but if
+    /// one behind it, from the same socket, got through, or goes out packet by packet now, it is lost
+    /// rather than late: no flow is ever reordered.
     fn sent(&mut self, io: &mut impl Io, routes: &RouteTable, sent: Sent) {
         if sent.result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
             return self.stall(sent);
         }
-        self.drop_stalled(io);
+        self.drop_overtaken(io, sent.transmit.outer.socket);
         let packets = io.packet(&sent.buffer, &sent.transmit.packets);
         self.finish(routes, packets, &sent.transmit, sent.result);
         io.recycle(sent.buffer);
@@ -164,10 +179,16 @@ impl TunToUdp {
         self.stalled.push_back(sent);
     }
 
-    fn drop_stalled(&mut self, io: &mut impl Io) {
-        for Sent { buffer, transmit, .. } in self.stalled.drain(..) {
-            self.context.stats.add(Counter::TunToUdpFull, count(&transmit));
-            io.recycle(buffer);
+    /// A flow always leaves from the same socket, so those of other sockets may go on waiting.
+    fn drop_overtaken(&mut self, io: &mut impl Io, socket: usize) {
+        for _ in 0..self.stalled.len() {
+            let Some(sent) = self.stalled.pop_front() else { return };
+            if sent.transmit.outer.socket == socket {
+                self.context.stats.add(Counter::TunToUdpFull, count(&sent.transmit));
+                io.recycle(sent.buffer);
+            } else {
+                self.stalled.push_back(sent);
+            }
         }
     }
 
@@ -200,20 +221,10 @@ impl TunToUdp {
             return self.count_sent(routes, packets, transmit);
         };
         match error.raw_os_error() {
-            // One of them is too large for the path, or the kernel cannot cut: one by one, each
-            // has its own answer.
             Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO) if several => {
-                self.context.stats.add(Counter::TunToUdpSegmentRefused, 1);
-                let mut one_passed = false;
-                for packet in packets.chunks(transmit.segment_len) {
-                    one_passed |= self.send_one(routes, packet, transmit);
-                }
-                // Where none passes, as while our address is gone, it is not the cutting.
-                if one_passed && error.raw_os_error() != Some(libc::EMSGSIZE) {
-                    self.context.fall(Feature::UdpSegment, &error);
-                }
+                self.send_apart(routes, packets, transmit, &error);
             }
-            Some(libc::EMSGSIZE) => self.too_big(routes, packets),
+            Some(libc::EMSGSIZE) => self.too_big(routes, packets, &transmit.outer),
             Some(libc::EAGAIN | libc::ENOBUFS) => {
                 self.context.stats.add(Counter::TunToUdpFull, count(transmit));
             }
@@ -234,20 +245,45 @@ impl TunToUdp {
         self.tally.add(routes, peer, amount);
     }
 
-    /// Says whether the kernel took it.
-    fn send_one(&mut self, routes: &RouteTable, packet: &[u8], transmit: &Transmit) -> bool {
-        let one =
-            Transmit { packets: 0..packet.len(), segment_len: packet.len(), ..transmit.clone() };
-        let socket = &self.context.sockets[one.outer.socket];
-        let result = sys::send(socket, packet, &one);
-        let is_sent = result.is_ok();
-        self.finish(routes, packet, &one, result);
-        is_sent
+    /// Sends packets one by one that the kernel refuses together: one of them is too large for the path,
+    /// or the kernel cannot cut. Each has its own answer then; but a sender is told once of all that are
+    /// too large.
+    fn send_apart(
+        &mut self,
+        routes: &RouteTable,
+        packets: &[u8],
+        transmit: &Transmit,
+        refusal: &io::Error,
+    ) {
+        self.context.stats.add(Counter::TunToUdpSegmentRefused, 1);
+        let mut told: Option<(IpAddr, usize)> = None;
+        for (number, packet) in packets.chunks(transmit.segment_len).enumerate() {
+            let len = packet.len();
+            let view = IpView::check(packet).ok().filter(IpView::dont_fragment);
+            let sender = view.map(|view| view.source());
+            if told.is_some_and(|(to, too_big)| sender == Some(to) && len >= too_big) {
+                self.context.stats.add(Counter::TunToUdpTooBig, 1);
+                continue;
+            }
+            let one = Transmit { packets: 0..len, segment_len: len, ..transmit.clone() };
+            let result = sys::send(&self.context.sockets[one.outer.socket], packet, &one);
+            // By the first one, which is as large as any: the last may fit where the others do not, or
+            // our address be back meanwhile.
+            let is_the_cutting = result.is_ok() && refusal.raw_os_error() != Some(libc::EMSGSIZE);
+            if number == 0 && is_the_cutting {
+                self.context.fall(Feature::UdpSegment, refusal);
+            }
+            let before = self.context.stats.get(Counter::TunToUdpTooBig);
+            self.finish(routes, packet, &one, result);
+            if self.context.stats.get(Counter::TunToUdpTooBig) > before {
+                told = sender.map(|sender| (sender, len));
+            }
+        }
     }
 
     /// The path to the peer is smaller than our MTU. A sender that forbids fragments is told what
     /// fits; for others the outer packet is cut, as the kernel would do with the inner one.
-    fn too_big(&mut self, routes: &RouteTable, packet: &[u8]) {
+    fn too_big(&mut self, routes: &RouteTable, packet: &[u8], outer: &Outer) {
         let (stats, udp) = (&self.context.stats, &self.context.udp);
         let (Ok(view), Some(peer)) = (IpView::check(packet), peer_of(routes, packet)) else {
             return stats.add(Counter::TunToUdpNoRoute, 1);
@@ -260,7 +296,7 @@ impl TunToUdp {
         if view.dont_fragment() && packet.len() > mtu as usize {
             stats.add(Counter::TunToUdpTooBig, 1);
             self.answer(IcmpError::TooBig { mtu }, packet);
-        } else if udp.send_fragmented(packet, peer.endpoint).is_ok() {
+        } else if self.context.sockets[outer.socket].send_fragmented(packet, outer).is_ok() {
             stats.add(Counter::TunToUdpFragmented, 1);
         } else {
             stats.add(Counter::TunToUdpSendFailed, 1);
@@ -289,14 +325,17 @@ impl<I: Io> Carry<I> for TunToUdp {
                 self.received(io, routes, &received);
                 io.recycle(received.buffer);
             }
-            Completion::Sent(sent) => self.sent(io, routes, sent),
+            Completion::Sent(sent) => {
+                self.under_way -= 1;
+                self.sent(io, routes, sent);
+            }
             Completion::Woken => {}
         }
     }
 
     fn flush(&mut self, io: &mut I, routes: &RouteTable) {
         self.send_stalled(io, routes);
-        self.send_batch(io);
+        self.send_batch(io, routes);
         self.tally.settle(routes);
     }
 

@@ -122,17 +122,20 @@ impl UdpSocket {
 
     /// Sends one packet, outside of any batch.
     pub(crate) fn send(&self, packet: &[u8], peer: SocketAddr) -> io::Result<()> {
-        let outer = Outer { peer, socket: 0, traffic_class: 0 };
-        let transmit = Transmit { outer, packets: 0..packet.len(), segment_len: packet.len() };
-        sys::send(self, packet, &transmit)
+        self.send_in(packet, &Outer { peer, socket: 0, traffic_class: 0 })
+    }
+
+    fn send_in(&self, packet: &[u8], outer: &Outer) -> io::Result<()> {
+        let (packets, segment_len) = (0..packet.len(), packet.len());
+        sys::send(self, packet, &Transmit { outer: *outer, packets, segment_len })
     }
 
     /// Sends one packet in as many fragments as the path needs.
-    pub(crate) fn send_fragmented(&self, packet: &[u8], peer: SocketAddr) -> io::Result<()> {
+    pub(crate) fn send_fragmented(&self, packet: &[u8], outer: &Outer) -> io::Result<()> {
         // The option belongs to the socket, so a packet that another thread sends in between may
         // lose its DF: no harm is done.
         self.set_dont_fragment(false)?;
-        let sent = self.send(packet, peer);
+        let sent = self.send_in(packet, outer);
         self.set_dont_fragment(true)?;
         sent
     }

@@ -104,7 +104,9 @@ impl UdpToTun {
         self.write_run();
         match segment {
             Some(segment) => self.run.begin(&segment, packet),
-            None => write_one(&self.context, packet),
+            None => {
+                write_one(&self.context, packet);
+            }
         }
     }
 
@@ -170,15 +172,20 @@ fn feature(is_udp: bool) -> Feature {
     if is_udp { Feature::UdpCoalesce } else { Feature::TcpCoalesce }
 }
 
-fn write_one(context: &Context, packet: &[u8]) {
-    match context.tun.write(&[IoSlice::new(&WHOLE), IoSlice::new(packet)]) {
-        Ok(()) => count_written(context, packet.len(), 1),
-        Err(_) => context.stats.add(Counter::UdpToTunWriteFailed, 1),
+/// Says whether the kernel took it.
+fn write_one(context: &Context, packet: &[u8]) -> bool {
+    let is_written = context.tun.write(&[IoSlice::new(&WHOLE), IoSlice::new(packet)]).is_ok();
+    if is_written {
+        count_written(context, packet.len(), 1);
+    } else {
+        context.stats.add(Counter::UdpToTunWriteFailed, 1);
     }
+    is_written
 }
 
-/// Writes packets one by one that the kernel refuses as one. Where it takes them so, it was the
-/// joining that it refused, and the engine gives that up.
+/// Writes packets one by one that the kernel refuses as one. Where it takes the first, it was the
+/// joining that it refused (EINVAL, virtio_net_hdr_to_skb() in include/linux/virtio_net.h), and the
+/// engine gives that up; a device that is down, or no memory, passes.
 fn write_apart(
     context: &Context,
     bytes: &[u8],
@@ -186,7 +193,6 @@ fn write_apart(
     count: usize,
     refusal: &io::Error,
 ) {
-    let before = context.stats.get(Counter::UdpToTunPackets);
     let packet = &bytes[VirtioNetHdr::LEN..];
     let cut = VirtioNetHdr::parse(bytes).and_then(|it| Cut::plan(&it, packet).ok().flatten());
     // What was joined can be cut; should that ever fail, the packets are counted.
@@ -197,11 +203,11 @@ fn write_apart(
     for number in 0..cut.count() {
         let len = cut.len_of(number);
         cut.write(packet, number, &mut one[..len]);
-        write_one(context, &one[..len]);
-    }
-    if context.stats.get(Counter::UdpToTunPackets) > before {
-        context.stats.add(Counter::UdpToTunCoalesceRefused, 1);
-        context.fall(feature, refusal);
+        let is_written = write_one(context, &one[..len]);
+        if number == 0 && is_written && refusal.raw_os_error() == Some(libc::EINVAL) {
+            context.stats.add(Counter::UdpToTunCoalesceRefused, 1);
+            context.fall(feature, refusal);
+        }
     }
 }
 

@@ -104,6 +104,21 @@ fn with_nothing() -> Result<()> {
     Ok(())
 }
 
+/// Each datagram is a send of its own: more of them than there are buffers to send from come of a few
+/// super-packets.
+#[test]
+fn without_udp_segment_all_find_a_buffer() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let lab = overlay(&[io, &off([2])])?;
+        transfers_are_intact(&lab, FULL)?;
+        for host in 0..2 {
+            assert_eq!(counter(&lab, host, "tun_to_udp_full")?, 0, "{io}, host {host}");
+        }
+        lab.remove()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn with_every_pair_off() -> Result<()> {
     for (io, line) in ["--io=uring", "--io=mmsg"].into_iter().cycle().zip(LINES) {
