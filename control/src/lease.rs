@@ -4,9 +4,10 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
+use std::time::Duration;
 
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
@@ -206,6 +207,19 @@ pub enum Expiry {
     At(Timestamp),
     /// Some day; only the registry knows when.
     Unknown,
+}
+
+impl Expiry {
+    /// So long from now; a reservation has no time to live.
+    pub(crate) fn after(ttl: Option<Duration>) -> Self {
+        ttl.map_or(Self::Never, |ttl| Self::At(end_of(ttl)))
+    }
+}
+
+/// When a time to live ends that begins now.
+pub(crate) fn end_of(ttl: Duration) -> Timestamp {
+    let ttl = SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
+    Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX)
 }
 
 /// What weft nodes tell each other beside the leases.

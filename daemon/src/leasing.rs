@@ -109,10 +109,21 @@ impl Claim<'_> {
         key: &LeaseKey,
     ) -> Result<Option<Lease>, RegistryError> {
         let created = registry.create(key, &self.identity.attrs, Some(self.ttl)).await?;
-        if let Some(ours) = &created
-            && key.networks().count() > 1
-            && keeper::came_second(ours, &registry.snapshot().await?.leases)
-        {
+        let (Some(ours), 2..) = (&created, key.networks().count()) else {
+            return Ok(created);
+        };
+        let (mut backoff, mut said) = (Backoff::default(), Repeats::told_to(self.health));
+        // Until it is known: a lease that is taken up again later is not asked who came second.
+        let snapshot = loop {
+            match registry.snapshot().await {
+                Ok(snapshot) => break snapshot,
+                Err(error) => {
+                    said.warn(&format!("cannot see whether {key} is ours alone: {error}"))
+                }
+            }
+            backoff.wait().await;
+        };
+        if keeper::came_second(ours, &snapshot.leases) {
             registry.remove(ours).await?;
             return Ok(None);
         }

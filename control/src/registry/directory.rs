@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::notices::Notices;
-use super::store::{Scan, Store};
+use super::store::Store;
 use super::{Registry, RegistryError, View};
-use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
+use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot, end_of};
 
 /// Notices can get lost (inotify(7), queue overflow), so everything is read again this often.
 const RESCAN_INTERVAL: Duration = Duration::from_secs(10);
@@ -97,7 +97,7 @@ impl Registry for DirectoryRegistry {
         attrs: &LeaseAttrs,
         ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
-        let expires = expiry(ttl);
+        let expires = Expiry::after(ttl);
         let lease = Lease { key: *key, attrs: attrs.clone(), expires, revision: 0 };
         self.blocking(move |store| {
             let locked = store.lock()?;
@@ -127,7 +127,8 @@ impl Registry for DirectoryRegistry {
             if (current.expires == Expiry::Never) != (seen.expires == Expiry::Never) {
                 return Ok(None);
             }
-            let lease = Lease { key: seen.key, attrs, expires: expiry(ttl), revision: 0 };
+            let expires = Expiry::after(ttl);
+            let lease = Lease { key: seen.key, attrs, expires, revision: 0 };
             locked.write_lease(&lease)?;
             Ok(Some(lease))
         })
@@ -158,7 +159,7 @@ impl Registry for DirectoryRegistry {
         self.blocking(move |store| {
             let locked = store.lock()?;
             locked.sweep()?;
-            locked.write_node(&node, end(ttl))
+            locked.write_node(&node, end_of(ttl))
         })
         .await
     }
@@ -195,7 +196,7 @@ impl Watching {
                         tracing::warn!("{} is back", self.registry.describe());
                     }
                     next_expiry = scan.next_expiry;
-                    self.publish(scan);
+                    View::publish(&self.sender, scan.snapshot);
                 }
                 Err(error) => {
                     if !std::mem::replace(&mut away, true) {
@@ -214,16 +215,6 @@ impl Watching {
             }
         }
     }
-
-    fn publish(&self, scan: Scan) {
-        self.sender.send_if_modified(|view| {
-            let changed = !view.readable || *view.snapshot != scan.snapshot;
-            if changed {
-                *view = View { snapshot: Arc::new(scan.snapshot), readable: true };
-            }
-            changed
-        });
-    }
 }
 
 fn next_look(next_expiry: Option<Timestamp>, away: bool) -> Instant {
@@ -234,15 +225,6 @@ fn next_look(next_expiry: Option<Timestamp>, away: bool) -> Instant {
     let until_expiry = next_expiry
         .map(|end| Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default());
     Instant::now() + until_expiry.map_or(RESCAN_INTERVAL, |left| left.min(RESCAN_INTERVAL) + SETTLE)
-}
-
-fn expiry(ttl: Option<Duration>) -> Expiry {
-    ttl.map_or(Expiry::Never, |ttl| Expiry::At(end(ttl)))
-}
-
-fn end(ttl: Duration) -> Timestamp {
-    let ttl = SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
-    Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX)
 }
 
 #[cfg(test)]

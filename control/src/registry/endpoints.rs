@@ -19,6 +19,9 @@ use super::RegistryError;
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a request may take. Servers under load take seconds.
 pub(super) const DEADLINE: Duration = Duration::from_secs(5);
+/// How long a list of everything may take: megabytes in a large fleet, which asks for them all at once
+/// when etcd is back. That a server hangs is noticed sooner by other means.
+pub(super) const LIST_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How to speak to an endpoint.
 #[async_trait]

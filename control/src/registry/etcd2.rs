@@ -10,14 +10,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
 use tokio::sync::{oneshot, watch};
 use ureq::Agent;
 use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
 
 use super::access::{Access, Credentials, Secret};
-use super::endpoints::{CONNECT_TIMEOUT, DEADLINE, Dial, Endpoints, Failure};
+use super::endpoints::{CONNECT_TIMEOUT, DEADLINE, Dial, Endpoints, Failure, LIST_DEADLINE};
 use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean, json};
 use super::watching::{self, Publish, Source};
 use super::{Registry, RegistryError, View};
@@ -58,6 +57,12 @@ enum Method {
     Get,
     Put(Vec<(&'static str, String)>),
     Delete,
+}
+
+/// How long an answer may take to begin, and all of it.
+struct Times {
+    response: Duration,
+    all: Duration,
 }
 
 /// Why a request brought nothing.
@@ -106,6 +111,13 @@ struct Node {
     expiration: Option<String>,
     /// Seconds.
     ttl: Option<u64>,
+}
+
+impl Answer {
+    /// Neither what was done nor why not.
+    fn says_nothing(&self) -> bool {
+        self.action.is_empty() && self.error_code == 0
+    }
 }
 
 #[async_trait]
@@ -158,35 +170,48 @@ fn tls(found: &Credentials) -> Result<TlsConfig, ureq::Error> {
 }
 
 impl Client {
-    /// Asks on a thread of its own, which may go on waiting when nobody listens any more.
+    /// Asks for what a server always has something to say to. The answer has to begin within
+    /// [`DEADLINE`].
     async fn ask(self, method: Method, path: String, time: Duration) -> Result<Answer, HttpError> {
-        let (sender, receiver) = oneshot::channel();
-        thread::spawn(move || {
-            // Fails where nobody listens any more.
-            let _ = sender.send(self.ask_now(&method, &path, time));
-        });
-        receiver
-            .await
-            .unwrap_or_else(|_| Err(HttpError::new("the asking thread panicked".into(), false)))
+        let times = Times { response: DEADLINE, all: time };
+        match self.send(method, path, times).await? {
+            // Said by something between us and etcd.
+            answer if answer.says_nothing() => Err(HttpError::new("an empty answer".into(), false)),
+            answer => Ok(answer),
+        }
     }
 
-    /// Waits for an event; an answer without an action is that there was none.
+    /// Waits for an event; an answer that says nothing is that there was none.
     async fn wait(self, path: String) -> Result<Answer, HttpError> {
-        match self.ask(Method::Get, path, POLL).await {
+        match self.send(Method::Get, path, Times { response: POLL, all: POLL }).await {
             Err(HttpError { is_timeout: true, .. }) => Ok(Answer::default()),
             outcome => outcome,
         }
     }
 
-    fn ask_now(&self, method: &Method, path: &str, time: Duration) -> Result<Answer, HttpError> {
+    /// Sends a request on a thread of its own, which may go on waiting when nobody listens any more.
+    async fn send(self, method: Method, path: String, times: Times) -> Result<Answer, HttpError> {
+        let (sender, receiver) = oneshot::channel();
+        let work = move || {
+            // Fails where nobody listens any more.
+            let _ = sender.send(self.send_now(&method, &path, &times));
+        };
+        let no_thread = |error| HttpError::new(format!("cannot start a thread: {error}"), false);
+        thread::Builder::new().spawn(work).map_err(no_thread)?;
+        receiver
+            .await
+            .unwrap_or_else(|_| Err(HttpError::new("the asking thread panicked".into(), false)))
+    }
+
+    fn send_now(&self, method: &Method, path: &str, times: &Times) -> Result<Answer, HttpError> {
         let url = format!("{}/v2/keys/{path}", self.url);
         let authorization = self.authorization.as_deref();
         let mut response = match method {
-            Method::Get => self.prepare(self.agent.get(url), authorization, time).call(),
-            Method::Delete => self.prepare(self.agent.delete(url), authorization, time).call(),
+            Method::Get => self.prepare(self.agent.get(url), authorization, times).call(),
+            Method::Delete => self.prepare(self.agent.delete(url), authorization, times).call(),
             Method::Put(form) => {
                 let form = form.iter().map(|(name, value)| (*name, value.as_str()));
-                self.prepare(self.agent.put(url), authorization, time).send_form(form)
+                self.prepare(self.agent.put(url), authorization, times).send_form(form)
             }
         }?;
         let index = response.headers().get("X-Etcd-Index").and_then(|it| it.to_str().ok());
@@ -201,9 +226,13 @@ impl Client {
         &self,
         request: ureq::RequestBuilder<B>,
         authorization: Option<&str>,
-        time: Duration,
+        times: &Times,
     ) -> ureq::RequestBuilder<B> {
-        let request = request.config().timeout_global(Some(time)).build();
+        let request = request
+            .config()
+            .timeout_global(Some(times.all))
+            .timeout_recv_response(Some(times.response))
+            .build();
         match authorization {
             Some(value) => request.header("Authorization", value),
             None => request,
@@ -213,15 +242,17 @@ impl Client {
 
 /// Errors that an answer can be: those that no request of ours counts on.
 fn understand(status: u16, text: &str, index: u64) -> Result<Answer, HttpError> {
-    if text.is_empty() {
-        // A wait that ended without an event.
+    // etcd says with each answer how far its store is. What says nothing else is the end of a wait.
+    if text.is_empty() && status == 200 && index > 0 {
         return Ok(Answer { index, ..Answer::default() });
     }
     let Ok(answer) = serde_json::from_str::<Answer>(text) else {
         let start: String = text.chars().take(80).collect();
+        let start = if text.is_empty() { "an empty answer" } else { start.trim() };
         let hint = if status == 404 { " (is its v2 API switched on?)" } else { "" };
-        let reason = format!("HTTP {status}: {}{hint}", start.trim());
-        return Err(HttpError::new(reason, status < 500));
+        let reason = format!("HTTP {status}: {start}{hint}");
+        // No etcd, or one without this API: another endpoint may be one.
+        return Err(HttpError::new(reason, false));
     };
     match answer.error_code {
         0 if status >= 400 => {
@@ -336,11 +367,6 @@ fn entry(node: &Node) -> Entry<'_> {
     Entry { value: node.value.as_bytes(), expires, revision: node.modified_index }
 }
 
-fn end(ttl: Duration) -> Expiry {
-    let ttl = SignedDuration::try_from(ttl).unwrap_or(SignedDuration::MAX);
-    Expiry::At(Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX))
-}
-
 #[async_trait]
 impl Registry for Etcd2Registry {
     fn describe(&self) -> String {
@@ -373,7 +399,7 @@ impl Registry for Etcd2Registry {
     ) -> Result<Option<Lease>, RegistryError> {
         let (path, value) = (format!("{SUBNETS}{key}"), json(attrs)?);
         let revision = self.shared.put_if("prevExist=false", &path, value, ttl).await?;
-        let expires = ttl.map_or(Expiry::Never, end);
+        let expires = Expiry::after(ttl);
         let lease = |revision| Lease { key: *key, attrs: attrs.clone(), expires, revision };
         Ok(revision.map(lease))
     }
@@ -387,7 +413,7 @@ impl Registry for Etcd2Registry {
         let (path, value) = (format!("{SUBNETS}{}", seen.key), json(attrs)?);
         let same = format!("prevIndex={}", seen.revision);
         let revision = self.shared.put_if(&same, &path, value, ttl).await?;
-        let expires = ttl.map_or(Expiry::Never, end);
+        let expires = Expiry::after(ttl);
         let lease = |revision| Lease { key: seen.key, attrs: attrs.clone(), expires, revision };
         Ok(revision.map(lease))
     }
@@ -432,7 +458,9 @@ impl Source for Shared {
     }
 
     async fn list(&self) -> Result<(Entries, u64), RegistryError> {
-        let answer = self.ask(Method::Get, "?recursive=true&quorum=true").await?;
+        let path = format!("{}/?recursive=true&quorum=true", self.prefix);
+        let request = |client: Client| client.ask(Method::Get, path.clone(), LIST_DEADLINE);
+        let answer = self.endpoints.ask_within(LIST_DEADLINE, request).await?;
         let mut entries = Entries::default();
         self.put_all(&mut entries, &answer.node);
         Ok((entries, answer.index + 1))
@@ -454,21 +482,22 @@ impl Source for Shared {
                 answer = self.endpoints.ask_within(POLL_DEADLINE, request) => answer,
                 why = &mut gone => return why,
             };
-            let Answer { action, node, error_code, .. } = match answer {
+            let answer = match answer {
                 Ok(answer) => answer,
                 Err(error) => return error.to_string(),
             };
-            match (error_code, action.as_str()) {
+            let node = &answer.node;
+            match (answer.error_code, answer.action.as_str()) {
                 (EVENT_INDEX_CLEARED, _) => return "the index to wait for is cleared".into(),
                 // The wait ended without an event.
-                (_, "") => continue,
+                _ if answer.says_nothing() => continue,
                 _ if node.dir => return "a directory came or went".into(),
                 (_, "delete" | "expire" | "compareAndDelete") => {
                     self.path(&node.key).into_iter().for_each(|path| entries.remove(path));
                 }
                 _ => {
                     let path = self.path(&node.key);
-                    path.into_iter().for_each(|path| entries.put(path, entry(&node)));
+                    path.into_iter().for_each(|path| entries.put(path, entry(node)));
                 }
             }
             mark = node.modified_index + 1;
@@ -485,10 +514,11 @@ mod tests {
     fn answers_are_told_from_errors() {
         let cleared = r#"{"errorCode":401,"message":"cleared","cause":"","index":7}"#;
         assert_eq!(understand(400, cleared, 7).ok().map(|it| it.error_code), Some(401));
-        assert_eq!(
-            understand(200, "", 7).ok().map(|it| (it.index, it.action)),
-            Some((7, String::new()))
-        );
+        assert!(understand(200, "", 7).is_ok_and(|answer| answer.says_nothing()));
+        // A proxy's, in front of servers that are gone.
+        for (status, index) in [(200, 0), (204, 7), (404, 0), (502, 0), (503, 7)] {
+            assert!(understand(status, "", index).is_err_and(|error| !error.is_final), "{status}");
+        }
         let error = |status, text: &str| {
             let error = understand(status, text, 0).err().unwrap();
             (error.reason, error.is_final)
@@ -500,7 +530,7 @@ mod tests {
         let (reason, is_final) = error(401, r#"{"message":"Insufficient credentials"}"#);
         assert_eq!((reason.as_str(), is_final), ("HTTP 401: Insufficient credentials", true));
         let (reason, is_final) = error(404, "404 page not found\n");
-        assert!(reason.contains("v2 API") && is_final, "{reason}");
+        assert!(reason.contains("v2 API") && !is_final, "{reason}");
         assert!(!error(503, "<html>").1);
     }
 }

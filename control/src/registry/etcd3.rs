@@ -15,24 +15,29 @@ use etcd_client::{
     Identity, KeyValue, PutOptions, ResponseHeader, TlsOptions, Txn, TxnOp, TxnOpResponse,
     WatchOptions, WatchResponse, WatchStream,
 };
-use jiff::{SignedDuration, Timestamp};
+use futures_util::FutureExt as _;
+use jiff::Timestamp;
 use tokio::sync::{Mutex, watch};
 use tonic::Code;
 
 use super::access::{Access, Secret};
-use super::endpoints::{CONNECT_TIMEOUT, Dial, Endpoints, Failure};
+use super::endpoints::{CONNECT_TIMEOUT, Dial, Endpoints, Failure, LIST_DEADLINE};
 use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean, json};
 use super::watching::{self, Publish, Source};
 use super::{Registry, RegistryError, View};
-use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
+use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot, end_of};
 
 /// Bytes of a list at most: some 500,000 leases.
 const LIST_LEN_MAX: usize = 128 << 20;
-/// A connection whose server says nothing for so long, and then does not answer a ping, is dead.
-const PING_INTERVAL: Duration = Duration::from_secs(3);
-const PING_TIMEOUT: Duration = Duration::from_secs(2);
+/// A connection whose server says nothing for so long, and then does not answer a ping, is dead. etcd
+/// closes one that is pinged more often than each 5 s (its --grpc-keepalive-min-time).
+const PING_INTERVAL: Duration = Duration::from_secs(6);
+const PING_TIMEOUT: Duration = Duration::from_secs(3);
 /// A server that hangs is noticed soon.
 const _: () = assert!(PING_INTERVAL.as_secs() + PING_TIMEOUT.as_secs() < 10);
+
+/// Responses of a watch that are taken in before what they come to is told.
+const TOGETHER_MAX: usize = 1000;
 
 /// Connects to endpoints by gRPC.
 struct Grpc(Access);
@@ -46,7 +51,8 @@ impl Dial for Grpc {
         let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
-            .with_keep_alive_while_idle(true)
+            // etcd closes idle connections that are pinged; a watch, or a request, is none.
+            .with_keep_alive_while_idle(false)
             .with_require_leader(true)
             .with_auto_token_refresh(true);
         if let Some((name, Secret(password))) = &self.0.user {
@@ -172,7 +178,8 @@ impl Shared {
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX).max(1);
         let grant = self.ask(|mut client| async move { client.lease_grant(seconds, None).await });
         let grant = grant.await?;
-        Ok(Granted { id: grant.id(), end: end(grant.ttl()) })
+        let ttl = u64::try_from(grant.ttl()).unwrap_or(0);
+        Ok(Granted { id: grant.id(), end: end_of(Duration::from_secs(ttl)) })
     }
 
     /// An etcd lease that came to nothing; left alone it would end by itself.
@@ -202,13 +209,13 @@ impl Shared {
             Some(ttl) => Some(self.grant(ttl).await?),
             None => None,
         };
-        let written = self.put_if(compare, &self.lease_key(key), &value, granted.as_ref()).await?;
-        let Some(revision) = written else {
-            if let Some(granted) = &granted {
-                self.revoke(granted).await;
-            }
-            return Ok(None);
-        };
+        let written = self.put_if(compare, &self.lease_key(key), &value, granted.as_ref()).await;
+        // Any other failure leaves open whether it was written.
+        if let (Some(granted), Ok(None) | Err(RegistryError::Refused { .. })) = (&granted, &written)
+        {
+            self.revoke(granted).await;
+        }
+        let Some(revision) = written? else { return Ok(None) };
         let expires = granted.map_or(Expiry::Never, |granted| Expiry::At(granted.end));
         Ok(Some(Lease { key: *key, attrs: attrs.clone(), expires, revision }))
     }
@@ -253,11 +260,6 @@ struct Mark {
 struct Granted {
     id: i64,
     end: Timestamp,
-}
-
-fn end(ttl_seconds: i64) -> Timestamp {
-    let ttl = SignedDuration::from_secs(ttl_seconds);
-    Timestamp::now().checked_add(ttl).unwrap_or(Timestamp::MAX)
 }
 
 /// Revisions begin with 1.
@@ -367,7 +369,11 @@ impl Registry for Etcd3Registry {
             let (key, value) = (key.clone(), value.clone());
             async move { client.put(key, value, Some(PutOptions::new().with_lease(id))).await }
         });
-        put.await?;
+        let put = put.await;
+        if let Err(RegistryError::Refused { .. }) = &put {
+            self.shared.revoke(&granted).await;
+        }
+        put?;
         *held = Some((id, value));
         Ok(())
     }
@@ -404,7 +410,7 @@ impl Source for Shared {
     }
 
     async fn list(&self) -> Result<(Entries, Mark), RegistryError> {
-        let answer = self.endpoints.ask(|client| async move {
+        let answer = self.endpoints.ask_within(LIST_DEADLINE, |client| async move {
             let mut kv = client.kv_client().max_decoding_message_size(LIST_LEN_MAX);
             kv.get(self.key(""), Some(GetOptions::new().with_prefix())).await
         });
@@ -434,20 +440,24 @@ impl Source for Shared {
         };
         let at = self.endpoints.current();
         loop {
-            let response = match next(&mut stream).await {
-                Ok(response) if response.compact_revision() > 0 => {
-                    return "the revision to watch from is compacted".into();
+            let mut has_changed = false;
+            for response in next_ones(&mut stream).await {
+                let response = match response {
+                    Ok(response) if response.compact_revision() > 0 => {
+                        return "the revision to watch from is compacted".into();
+                    }
+                    Ok(response) => response,
+                    Err(why) => {
+                        self.endpoints.leave(at);
+                        return why;
+                    }
+                };
+                if response.header().is_some_and(|header| header.cluster_id() != mark.cluster) {
+                    return "it is another cluster now".into();
                 }
-                Ok(response) => response,
-                Err(why) => {
-                    self.endpoints.leave(at);
-                    return why;
-                }
-            };
-            if response.header().is_some_and(|header| header.cluster_id() != mark.cluster) {
-                return "it is another cluster now".into();
+                has_changed |= self.apply(&mut entries, &response);
             }
-            if self.apply(&mut entries, &response) {
+            if has_changed {
                 publish(&entries);
             }
         }
@@ -486,7 +496,20 @@ impl Shared {
     }
 }
 
-/// The next response, or why there is none.
+/// The next response, and those behind it that are there already: a fleet that starts makes more of
+/// them than could be published one by one. After an error there is none.
+async fn next_ones(stream: &mut WatchStream) -> Vec<Result<WatchResponse, String>> {
+    let mut responses = vec![next(stream).await];
+    while responses.len() < TOGETHER_MAX
+        && responses.last().is_some_and(Result::is_ok)
+        && let Some(response) = next(stream).now_or_never()
+    {
+        responses.push(response);
+    }
+    responses
+}
+
+/// The next response, or why there is none. Cancel safe.
 async fn next(stream: &mut WatchStream) -> Result<WatchResponse, String> {
     match stream.message().await {
         Ok(Some(response)) if response.canceled() && response.compact_revision() == 0 => {

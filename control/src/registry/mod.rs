@@ -86,6 +86,19 @@ pub struct View {
     pub readable: bool,
 }
 
+impl View {
+    /// Tells those who follow what the registry has now, if that is news.
+    fn publish(sender: &watch::Sender<Self>, snapshot: Snapshot) {
+        sender.send_if_modified(|view| {
+            let changed = !view.readable || *view.snapshot != snapshot;
+            if changed {
+                *view = Self { snapshot: Arc::new(snapshot), readable: true };
+            }
+            changed
+        });
+    }
+}
+
 /// The text of the config that `--network` stands for.
 ///
 /// # Errors

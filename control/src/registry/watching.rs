@@ -78,8 +78,8 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
     loop {
         let (entries, mark) = list(source, sender).await;
         let begun = Instant::now();
-        publish(sender, &entries);
-        let publish = |entries: &Entries| publish(sender, entries);
+        let publish = |entries: &Entries| View::publish(sender, entries.snapshot());
+        publish(&entries);
         let mut is_forgotten = false;
         let why = tokio::select! {
             why = source.follow(entries, mark, &publish) => why,
@@ -128,21 +128,14 @@ async fn list<S: Source>(source: &S, sender: &watch::Sender<View>) -> (Entries, 
         begun = Instant::now();
         looks += 1;
         outcome = match source.probe().await {
-            Ok(()) => source.list().await,
+            Ok(()) => {
+                // Writes need not wait until the list has come.
+                source.away().store(false, Ordering::Relaxed);
+                source.list().await
+            }
             Err(error) => Err(error),
         };
     }
-}
-
-fn publish(sender: &watch::Sender<View>, entries: &Entries) {
-    let snapshot = entries.snapshot();
-    sender.send_if_modified(|view| {
-        let changed = !view.readable || *view.snapshot != snapshot;
-        if changed {
-            *view = View { snapshot: Arc::new(snapshot), readable: true };
-        }
-        changed
-    });
 }
 
 #[cfg(test)]
