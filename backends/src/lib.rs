@@ -359,11 +359,13 @@ pub enum BackendError {
     #[error("no device {0} after making it: somebody deleted it at once")]
     DeviceGone(String),
     #[error(
-        "the name {device}, which the VXLAN device needs, is that of a {kind}; remove or rename that          one"
+        "the name {device}, which the VXLAN device needs, is that of a {kind}; remove or rename that \
+         one"
     )]
     DeviceTaken { device: String, kind: String },
     #[error(
-        "the device {device} has the VNI {vni} on the same port; remove it (`ip link del {device}`),          or choose another VNI in the network config"
+        "the device {device} has the VNI {vni} on the same port; remove it (`ip link del {device}`), \
+         or choose another VNI in the network config"
     )]
     VniTaken { vni: u32, device: String },
     #[error("cannot speak to the kernel's netlink: {0}")]

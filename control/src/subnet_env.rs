@@ -41,6 +41,11 @@ impl SubnetEnv {
         file::replace(path, self.text().as_bytes(), PUBLIC)
     }
 
+    /// Whether the file says just this.
+    pub fn is_in(&self, path: &Path) -> bool {
+        fs::read(path).is_ok_and(|found| found == self.text().as_bytes())
+    }
+
     fn text(&self) -> String {
         let mut text = String::new();
         for (network, subnet) in &self.networks {

@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use regex::bytes::{NoExpand, Regex};
 
 use crate::directories::Directories;
+use crate::made::Made;
 use crate::node::{self, RUN_FILES, STATE_FILES};
 use crate::socket::{self, Request};
 use crate::status::Status;
@@ -49,7 +50,11 @@ const COMMANDS: [(&str, &str); 18] = [
     ("firewall/iptables", "iptables-save --counters"),
     ("firewall/ip6tables", "ip6tables-save --counters"),
     ("kernel/messages", "dmesg --time-format iso --level err,warn"),
-    ("log/journal", "journalctl --unit weftd --lines 2000 --no-pager --output short-iso-precise"),
+    // By flannel's name where weftd is in its place.
+    (
+        "log/journal",
+        "journalctl --unit weftd --unit flanneld --lines 2000 --no-pager --output short-iso-precise",
+    ),
     ("log/journal-docker", "journalctl --unit docker --lines 200 --no-pager --output short-iso"),
 ];
 
@@ -139,8 +144,12 @@ impl Bundle {
         self.add("doctor", &output_of("weft doctor", &mut doctor))?;
         self.directory(&directories.state_dir, &STATE_FILES)?;
         self.directory(&directories.run_dir, &[RUN_FILES])?;
-        for path in ["/run/flannel/subnet.env", "/etc/os-release", "/proc/net/softnet_stat"] {
-            self.file(path.trim_start_matches('/'), Path::new(path))?;
+        let subnet_files = Made::read_all(&directories.state_dir).unwrap_or_default();
+        let subnet_files = subnet_files.into_iter().map(|made| made.subnet_file);
+        let others = ["/run/flannel/subnet.env", "/etc/os-release", "/proc/net/softnet_stat"];
+        let paths: BTreeSet<PathBuf> = subnet_files.chain(others.map(PathBuf::from)).collect();
+        for path in &paths {
+            self.file(path.to_string_lossy().trim_start_matches('/'), path)?;
         }
         self.archive.into_inner()?.finish()?.sync_all()
     }

@@ -5,6 +5,7 @@
 //! First all of it is found, then it is removed, the files last: as long as anything is left, they
 //! tell the next cleanup what.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Write;
@@ -191,13 +192,16 @@ fn left(state_dir: &Path) -> anyhow::Result<Vec<String>> {
     Ok(left)
 }
 
-/// A weftd in our network namespace.
+/// A weftd in our network namespace, also one that was started by another name, as flanneld.
 fn running() -> Option<String> {
     let ours = fs::read_link("/proc/self/ns/net").ok()?;
     let processes = fs::read_dir("/proc").ok()?.filter_map(|entry| Some(entry.ok()?.path()));
     let mut daemons = processes.filter(|path| {
-        let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
-        name.trim() == "weftd" && fs::read_link(path.join("ns/net")).is_ok_and(|its| its == ours)
+        let program = fs::read_link(path.join("exe")).unwrap_or_default();
+        let name = program.file_name().map(OsStr::to_string_lossy).unwrap_or_default();
+        // A program that was replaced while it runs is "weftd (deleted)".
+        name.split(' ').next() == Some("weftd")
+            && fs::read_link(path.join("ns/net")).is_ok_and(|its| its == ours)
     });
     Some(daemons.next()?.file_name()?.to_string_lossy().into_owned())
 }

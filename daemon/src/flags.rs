@@ -7,6 +7,7 @@
 mod arguments;
 mod engine;
 mod parse;
+mod registry;
 mod settings;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -107,13 +108,13 @@ pub struct LeaseFlags {
 #[command(next_help_heading = "Network")]
 pub struct NetworkFlags {
     /// Writes a network config with this Network if the registry has none;
-    /// without --registry, the registry is then dir:/var/lib/weft/registry
+    /// without --registry and any --etcd-…, the registry is then dir:/var/lib/weft/registry
     #[arg(long, value_name = "CIDR", value_parser = cidr, verbatim_doc_comment)]
     pub network: Option<IpNetwork>,
     /// The file that tells docker and others the subnet and the MTU
     #[arg(long, value_name = "FILE", default_value = "/run/flannel/subnet.env")]
     pub subnet_file: PathBuf,
-    /// What outlives a reboot: this node's id
+    /// What outlives a reboot: this node's id, what the registry last said, and what cleanup goes by
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
     /// What does not: the lock and the socket of the running daemon

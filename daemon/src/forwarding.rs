@@ -1,6 +1,7 @@
 //! The daemon while it forwards: one loop that waits for whatever changes, and makes everything
 //! follow.
 
+mod asleep;
 mod claiming;
 mod desired;
 mod turn;
@@ -31,6 +32,7 @@ use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Prober};
 use crate::state_file::{LastKnown, StateFile};
+use asleep::LastLook;
 use claiming::{Claiming, claimed};
 use desired::desired;
 use turn::{Lost, Turn};
@@ -44,6 +46,11 @@ const NODE_INTERVAL: Duration = Duration::from_secs(20);
 const NODE_TTL: Duration = Duration::from_secs(60);
 /// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
+
+/// After a look at all that the kernel has, the daemon rests for so many times as long as that took,
+/// however much changes on a busy host: some tenth of a core, and not more than this behind.
+const REST_FOLD: u32 = 10;
+const REST_MAX: Duration = Duration::from_secs(5);
 
 /// What stays the same while one lease is forwarded under.
 pub(crate) struct Forwarding<'a> {
@@ -88,12 +95,16 @@ impl Forwarding<'_> {
         let (margin, retry) = self.settings.renewal();
         let mut turn = Turn::new(config.clone(), tenure, self.place, margin);
         let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks());
-        turn.prober = local.and_then(|local| Prober::start(local, self.started.mtu));
+        // During an outage of the registry, peers cannot hear of another port.
+        let port = last_known.load().and_then(|(known, _)| known.probe_port);
+        turn.prober = local.and_then(|local| Prober::start(local, port, self.started.mtu));
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
         let mut slow = tokio::time::interval(RECONCILE_INTERVAL);
         let mut publish = tokio::time::interval(NODE_INTERVAL);
         watch.mark_changed();
         let mut firewall = self.firewall.watch();
+        let mut last_look = LastLook::new();
+        let mut rest_until = Instant::now();
         let mut claiming: Option<Claiming<'_>> = None;
         loop {
             self.board.turn();
@@ -104,6 +115,10 @@ impl Forwarding<'_> {
             }
             // Two nodes with one address would each wait for the other's record to end.
             let is_whole = turn.readable && turn.lost.is_none();
+            let kernel_changed = async {
+                tokio::time::sleep_until(rest_until).await;
+                self.kernel.changed().await;
+            };
             let renewal = sleep_until(turn.renewal.map(|due| due.max(turn.renew_not_before)));
             tokio::select! {
                 changed = watch.changed() => {
@@ -125,16 +140,22 @@ impl Forwarding<'_> {
                         remember(last_known, &turn, &snapshot);
                     }
                 }
-                () = self.kernel.changed(), if !turn.repairs.is_fight() => {
+                () = kernel_changed, if !turn.repairs.is_fight() => {
+                    let begun = Instant::now();
                     if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
                         return Ok(ended);
                     }
                     let snapshot = watch.borrow().snapshot.clone();
                     self.put_right(&snapshot, overlay, &mut turn).await?;
+                    let took = begun.elapsed();
+                    rest_until = Instant::now() + (took * REST_FOLD).min(REST_MAX);
                 }
                 _ = slow.tick() => {
                     if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
                         return Ok(ended);
+                    }
+                    if last_look.was_asleep() && turn.renewal.is_some() {
+                        turn.renewal = Some(Instant::now());
                     }
                     let View { snapshot, readable } = watch.borrow().clone();
                     self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
@@ -334,8 +355,8 @@ impl Forwarding<'_> {
         }
         problems.extend(turn.given_up.iter().cloned());
         turn.problems = problems;
-        if !turn.subnet_file_written && turn.lost.is_none() {
-            turn.subnet_file_written = self.write_subnet_file(turn);
+        if turn.lost.is_none() && (!turn.subnet_file_written || basis == Basis::Kernel) {
+            turn.subnet_file_written = self.keep_subnet_file(turn);
         }
         let subnets: Vec<IpNetwork> = turn.lease.key.networks().collect();
         self.board.backend(overlay.status(), &snapshot.nodes);
@@ -376,11 +397,18 @@ impl Forwarding<'_> {
         ))
     }
 
-    fn write_subnet_file(&self, turn: &Turn) -> bool {
+    /// Writes subnet.env where it does not say what it should, and says whether it does now.
+    fn keep_subnet_file(&self, turn: &Turn) -> bool {
         let path = &self.settings.subnet_file;
         let Self { settings, started, .. } = self;
         let ip_masq = settings.switches.masquerade;
         let env = SubnetEnv::new(&turn.config, &turn.lease, started.mtu, ip_masq);
+        if turn.subnet_file_written {
+            if env.is_in(path) {
+                return true;
+            }
+            tracing::warn!(path = %path.display(), "somebody changed or removed subnet.env");
+        }
         match env.write(path) {
             Ok(()) => {
                 tracing::info!(path = %path.display(), "wrote subnet.env");
@@ -488,9 +516,20 @@ fn follow_config(snapshot: &Snapshot, turn: &mut Turn) -> Option<String> {
     }
 }
 
-/// For a start while the registry is away. Without it weft works as well, until then.
+/// For a start while the registry is away. Without it weft works as well, until then. That others renew
+/// their leases, as one does each few seconds in a large fleet, is no reason to write it all anew.
 fn remember(file: &mut StateFile<LastKnown>, turn: &Turn, snapshot: &Snapshot) {
-    let known = LastKnown { lease: turn.lease.clone(), snapshot: snapshot.clone() };
+    let mut known = LastKnown {
+        lease: turn.lease.clone(),
+        snapshot: snapshot.clone(),
+        probe_port: turn.prober.as_ref().map(Prober::port),
+    };
+    for lease in known.snapshot.leases.iter_mut().filter(|it| it.key != turn.lease.key) {
+        lease.revision = 0;
+        if lease.expires != Expiry::Never {
+            lease.expires = Expiry::Unknown;
+        }
+    }
     if let Err(error) = file.save(&known) {
         tracing::warn!("cannot remember what the registry said: {error:#}");
     }

@@ -108,7 +108,7 @@ fn of_daemon(status: &Status) -> Vec<Family> {
         },
         gauge(
             "peers_unreachable",
-            "Nodes that do not answer probes; `weft status` names them",
+            "Nodes that cannot be reached; `weft status` names them",
             [number(unreachable as u64)],
         ),
         gauge(

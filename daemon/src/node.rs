@@ -73,8 +73,8 @@ impl Node {
     /// Another daemon runs with this identity, or a directory cannot be written to.
     pub(crate) fn claim(files: NodeFiles) -> anyhow::Result<Self> {
         files.make_directories()?;
-        let id = load_or_make_id(&files.id)?;
         let lock = take_lock(&files.lock)?;
+        let id = load_or_make_id(&files.id)?;
         Ok(Self { id, files, lock })
     }
 

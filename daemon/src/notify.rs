@@ -7,13 +7,15 @@ use sd_notify::NotifyState;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
+use crate::board::Board;
 use crate::health::Phase;
 
 /// How long systemd is asked to wait on; asked anew three times in between.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Tells systemd, where there is one, until the daemon ends.
-pub(crate) async fn tell(mut phases: watch::Receiver<Phase>) {
+/// Tells systemd, where there is one, until the daemon ends. That it is alive only as long as its loop
+/// comes round: where that stands still, systemd starts it anew.
+pub(crate) async fn tell(mut phases: watch::Receiver<Phase>, board: &Board) {
     let watchdog = sd_notify::watchdog_enabled();
     // Twice in the time that systemd gives.
     let pulse = watchdog.map_or(PATIENCE / 3, |limit| (limit / 2).min(PATIENCE / 3));
@@ -28,7 +30,7 @@ pub(crate) async fn tell(mut phases: watch::Receiver<Phase>) {
                 }
             }
             _ = timer.tick() => {
-                if watchdog.is_some() {
+                if watchdog.is_some() && board.stands_still().is_none() {
                     send(&[NotifyState::Watchdog]);
                 }
             }

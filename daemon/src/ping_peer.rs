@@ -79,7 +79,7 @@ impl Pinging {
         let local = kind.zip(daemon.public_ip);
         let local =
             local.and_then(|(kind, ip)| probe::local(kind, ip, daemon.subnets.iter().copied()));
-        let socket = ProbeSocket::bind(local.context("the daemon has no subnet yet")?)?;
+        let socket = ProbeSocket::bind(local.context("the daemon has no subnet yet")?, None)?;
         let mtu = usize::try_from(daemon.mtu.unwrap_or_default())?;
         Ok(Self { socket, to, mtu })
     }

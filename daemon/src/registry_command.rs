@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
+use std::mem;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -190,12 +191,21 @@ impl Operator<'_> {
         Ok(writeln!(self.out, "{subnet}, leased to {}, is free", owner(found))?)
     }
 
+    /// What is to be watched must be readable at first. Later, that it is not is told on stderr: what
+    /// changes meanwhile is shown once it is again.
     async fn watch(&mut self) -> anyhow::Result<()> {
+        self.registry.snapshot().await?;
         let mut watch = self.registry.watch(Snapshot::default());
         let mut before = BTreeMap::new();
+        let mut readable = true;
         loop {
             watch.changed().await?;
             let view = watch.borrow_and_update().clone();
+            if view.readable != mem::replace(&mut readable, view.readable) {
+                let how =
+                    if view.readable { "can be read again" } else { "cannot be read for now" };
+                eprintln!("weft: {} {how}", self.registry.describe());
+            }
             let leases = view.snapshot.leases.iter();
             let now: BTreeMap<LeaseKey, LeaseAttrs> =
                 leases.map(|lease| (lease.key, lease.attrs.clone())).collect();
@@ -335,7 +345,8 @@ fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) ->
             name => name,
         };
         let node = node(snapshot, lease);
-        let node = node.map(|node| format!("{} ({})", node.name, &node.id[..8.min(node.id.len())]));
+        let start_of = |id: &str| id.chars().take(8).collect::<String>();
+        let node = node.map(|node| format!("{} ({})", node.name, start_of(&node.id)));
         let left = match (lease.expires, left.get(&lease.key).copied().flatten()) {
             (Expiry::Never, _) => "never (reserved)".to_owned(),
             (_, Some(left)) => {
@@ -370,6 +381,26 @@ fn as_json(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whoever may write to the registry chooses its name.
+    #[test]
+    fn a_node_id_of_any_letters_is_shown() {
+        let id = "aäääää".to_owned();
+        let lease = Lease {
+            key: "10.3.1.0-24".parse().unwrap(),
+            attrs: LeaseAttrs { public_ip: Some([192, 0, 2, 1].into()), ..LeaseAttrs::default() },
+            expires: Expiry::Never,
+            revision: 0,
+        };
+        let node: NodeRecord = serde_json::from_value(json!({
+            "Id": id, "Name": "h1", "PublicIP": "192.0.2.1", "Addresses": [], "Version": "1",
+            "Mtu": 1472,
+        }))
+        .unwrap();
+        let snapshot = Snapshot { leases: vec![lease], nodes: vec![node], ..Snapshot::default() };
+        let table = as_table(&snapshot, &BTreeMap::new()).to_string();
+        assert!(table.contains("h1 (aäääää)"), "{table}");
+    }
 
     #[test]
     fn changes_are_told_apart() {

@@ -1,8 +1,8 @@
 //! The daemon from its flags to its end.
 //!
 //! config → interface → identity → lease → backend → firewall → subnet.env → forwarding. What is missing is
-//! waited for; only a wrong flag, a missing privilege, a port in use and a missing interface end
-//! the daemon. When forwarding breaks, or the lease or the interface becomes another one, the backend
+//! waited for; only a wrong flag, a missing privilege, a port in use, and an interface that is missing or
+//! that the backend can never use end the daemon. When forwarding breaks, or the lease or the interface becomes another one, the backend
 //! starts again.
 
 use std::time::Duration;
@@ -51,7 +51,7 @@ pub async fn run(flags: Flags, log: Log, shutdown: impl Future<Output = ()>) -> 
     let board = Board::new(log, &health);
     tokio::select! {
         outcome = serve(&settings, &health, &board) => outcome,
-        () = notify::tell(health.watch()) => bail!("nobody knows any more how the daemon is"),
+        () = notify::tell(health.watch(), &board) => bail!("nobody knows any more how the daemon is"),
         () = shutdown => {
             tracing::info!(
                 "stopping; lease, subnet.env and firewall rules stay for the next start"
@@ -226,6 +226,7 @@ impl Daemon<'_> {
         );
         let registry = self.registry.identity();
         station.place.move_to(self.settings, &registry, interface, attrs)?;
+        Made::record(&self.config, self.settings, &station.place.node.files)?;
         self.tell_place(&station.place, why);
         station.last_known = StateFile::new(station.place.node.files.last_known.clone());
         Ok(())

@@ -19,6 +19,9 @@ pub(crate) struct LastKnown {
     /// Our own lease.
     pub(crate) lease: Lease,
     pub(crate) snapshot: Snapshot,
+    /// Where this node answers probes.
+    #[serde(default)]
+    pub(crate) probe_port: Option<u16>,
 }
 
 /// A file with one value.
@@ -81,6 +84,7 @@ mod tests {
         let known = LastKnown {
             lease: lease.clone(),
             snapshot: Snapshot { leases: vec![lease], ..Snapshot::default() },
+            probe_port: Some(4711),
         };
         file.save(&known).unwrap();
         assert_eq!(file.load().unwrap().0, known);

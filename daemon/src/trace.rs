@@ -149,10 +149,10 @@ fn follow(
     let own = status.subnets.iter().find(|subnet| subnet.is_ipv6() == to.is_ipv6());
     let from = from.or(own.map(|subnet| subnet.network()));
     let (target, peer) = target(status, to);
-    let expected = match (target, &peer) {
-        (Target::Peer, Some(peer)) if peer.way == "direct" => status.interface.clone(),
-        (Target::Peer, _) => status.device.clone(),
-        (Target::Local | Target::Nobody | Target::Outside, _) => None,
+    let expected: Vec<&String> = match (target, &peer) {
+        (Target::Peer, Some(peer)) if peer.way == "direct" => status.interface.iter().collect(),
+        (Target::Peer, _) => status.device.iter().chain(&status.other_devices).collect(),
+        (Target::Local | Target::Nobody | Target::Outside, _) => Vec::new(),
     };
     let mut problems = Vec::new();
     if status.state != "forwarding" {
@@ -164,10 +164,10 @@ fn follow(
              `weft status` says what is wrong with some"
         ));
     }
-    match (&expected, &device) {
+    match (expected.first(), &device) {
         (_, None) => problems.push(format!("the kernel has no route to {to}")),
-        (Some(expected), Some(device)) if expected != device => problems.push(format!(
-            "the kernel sends it out of {device}, not {expected}: another route comes first; see `ip \
+        (Some(first), Some(device)) if !expected.contains(&device) => problems.push(format!(
+            "the kernel sends it out of {device}, not {first}: another route comes first; see `ip \
              route get {to}`"
         )),
         (None, Some(device)) if target == Target::Local && is_way_out(status, device) => {
@@ -198,7 +198,8 @@ fn follow(
 
 /// Whether it leads to other hosts.
 fn is_way_out(status: &Status, device: &str) -> bool {
-    [&status.device, &status.interface].iter().any(|it| it.as_deref() == Some(device))
+    let mut ways = status.device.iter().chain(&status.other_devices).chain(&status.interface);
+    ways.any(|way| way == device)
 }
 
 /// By the longest prefix, as the packet engine and the kernel do it.
@@ -250,6 +251,20 @@ mod tests {
             ],
             ..Status::default()
         }
+    }
+
+    /// vxlan has a device for each family.
+    #[test]
+    fn the_other_familys_device_is_as_good() {
+        let mut status = status();
+        status.other_devices = vec!["flannel-v6.1".into()];
+        status.peers[0].subnets.push("fd00:42:0:2::/64".parse().unwrap());
+        let follow = |device: &str| {
+            let to = "fd00:42:0:2::9".parse().unwrap();
+            follow(&status, None, to, None, Some(device.into())).problems
+        };
+        assert_eq!(follow("flannel-v6.1"), Vec::<String>::new());
+        assert!(follow("eth0")[0].contains("out of eth0, not flannel.1"));
     }
 
     fn traced(to: &str, device: &str) -> Trace {

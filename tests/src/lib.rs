@@ -344,6 +344,11 @@ impl Weftd {
             .with_context(|| self.log().unwrap_or_default())
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
     /// Sends it a signal and waits for its end.
     pub fn end(mut self, signal: Signal) -> Result<ExitStatus> {
         end(&mut self.child, signal)

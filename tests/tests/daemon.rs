@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::UdpSocket;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -104,6 +105,42 @@ fn stops_at_once_and_cleanly_whatever_it_waits_for() -> Result<()> {
         stops(Signal::TERM, ready, &network)?;
     }
     until("no device is left", || Ok(!has_device(&host.netns, "flannel0")?))?;
+    lab.remove()
+}
+
+/// As a terminal that is closed, or an operator who takes it for "reload", sends it.
+#[test]
+fn a_hangup_changes_nothing() -> Result<()> {
+    let lab = hosts(1)?;
+    let (host, files) = (lab.host(0), Files::of(&lab)?);
+    let flags = files.flags(&["--network", "10.42.0.0/16"]);
+    let daemon = Weftd::start(&host.netns, &host.log, &flags)?;
+    daemon.logs("wrote subnet.env")?;
+    daemon.signal(Signal::HUP)?;
+    daemon.logs("SIGHUP changes nothing")?;
+    assert_eq!(status::read(&host.run_dir)?.state, "forwarding");
+    assert!(daemon.end(Signal::TERM)?.success());
+    lab.remove()
+}
+
+/// Scripts that reset a node, or the end of an old flanneld's unit, remove its directory.
+#[test]
+fn subnet_env_is_written_again_if_somebody_removes_it() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let file = &lab.host(0).subnet_file;
+    let wanted = fs::read(file)?;
+    for (number, spoil) in
+        [|file: &Path| fs::remove_file(file), |file: &Path| fs::write(file, "FL")]
+            .into_iter()
+            .enumerate()
+    {
+        spoil(file)?;
+        // Whatever the kernel tells of, everything is looked at.
+        lab.host(0).netns.ip(&["link", "add", &format!("more{number}"), "type", "bridge"])?;
+        until("subnet.env is whole again", || Ok(fs::read(file).unwrap_or_default() == wanted))?;
+    }
     lab.remove()
 }
 

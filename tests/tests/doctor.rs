@@ -208,7 +208,9 @@ fn the_registry_and_the_daemon_are_asked() -> Result<()> {
     let empty = tempfile::tempdir()?;
     let registry = format!("dir:{}", empty.path().display());
     let (checks, _) = doctor(&lab, 0, &["--registry", &registry])?;
-    let cured = checks.iter().any(|it| it.name == "registry" && it.cure.contains("registry init"));
+    let cured = checks
+        .iter()
+        .any(|it| it.name == "registry" && it.cure.contains(&format!("{registry} init")));
     ensure!(cured, "{checks:#?}");
     until("the daemon of the other host goes on", || Ok(lab.status(1)?.state == "forwarding"))
 }

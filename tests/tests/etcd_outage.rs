@@ -166,6 +166,12 @@ fn a_restart_during_an_outage_goes_on_with_what_was_known() -> Result<()> {
     logs(&lab, 0, "starting with the lease and the 1 peers known at")?;
     assert_eq!((subnet(&lab, 0)?, lab.status(0)?.peers.len()), (before, 1));
     pings(&lab)?;
+    // Peers could not hear of another port.
+    let answered = lab.status(1)?.peers[0].probe.answered;
+    until("probes are answered as before", || {
+        Ok(lab.status(1)?.peers[0].probe.answered > answered)
+    })?;
+    assert_eq!(lab.status(1)?.peers[0].probe.fault, None);
     lab.start_etcd(0)?;
     until("the lease is renewed", || Ok(lab.status(0)?.lease_expires.is_some()))
         .with_context(|| log(&lab, 0).unwrap_or_default())?;

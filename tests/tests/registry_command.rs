@@ -127,6 +127,15 @@ fn leases_move_from_registry_to_registry() -> Result<()> {
 }
 
 #[test]
+fn a_watch_of_what_cannot_be_read_ends() -> Result<()> {
+    let lab = hosts(1, 1)?;
+    let flags = vec!["--etcd-endpoints=http://127.0.0.1:1".to_owned()];
+    let refused = Target { lab: &lab, flags }.refused(&["watch"])?;
+    assert!(refused.contains("http://127.0.0.1:1"), "{refused}");
+    lab.remove()
+}
+
+#[test]
 fn a_watch_shows_what_changes() -> Result<()> {
     let (lab, directory) = (hosts(1, 1)?, tempfile::tempdir()?);
     for target in Target::all(&lab, directory.path()) {

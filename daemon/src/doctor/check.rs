@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::seen::RegistrySeen;
+
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
@@ -63,7 +65,8 @@ impl Check {
     }
 
     /// What only the registry could tell.
-    pub(super) fn unread(name: &'static str) -> Self {
-        Self::warn(name, "not known while the registry cannot be read", "weft registry show")
+    pub(super) fn unread(name: &'static str, registry: &RegistrySeen) -> Self {
+        let seen = "not known while the registry cannot be read";
+        Self::warn(name, seen, registry.weft("show"))
     }
 }

@@ -22,9 +22,11 @@ pub(super) fn mac(seen: &Seen) -> Check {
         let what = format!("the device {device:?} is gone");
         return Check::fail(NAME, what, "systemctl restart weftd");
     };
-    let content = seen.registry.as_ref().and_then(|registry| registry.content.as_ref().ok());
-    let Some((snapshot, _)) = content else {
-        return Check::unread(NAME);
+    let Some(registry) = &seen.registry else {
+        return Check::unknown(NAME);
+    };
+    let Ok((snapshot, _)) = &registry.content else {
+        return Check::unread(NAME, registry);
     };
     match leased(snapshot, &status.subnets) {
         Some(leased) if leased != mac => Check::fail(
@@ -88,6 +90,8 @@ mod tests {
             daemon: Some(Daemon { status, ..Daemon::default() }),
             registry: Some(RegistrySeen {
                 name: "dir:/r".into(),
+                weft_flags: " --registry dir:/r".into(),
+                etcdctl_flags: String::new(),
                 servers: Vec::new(),
                 content: Ok((snapshot, Duration::ZERO)),
             }),

@@ -30,11 +30,12 @@ pub(super) fn registry(seen: &Seen) -> Check {
         Ok(content) => content,
         Err(no) if no.is_refusal => {
             let what = format!("{name} does not let weft in: {}", no.reason);
-            let cure = "etcdctl user get USER   # the one of --etcd-username, or the certificate's";
+            let cure = "user get USER   # the one of --etcd-username, or the certificate's";
+            let cure = registry.etcdctl(name, cure);
             return Check::fail(NAME, what, cure);
         }
         Err(no) if is_etcd => {
-            let cure = format!("etcdctl --endpoints {name} endpoint health");
+            let cure = registry.etcdctl(name, "endpoint health");
             return Check::fail(NAME, no.reason.as_str(), cure);
         }
         Err(no) => {
@@ -43,11 +44,11 @@ pub(super) fn registry(seen: &Seen) -> Check {
     };
     let Some(config) = &snapshot.config else {
         let what = format!("{name} has no network config");
-        return Check::fail(NAME, what, "weft registry init 10.42.0.0/16");
+        return Check::fail(NAME, what, registry.weft("init 10.42.0.0/16"));
     };
     if let Err(error) = config.parse::<NetworkConfig>() {
         let what = format!("{name} has a network config that cannot be used: {error}");
-        return Check::fail(NAME, what, "weft registry show");
+        return Check::fail(NAME, what, registry.weft("show"));
     }
     if let Some(check) = servers(NAME, registry) {
         return check;
@@ -55,7 +56,7 @@ pub(super) fn registry(seen: &Seen) -> Check {
     if *took > SLOW {
         let what = format!("{name} takes {} ms to be read", took.as_millis());
         let cure = if is_etcd {
-            format!("etcdctl --endpoints {name} check perf")
+            registry.etcdctl(name, "check perf")
         } else {
             format!("findmnt -T {}   # a disk of this host, not busy or full", path_of(name))
         };
@@ -79,7 +80,7 @@ fn servers(name: &'static str, registry: &RegistrySeen) -> Option<Check> {
         let answer = servers.filter(|(_, server)| server.is_ok()).count();
         let all = registry.servers.len();
         let what = format!("{answer} of {all} endpoints answer; {url} does not: {reason}");
-        return Some(Check::warn(name, what, format!("etcdctl --endpoints {url} endpoint health")));
+        return Some(Check::warn(name, what, registry.etcdctl(url, "endpoint health")));
     }
     servers.find_map(|(url, server)| {
         let server = server.as_ref().ok()?;
@@ -116,9 +117,11 @@ pub(super) fn clock(seen: &Seen) -> Check {
 /// Whether two nodes, or two leases, have one address.
 pub(super) fn public_ip(seen: &Seen) -> Check {
     const NAME: &str = "PublicIP";
-    let content = seen.registry.as_ref().and_then(|registry| registry.content.as_ref().ok());
-    let Some((snapshot, _)) = content else {
-        return Check::unread(NAME);
+    let Some(registry) = &seen.registry else {
+        return Check::unknown(NAME);
+    };
+    let Ok((snapshot, _)) = &registry.content else {
+        return Check::unread(NAME, registry);
     };
     let own = seen.status().map(|status| status.node_id.as_str());
     if let Some((ip, nodes)) = nodes_by_address(snapshot, own).into_iter().find(is_shared) {
@@ -128,7 +131,7 @@ pub(super) fn public_ip(seen: &Seen) -> Check {
     }
     if let Some((ip, leases)) = leases_by_address(snapshot).into_iter().find(is_shared) {
         let what = format!("{ip} has several leases: {}", leases.join(" and "));
-        let cure = format!("weft registry release {}   # the one not in use", leases[0]);
+        let cure = registry.weft(&format!("release {}   # the one not in use", leases[0]));
         return Check::fail(NAME, what, cure);
     }
     Check::ok(NAME, format!("each of {} nodes has its own", snapshot.leases.len()))
@@ -188,6 +191,8 @@ mod tests {
         Seen {
             registry: Some(RegistrySeen {
                 name: "http://etcd:2379".into(),
+                weft_flags: " --etcd-endpoints http://etcd:2379".into(),
+                etcdctl_flags: String::new(),
                 servers: servers.into_iter().map(|it| ("http://etcd:2379".into(), it)).collect(),
                 content: Ok((snapshot, took)),
             }),

@@ -98,6 +98,9 @@ pub(super) struct Chain {
 #[derive(Debug)]
 pub(super) struct RegistrySeen {
     pub(super) name: String,
+    /// The flags by which `weft registry`, and etcdctl, get there.
+    pub(super) weft_flags: String,
+    pub(super) etcdctl_flags: String,
     /// etcd's servers, none for a directory.
     pub(super) servers: Vec<(String, Result<Server, String>)>,
     /// What is in it, and how long reading it took.
@@ -260,7 +263,23 @@ impl RegistrySeen {
             is_refusal: matches!(error, RegistryError::Refused { .. }),
             reason: error.to_string(),
         };
-        Self { name, servers, content: content.map_err(no_content) }
+        Self {
+            name,
+            weft_flags: settings.weft_flags(),
+            etcdctl_flags: settings.etcdctl_flags(),
+            servers,
+            content: content.map_err(no_content),
+        }
+    }
+
+    /// A command of `weft registry` that finds this one.
+    pub(super) fn weft(&self, rest: &str) -> String {
+        format!("weft registry{} {rest}", self.weft_flags)
+    }
+
+    /// A command of etcdctl that asks these servers.
+    pub(super) fn etcdctl(&self, endpoints: &str, rest: &str) -> String {
+        format!("etcdctl --endpoints {endpoints}{} {rest}", self.etcdctl_flags)
     }
 }
 

@@ -23,8 +23,8 @@ use crate::interface::Wish;
 const DEFAULT_REGISTRY: &str = "/var/lib/weft/registry";
 
 /// flannel's defaults.
-const ETCD_ENDPOINTS: [&str; 2] = ["http://127.0.0.1:4001", "http://127.0.0.1:2379"];
-const ETCD_PREFIX: &str = "/coreos.com/network";
+pub(super) const ETCD_ENDPOINTS: [&str; 2] = ["http://127.0.0.1:4001", "http://127.0.0.1:2379"];
+pub(super) const ETCD_PREFIX: &str = "/coreos.com/network";
 
 /// Pauses between tries to renew a lease, as flannel's, unless there is less time left.
 const RENEW_RETRY: Duration = Duration::from_secs(60);
@@ -239,7 +239,10 @@ fn asks_for_etcd(flags: &RegistryFlags) -> bool {
         || flags.etcd_api != EtcdApi::Auto
         || flags.etcd_cafile.is_some()
         || flags.etcd_certfile.is_some()
+        || flags.etcd_keyfile.is_some()
         || flags.etcd_username.is_some()
+        || flags.etcd_password.is_some()
+        || flags.etcd_password_file.is_some()
 }
 
 fn password(flags: &RegistryFlags) -> Result<Option<Secret>, FlagError> {

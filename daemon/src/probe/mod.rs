@@ -67,15 +67,16 @@ pub(crate) struct Prober {
 pub(crate) struct Findings(Arc<Mutex<Known>>);
 
 impl Prober {
-    /// Answers probes at `local` from now on; `mtu`: bytes of the largest packet that containers send.
-    /// Without a socket weft works as well, and says that it does not probe.
-    pub(crate) fn start(local: IpAddr, mtu: u32) -> Option<Self> {
-        let started = Self::try_start(local, mtu);
+    /// Answers probes at `local` from now on, at `port` where that is free; `mtu`: bytes of the largest
+    /// packet that containers send. Without a socket weft works as well, and says that it does not
+    /// probe.
+    pub(crate) fn start(local: IpAddr, port: Option<u16>, mtu: u32) -> Option<Self> {
+        let started = Self::try_start(local, port, mtu);
         started.inspect_err(|error| tracing::warn!("peers are not probed: {error}")).ok()
     }
 
-    fn try_start(local: IpAddr, mtu: u32) -> io::Result<Self> {
-        let socket = ProbeSocket::bind(local)?;
+    fn try_start(local: IpAddr, port: Option<u16>, mtu: u32) -> io::Result<Self> {
+        let socket = ProbeSocket::bind(local, port)?;
         let port = socket.local()?.port();
         let icmp = Icmp::open(local.is_ipv6()).inspect_err(|error| {
             tracing::warn!("peers are not pinged: {error}; weftd needs CAP_NET_RAW for that");
@@ -407,7 +408,7 @@ mod tests {
     fn strangers_get_no_answer() {
         let stranger = std::net::UdpSocket::bind((LOCAL, 0)).unwrap();
         runtime().block_on(async {
-            let prober = Prober::start(LOCAL, 1472).unwrap();
+            let prober = Prober::start(LOCAL, None, 1472).unwrap();
             stranger.send_to(&packet::probe(1, 100), (LOCAL, prober.port())).unwrap();
             stranger.set_nonblocking(true).unwrap();
             let stranger = UdpSocket::from_std(stranger).unwrap();

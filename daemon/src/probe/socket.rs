@@ -16,11 +16,12 @@ use socket2::{Domain, Protocol, Socket, Type};
 pub(crate) struct ProbeSocket(UdpSocket);
 
 impl ProbeSocket {
-    /// Binds to `local`, also if the device that has it is not there at the moment.
+    /// Binds to `local`, also if the device that has it is not there at the moment; to `port` where
+    /// that is free.
     ///
     /// # Errors
     /// No port is left.
-    pub(crate) fn bind(local: IpAddr) -> io::Result<Self> {
+    pub(crate) fn bind(local: IpAddr, port: Option<u16>) -> io::Result<Self> {
         let socket = Socket::new(
             Domain::for_address(SocketAddr::new(local, 0)),
             Type::DGRAM,
@@ -35,7 +36,8 @@ impl ProbeSocket {
             set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::PROBE)?;
         }
         socket.set_nonblocking(true)?;
-        socket.bind(&SocketAddr::new(local, 0).into())?;
+        let bind = |port| socket.bind(&SocketAddr::new(local, port).into());
+        bind(port.unwrap_or(0)).or_else(|_| bind(0))?;
         Ok(Self(socket.into()))
     }
 
