@@ -108,6 +108,9 @@ impl Forwarding<'_> {
         let mut claiming: Option<Claiming<'_>> = None;
         loop {
             self.board.turn();
+            if last_look.was_asleep() && turn.renewal.is_some() {
+                turn.renewal = Some(Instant::now());
+            }
             // A wider range of subnets may be what it waits for.
             let is_on = claiming.as_ref().is_some_and(|it| it.goes_by(&turn.config));
             if turn.lost.is_some() && !is_on {
@@ -153,9 +156,6 @@ impl Forwarding<'_> {
                 _ = slow.tick() => {
                     if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
                         return Ok(ended);
-                    }
-                    if last_look.was_asleep() && turn.renewal.is_some() {
-                        turn.renewal = Some(Instant::now());
                     }
                     let View { snapshot, readable } = watch.borrow().clone();
                     self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;

@@ -4,6 +4,7 @@ use std::cmp::Ordering::{Equal, Greater, Less};
 use std::collections::HashSet;
 use std::fs;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -25,6 +26,19 @@ const DAY: Duration = Duration::from_secs(86_400);
 
 fn attrs(last: u8) -> LeaseAttrs {
     LeaseAttrs { public_ip: Some([192, 0, 2, last].into()), ..LeaseAttrs::default() }
+}
+
+/// A daemon on the first host that goes by the clock in a file, but for its timers.
+fn with_a_clock(lab: &Lab, flags: &[&str]) -> Result<(Weftd, PathBuf)> {
+    let clock = lab.registry()?.with_file_name("clock");
+    fs::write(&clock, "+0")?;
+    let host = lab.host(0);
+    let mut command = weftd(lab, 0, flags)?;
+    // libfaketime's, which Debian's dynamic linker finds by this name.
+    command.env("LD_PRELOAD", "/usr/$LIB/faketime/libfaketime.so.1");
+    command.env("FAKETIME_TIMESTAMP_FILE", &clock);
+    command.envs([("FAKETIME_NO_CACHE", "1"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")]);
+    Ok((Weftd::start_command(&host.netns, &host.log, &mut command)?, clock))
 }
 
 #[test]
@@ -313,15 +327,7 @@ fn all_that_start_at_once_know_each_other() -> Result<()> {
 fn a_clock_that_jumps_is_not_followed() -> Result<()> {
     let mut lab = hosts(2, 1)?;
     let ttl = "--subnet-lease-ttl=10s";
-    let clock = lab.registry()?.with_file_name("clock");
-    fs::write(&clock, "+0")?;
-    let host = lab.host(0);
-    let mut command = weftd(&lab, 0, &[ttl])?;
-    // libfaketime's, which Debian's dynamic linker finds by this name.
-    command.env("LD_PRELOAD", "/usr/$LIB/faketime/libfaketime.so.1");
-    command.env("FAKETIME_TIMESTAMP_FILE", &clock);
-    command.envs([("FAKETIME_NO_CACHE", "1"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")]);
-    let daemon = Weftd::start_command(&host.netns, &host.log, &mut command)?;
+    let (daemon, clock) = with_a_clock(&lab, &[ttl])?;
     lab.start_daemon(1, &[ttl])?;
     lab.wait_ready(1, DEADLINE)?;
     daemon.logs("forwarding")?;
@@ -346,6 +352,23 @@ fn a_clock_that_jumps_is_not_followed() -> Result<()> {
         pings(&lab)?;
     }
     // In order, so that libfaketime takes its shared memory away.
+    assert!(daemon.end(Signal::TERM)?.success());
+    lab.remove()
+}
+
+/// The clock of timers stands still meanwhile, and the lease runs on.
+#[test]
+fn who_was_asleep_renews_the_lease() -> Result<()> {
+    let lab = hosts(1, 1)?;
+    let (daemon, clock) = with_a_clock(&lab, &[])?;
+    daemon.logs("wrote subnet.env")?;
+    until("the lease is there", || Ok(!get(&lab, "subnets/")?.is_empty()))?;
+    let path = lease_path(&lab, 0)?;
+    let before = get_one(&lab, &path)?.revision;
+    fs::write(&clock, "+2h")?;
+    // What is noticed when a host goes on.
+    lab.host(0).netns.ip(&["link", "add", "woken", "type", "bridge"])?;
+    until("the lease is renewed", || Ok(get_one(&lab, &path)?.revision > before))?;
     assert!(daemon.end(Signal::TERM)?.success());
     lab.remove()
 }
