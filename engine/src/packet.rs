@@ -375,6 +375,19 @@ pub(crate) mod tests {
     }
 
     proptest! {
+        /// As RFC 1071 has it, word for word.
+        #[test]
+        fn the_checksum_is_the_sum_of_its_words(
+            data in proptest::collection::vec(prop_oneof![any::<u8>(), Just(0xff)], 0..3000),
+        ) {
+            let mut sum = 0u32;
+            for word in data.chunks(2) {
+                sum += u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0));
+                sum = (sum & 0xffff) + (sum >> 16);
+            }
+            prop_assert_eq!(u32::from(!checksum(&data)), sum);
+        }
+
         #[test]
         fn arbitrary_bytes_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..128)) {
             if let Ok(view) = IpView::check(&bytes) {
