@@ -192,15 +192,16 @@ fn left(state_dir: &Path) -> anyhow::Result<Vec<String>> {
     Ok(left)
 }
 
-/// A weftd in our network namespace, also one that was started by another name, as flanneld.
+/// A weftd in our network namespace, also one that was started by a link of another name, as flanneld.
 fn running() -> Option<String> {
     let ours = fs::read_link("/proc/self/ns/net").ok()?;
     let processes = fs::read_dir("/proc").ok()?.filter_map(|entry| Some(entry.ok()?.path()));
     let mut daemons = processes.filter(|path| {
+        let given = fs::read_to_string(path.join("comm")).unwrap_or_default();
         let program = fs::read_link(path.join("exe")).unwrap_or_default();
-        let name = program.file_name().map(OsStr::to_string_lossy).unwrap_or_default();
+        let program = program.file_name().map(OsStr::to_string_lossy).unwrap_or_default();
         // A program that was replaced while it runs is "weftd (deleted)".
-        name.split(' ').next() == Some("weftd")
+        [given.trim(), program.trim_end_matches(" (deleted)")].contains(&"weftd")
             && fs::read_link(path.join("ns/net")).is_ok_and(|its| its == ours)
     });
     Some(daemons.next()?.file_name()?.to_string_lossy().into_owned())

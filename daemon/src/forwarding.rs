@@ -108,8 +108,8 @@ impl Forwarding<'_> {
         let mut claiming: Option<Claiming<'_>> = None;
         loop {
             self.board.turn();
-            if last_look.was_asleep() && turn.renewal.is_some() {
-                turn.renewal = Some(Instant::now());
+            if last_look.was_asleep() {
+                turn.renewal = turn.renewal.map(|_| Instant::now());
             }
             // A wider range of subnets may be what it waits for.
             let is_on = claiming.as_ref().is_some_and(|it| it.goes_by(&turn.config));
@@ -349,15 +349,18 @@ impl Forwarding<'_> {
                     .into(),
             );
         }
+        if turn.lost.is_none() && (basis == Basis::Kernel || turn.subnet_file != Some(Ok(()))) {
+            self.keep_subnet_file(turn);
+        }
+        if let Some(Err(problem)) = &turn.subnet_file {
+            turn.failures.push(problem.clone());
+        }
         problems.extend(turn.failures.iter().cloned());
         for problem in problems.difference(&turn.problems) {
             tracing::warn!("{problem}");
         }
         problems.extend(turn.given_up.iter().cloned());
         turn.problems = problems;
-        if turn.lost.is_none() && (!turn.subnet_file_written || basis == Basis::Kernel) {
-            turn.subnet_file_written = self.keep_subnet_file(turn);
-        }
         let subnets: Vec<IpNetwork> = turn.lease.key.networks().collect();
         self.board.backend(overlay.status(), &snapshot.nodes);
         self.board.update(|status| {
@@ -379,7 +382,7 @@ impl Forwarding<'_> {
     fn tell_health(&self, turn: &Turn) {
         if turn.lost.is_some() {
             // What keeps us from a lease has been told.
-        } else if turn.subnet_file_written {
+        } else if turn.is_announced {
             let firewall = self.firewall.state().problem;
             let problems = firewall.iter().chain(&turn.rival).chain(&turn.failures).cloned();
             self.health.forwards(problems.collect(), turn.config_problem.iter().cloned().collect());
@@ -397,28 +400,25 @@ impl Forwarding<'_> {
         ))
     }
 
-    /// Writes subnet.env where it does not say what it should, and says whether it does now.
-    fn keep_subnet_file(&self, turn: &Turn) -> bool {
+    /// Writes subnet.env where it does not say what it should.
+    fn keep_subnet_file(&self, turn: &mut Turn) {
         let path = &self.settings.subnet_file;
         let Self { settings, started, .. } = self;
         let ip_masq = settings.switches.masquerade;
         let env = SubnetEnv::new(&turn.config, &turn.lease, started.mtu, ip_masq);
-        if turn.subnet_file_written {
+        if turn.subnet_file == Some(Ok(())) {
             if env.is_in(path) {
-                return true;
+                return;
             }
             tracing::warn!(path = %path.display(), "somebody changed or removed subnet.env");
         }
-        match env.write(path) {
-            Ok(()) => {
-                tracing::info!(path = %path.display(), "wrote subnet.env");
-                true
-            }
-            Err(error) => {
-                tracing::error!("cannot write {}: {error}; trying again", path.display());
-                false
-            }
+        let written = env.write(path);
+        if written.is_ok() {
+            tracing::info!(path = %path.display(), "wrote subnet.env");
+            turn.is_announced = true;
         }
+        let problem = |error| format!("cannot write {}: {error}; trying again", path.display());
+        turn.subnet_file = Some(written.map_err(problem));
     }
 
     /// Where an offload loses packets, does without it, and sees whether that helps.

@@ -141,6 +141,19 @@ fn subnet_env_is_written_again_if_somebody_removes_it() -> Result<()> {
         lab.host(0).netns.ip(&["link", "add", &format!("more{number}"), "type", "bridge"])?;
         until("subnet.env is whole again", || Ok(fs::read(file).unwrap_or_default() == wanted))?;
     }
+
+    // What is in its place now cannot be written to.
+    fs::remove_file(file)?;
+    fs::create_dir_all(file.join("in the way"))?;
+    lab.host(0).netns.ip(&["link", "add", "more2", "type", "bridge"])?;
+    until("that is told", || {
+        let status = lab.status(0)?;
+        Ok(!status.ready && status.problems.iter().any(|it| it.contains("cannot write")))
+    })?;
+    fs::remove_dir_all(file)?;
+    lab.host(0).netns.ip(&["link", "add", "more3", "type", "bridge"])?;
+    until("subnet.env is whole again", || Ok(fs::read(file).unwrap_or_default() == wanted))?;
+    until("all is well", || Ok(lab.status(0)?.ready))?;
     lab.remove()
 }
 

@@ -35,8 +35,8 @@ fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<
         let arguments: Vec<&str> = SLOW.split(' ').collect();
         lab.host(0).netns.tool("tc", &arguments)?;
         let (near, far) = (udp_socket(&lab, 0)?, udp_socket(&lab, 1)?);
-        // Of flows that have room, probably on sockets of their own, none may cost others their place.
-        let others: Vec<UdpSocket> = (0..4).map(|_| udp_socket(&lab, 0)).collect::<Result<_>>()?;
+        // Of flows that have room, most of them on sockets of their own, none may cost others their place.
+        let others: Vec<UdpSocket> = (0..16).map(|_| udp_socket(&lab, 0)).collect::<Result<_>>()?;
         let enough = AtomicBool::new(false);
         thread::scope(|scope| {
             scope.spawn(|| {

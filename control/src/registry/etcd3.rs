@@ -73,9 +73,11 @@ impl Dial for Grpc {
 impl Grpc {
     async fn tls(&self) -> Result<TlsOptions, RegistryError> {
         let found = self.0.credentials().await?;
+        // No ping finds out that a server hangs before it has shown its certificate.
+        let tls = TlsOptions::new().timeout(CONNECT_TIMEOUT);
         let mut tls = match found.authority {
-            Some(pem) => TlsOptions::new().ca_certificate(Certificate::from_pem(pem)),
-            None => TlsOptions::new().with_native_roots(),
+            Some(pem) => tls.ca_certificate(Certificate::from_pem(pem)),
+            None => tls.with_native_roots(),
         };
         if let Some((cert, key)) = found.client {
             tls = tls.identity(Identity::from_pem(cert, key));
@@ -210,7 +212,8 @@ impl Shared {
             None => None,
         };
         let written = self.put_if(compare, &self.lease_key(key), &value, granted.as_ref()).await;
-        // Any other failure leaves open whether it was written.
+        // Any other failure leaves open whether it was written. So does this one where another endpoint
+        // was asked before and got lost: the key goes with its lease then, and is claimed again.
         if let (Some(granted), Ok(None) | Err(RegistryError::Refused { .. })) = (&granted, &written)
         {
             self.revoke(granted).await;
@@ -448,6 +451,10 @@ impl Source for Shared {
                     }
                     Ok(response) => response,
                     Err(why) => {
+                        // What was heard before it counts, however long nobody answers now.
+                        if has_changed {
+                            publish(&entries);
+                        }
                         self.endpoints.leave(at);
                         return why;
                     }

@@ -75,14 +75,19 @@ pub(super) fn watch<S: Source>(source: Arc<S>, last: Snapshot) -> watch::Receive
 
 async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
     let mut backoff = Backoff::default();
+    let mut is_in_doubt = false;
     loop {
-        let (entries, mark) = list(source, sender).await;
+        let (entries, mark) = list(source, sender, is_in_doubt).await;
         let begun = Instant::now();
         let publish = |entries: &Entries| View::publish(sender, entries.snapshot());
         publish(&entries);
         let mut is_forgotten = false;
+        is_in_doubt = false;
         let why = tokio::select! {
-            why = source.follow(entries, mark, &publish) => why,
+            why = source.follow(entries, mark, &publish) => {
+                is_in_doubt = true;
+                why
+            }
             () = tokio::time::sleep(RELIST_INTERVAL.mul_f64(0.8 + 0.4 * fastrand::f64())) => {
                 "it is time to".into()
             }
@@ -102,11 +107,16 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
 }
 
 /// Lists everything, however long it takes: looks from time to time. Says once that nobody answers, when
-/// that is an outage, and when everything could be listed again.
-async fn list<S: Source>(source: &S, sender: &watch::Sender<View>) -> (Entries, S::Mark) {
+/// that is an outage, and when everything could be listed again. Where it is in doubt that a server is
+/// there, finds one first: a list may take a minute, and that of one that hangs takes no less.
+async fn list<S: Source>(
+    source: &S,
+    sender: &watch::Sender<View>,
+    is_in_doubt: bool,
+) -> (Entries, S::Mark) {
     let (since, mut looks, mut backoff) = (Instant::now(), 0_u32, Backoff::default());
     let (mut begun, mut is_told, name) = (since, false, source.describe());
-    let mut outcome = source.list().await;
+    let mut outcome = if is_in_doubt { find(source).await } else { source.list().await };
     loop {
         source.away().store(outcome.is_err(), Ordering::Relaxed);
         match outcome {
@@ -127,15 +137,16 @@ async fn list<S: Source>(source: &S, sender: &watch::Sender<View>) -> (Entries, 
         backoff.wait_since(begun).await;
         begun = Instant::now();
         looks += 1;
-        outcome = match source.probe().await {
-            Ok(()) => {
-                // Writes need not wait until the list has come.
-                source.away().store(false, Ordering::Relaxed);
-                source.list().await
-            }
-            Err(error) => Err(error),
-        };
+        outcome = find(source).await;
     }
+}
+
+/// Lists everything, by a server that answers.
+async fn find<S: Source>(source: &S) -> Result<(Entries, S::Mark), RegistryError> {
+    source.probe().await?;
+    // Others need not wait until the list has come.
+    source.away().store(false, Ordering::Relaxed);
+    source.list().await
 }
 
 #[cfg(test)]

@@ -13,12 +13,14 @@ impl RegistrySettings {
     /// weft's flags that lead there, but for the defaults and the password: what somebody may type.
     pub(crate) fn weft_flags(&self) -> String {
         let (access, prefix, api) = match self {
-            Self::Directory(path) => return format!(" --registry dir:{}", path.display()),
+            Self::Directory(path) => {
+                return format!(" --registry {}", quoted(&format!("dir:{}", path.display())));
+            }
             Self::Etcd { access, prefix, api } => (access, prefix, api),
         };
         let mut flags = String::new();
         let mut add = |flag: &str, value: &str| {
-            flags.extend([" --etcd-", flag, " ", value]);
+            flags.extend([" --etcd-", flag, " ", &quoted(value)]);
         };
         if access.endpoints != ETCD_ENDPOINTS {
             add("endpoints", &access.endpoints.join(","));
@@ -44,10 +46,22 @@ impl RegistrySettings {
         let Self::Etcd { access, .. } = self else { return String::new() };
         let mut flags = String::new();
         for (flag, file) in ["cacert", "cert", "key"].into_iter().zip(files(access)) {
-            flags.extend(file.iter().map(|file| format!(" --{flag} {}", file.display())));
+            let told =
+                |file: &PathBuf| format!(" --{flag} {}", quoted(&file.display().to_string()));
+            flags.extend(file.as_ref().map(told));
         }
-        flags.extend(access.user.iter().map(|(name, _)| format!(" --user {name}")));
+        flags.extend(access.user.iter().map(|(name, _)| format!(" --user {}", quoted(name))));
         flags
+    }
+}
+
+/// As one word for a shell.
+fn quoted(value: &str) -> String {
+    let is_plain = |it: char| it.is_ascii_alphanumeric() || "_./:,@-".contains(it);
+    if value.chars().all(is_plain) {
+        value.into()
+    } else {
+        format!("'{}'", value.replace('\'', r"'\''"))
     }
 }
 
@@ -92,6 +106,8 @@ mod tests {
             assert_eq!(registry(&told), wanted, "{told:?}");
         }
         assert_eq!(registry(&[]).weft_flags(), "");
+        let odd = registry(&["--registry=dir:/srv/it's here"]);
+        assert_eq!(odd.weft_flags(), r" --registry 'dir:/srv/it'\''s here'");
         assert_eq!(registry(&etcd).etcdctl_flags(), " --cacert /ca --cert /c --key /k --user me");
     }
 }

@@ -1,5 +1,6 @@
 //! Noticing that the host was asleep, or its virtual machine paused: the clock that timers go by stood
-//! still, while leases in the registry ran on.
+//! still, while leases in the registry ran on. What tells is the clock that people set, which went on, or
+//! was set right afterwards.
 
 use std::time::{Duration, Instant};
 

@@ -42,7 +42,9 @@ pub(super) struct Turn {
     /// Of those, another node at our address, and a network config that is not gone by.
     pub(super) rival: Option<String>,
     pub(super) config_problem: Option<String>,
-    pub(super) subnet_file_written: bool,
+    /// What came of the last try to write subnet.env; and whether it has said once what it should.
+    pub(super) subnet_file: Option<Result<(), String>>,
+    pub(super) is_announced: bool,
     pub(super) repairs: Repairs,
     /// Renewals of the lease, and of the node's record.
     pub(super) renewals: Failing,
@@ -109,7 +111,8 @@ impl Turn {
             problems: BTreeSet::new(),
             rival: None,
             config_problem: None,
-            subnet_file_written: false,
+            subnet_file: None,
+            is_announced: false,
             repairs: Repairs::new(),
             renewals: Failing::default(),
             records: Failing::default(),
