@@ -35,22 +35,12 @@ fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<
         let arguments: Vec<&str> = SLOW.split(' ').collect();
         lab.host(0).netns.tool("tc", &arguments)?;
         let (near, far) = (udp_socket(&lab, 0)?, udp_socket(&lab, 1)?);
-        // Of flows that have room, most of them on sockets of their own, none may cost others their place.
-        let others: Vec<UdpSocket> = (0..16).map(|_| udp_socket(&lab, 0)).collect::<Result<_>>()?;
         let enough = AtomicBool::new(false);
         thread::scope(|scope| {
             scope.spawn(|| {
                 while !enough.load(Ordering::Relaxed) {
                     // A full queue is what this is for.
                     let _ = far.local_addr().and_then(|to| near.send_to(&[0x5a; 1400], to));
-                }
-            });
-            scope.spawn(|| {
-                while !enough.load(Ordering::Relaxed) {
-                    for other in &others {
-                        let _ = far.local_addr().and_then(|to| other.send_to(&[0xa5; 10], to));
-                    }
-                    thread::sleep(Duration::from_millis(1));
                 }
             });
             let outcome = full_but_open(&lab, &near, &far);
