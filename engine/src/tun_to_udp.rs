@@ -181,14 +181,9 @@ impl TunToUdp {
 
     /// A flow always leaves from the same socket, so those of other sockets may go on waiting.
     fn drop_overtaken(&mut self, io: &mut impl Io, socket: usize) {
-        for _ in 0..self.stalled.len() {
-            let Some(sent) = self.stalled.pop_front() else { return };
-            if sent.transmit.outer.socket == socket {
-                self.context.stats.add(Counter::TunToUdpFull, count(&sent.transmit));
-                io.recycle(sent.buffer);
-            } else {
-                self.stalled.push_back(sent);
-            }
+        while let Some(sent) = take_of(socket, &mut self.stalled) {
+            self.context.stats.add(Counter::TunToUdpFull, count(&sent.transmit));
+            io.recycle(sent.buffer);
         }
     }
 
@@ -359,7 +354,37 @@ fn peer_of<'a>(routes: &'a RouteTable, packet: &[u8]) -> Option<&'a Peer> {
     }
 }
 
+/// Takes out the first send from a socket; the others keep their order.
+fn take_of(socket: usize, sends: &mut VecDeque<Sent>) -> Option<Sent> {
+    let at = sends.iter().position(|sent| sent.transmit.outer.socket == socket)?;
+    sends.remove(at)
+}
+
 /// Packets in a send.
 fn count(transmit: &Transmit) -> u64 {
     transmit.packets.len().div_ceil(transmit.segment_len.max(1)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_overtaken_is_of_one_socket_and_the_rest_stays_in_order() {
+        let sent = |(number, socket)| Sent {
+            buffer: BufferId::new(number),
+            transmit: Transmit {
+                outer: Outer { peer: ([192, 0, 2, 1], 8285).into(), socket, traffic_class: 0 },
+                packets: 0..100,
+                segment_len: 100,
+            },
+            result: Err(io::ErrorKind::WouldBlock.into()),
+        };
+        let mut sends: VecDeque<Sent> = [(0, 3), (1, 9), (2, 3), (3, 5)].map(sent).into();
+        let taken: Vec<u16> =
+            std::iter::from_fn(|| take_of(3, &mut sends)).map(|it| it.buffer.index()).collect();
+        assert_eq!(taken, [0, 2]);
+        let left: Vec<u16> = sends.iter().map(|it| it.buffer.index()).collect();
+        assert_eq!(left, [1, 3]);
+    }
 }

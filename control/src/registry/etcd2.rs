@@ -303,9 +303,19 @@ impl Etcd2Registry {
 impl Shared {
     /// One request, to whichever endpoint answers.
     async fn ask(&self, method: Method, path: &str) -> Result<Answer, RegistryError> {
+        self.ask_within(DEADLINE, method, path).await
+    }
+
+    /// As [`Shared::ask`], with another time for the whole answer.
+    async fn ask_within(
+        &self,
+        time: Duration,
+        method: Method,
+        path: &str,
+    ) -> Result<Answer, RegistryError> {
         let path = format!("{}/{path}", self.prefix);
-        let request = |client: Client| client.ask(method.clone(), path.clone(), DEADLINE);
-        self.endpoints.ask(request).await
+        let request = |client: Client| client.ask(method.clone(), path.clone(), time);
+        self.endpoints.ask_within(time, request).await
     }
 
     /// As [`Shared::ask`], but not while it is known that nobody answers.
@@ -458,9 +468,8 @@ impl Source for Shared {
     }
 
     async fn list(&self) -> Result<(Entries, u64), RegistryError> {
-        let path = format!("{}/?recursive=true&quorum=true", self.prefix);
-        let request = |client: Client| client.ask(Method::Get, path.clone(), LIST_DEADLINE);
-        let answer = self.endpoints.ask_within(LIST_DEADLINE, request).await?;
+        let all = "?recursive=true&quorum=true";
+        let answer = self.ask_within(LIST_DEADLINE, Method::Get, all).await?;
         let mut entries = Entries::default();
         self.put_all(&mut entries, &answer.node);
         Ok((entries, answer.index + 1))
