@@ -28,6 +28,9 @@ pub struct Report {
     pub seconds_per_figure: f64,
     /// Subjects that are not installed here.
     pub missing: Vec<Subject>,
+    /// What others' programs failed at.
+    #[serde(default)]
+    pub failed: Vec<String>,
     pub samples: Vec<Sample>,
     /// The commands that set up each mode and each subject, by its name; `h1#` is where one ran.
     #[serde(default)]
@@ -148,6 +151,9 @@ impl Report {
         text.push_str(&self.checks());
         for subject in &self.missing {
             let _ = writeln!(text, "{} is not installed here and was not measured", subject.name());
+        }
+        for failure in &self.failed {
+            let _ = writeln!(text, "not measured: {failure}");
         }
         text
     }
@@ -297,6 +303,7 @@ mod tests {
             repeats: 1,
             seconds_per_figure: 1.0,
             missing: vec![Subject::Tinc],
+            failed: vec!["fastd in mode wire: no datagram came back".into()],
             samples: vec![sample(Subject::WeftUring, 9.0), sample(Subject::Naive, 1.0)],
             commands: [("naive".into(), vec!["h1# ip link set naive up".into()])].into(),
         }
@@ -309,6 +316,7 @@ mod tests {
         assert!(row.contains("9.00") && row.contains("≥ 6") && row.contains("holds"), "{row}");
         assert!(!text.contains("vxlan"), "what was not measured has no row");
         assert!(report().figures().contains("tinc is not installed"));
+        assert!(report().figures().contains("not measured: fastd in mode wire: no datagram"));
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct Sample {
 #[derive(Debug, Default)]
 pub struct Outcome {
     pub samples: Vec<Sample>,
+    /// What others' programs failed at, each with its subject and mode.
+    pub failed: Vec<String>,
     /// The commands that set up each mode and each subject, by its name.
     pub commands: BTreeMap<String, Vec<String>>,
 }
@@ -54,14 +56,15 @@ pub struct Outcome {
 /// from what ran before it.
 ///
 /// # Errors
-/// A subject does not come up, or somebody cancels; everything is taken away.
+/// A subject of ours does not work, or somebody cancels; everything is taken away. Where another's
+/// program does not work, the others are measured all the same.
 pub fn run(
     plan: &Plan,
     cancel: &Cancel,
     progress: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Outcome> {
     let mut outcome = Outcome::default();
-    let Outcome { samples, commands } = &mut outcome;
+    let Outcome { samples, failed, commands } = &mut outcome;
     for repeat in 0..plan.repeats {
         for mode in &plan.modes {
             let net = Topology::new(*mode)?;
@@ -80,12 +83,22 @@ pub fn run(
                     mode.name()
                 ));
                 let context = || format!("{} in mode {}", subject.name(), mode.name());
-                let running = subject.start(&net).with_context(context)?;
-                let lines = net.take_commands();
-                commands.entry(subject.name().to_owned()).or_insert(lines);
-                let figures = measure(&net, &running, subject, plan, cancel);
-                let figures = figures.with_context(context)?;
-                samples.push(Sample { mode: *mode, subject, repeat, figures });
+                let figures = subject.start(&net).and_then(|running| {
+                    let lines = net.take_commands();
+                    commands.entry(subject.name().to_owned()).or_insert(lines);
+                    measure(&net, &running, subject, plan, cancel)
+                });
+                match figures.with_context(context) {
+                    Ok(figures) => samples.push(Sample { mode: *mode, subject, repeat, figures }),
+                    Err(error) => {
+                        cancel.check()?;
+                        if subject.is_ours() {
+                            return Err(error);
+                        }
+                        progress(&format!("{error:#}"));
+                        failed.push(format!("{error:#}"));
+                    }
+                }
             }
         }
     }

@@ -122,6 +122,11 @@ impl Subject {
         }
     }
 
+    /// Whether we answer for it.
+    pub fn is_ours(self) -> bool {
+        self.program().is_none()
+    }
+
     /// Whether it can be measured here.
     pub fn is_installed(self) -> bool {
         self.program().is_none_or(is_installed)

@@ -124,6 +124,7 @@ fn run_all(arguments: &RunArgs) -> anyhow::Result<()> {
         repeats: plan.repeats,
         seconds_per_figure: plan.time.as_secs_f64(),
         missing,
+        failed: outcome.failed,
         samples: outcome.samples,
         commands: outcome.commands,
     };
