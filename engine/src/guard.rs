@@ -17,7 +17,8 @@ pub enum GuardMode {
     /// The outer sender and the inner destination: for fleets whose hosts forward packets of
     /// others into the overlay without masquerading.
     Peer,
-    /// Well-formed packets from anywhere to anywhere, as flannel does.
+    /// Well-formed packets from anywhere to anywhere, as flannel does; but none that claim to come from
+    /// here, which the kernel would drop if our own ICMP errors did not need it to let them in.
     Off,
 }
 
@@ -75,7 +76,13 @@ impl Guard {
         if self.mode != GuardMode::Off && !is_ours() {
             return Verdict::ForeignDestination;
         }
-        if self.mode == GuardMode::Strict && !may_come_from(routes, packet.source(), sender) {
+        let is_foreign = match self.mode {
+            GuardMode::Strict => !may_come_from(routes, packet.source(), sender),
+            GuardMode::Peer | GuardMode::Off => {
+                matches!(routes.lookup(packet.source()), Some(Target::Local))
+            }
+        };
+        if is_foreign {
             return Verdict::ForeignSource;
         }
         if packet.ttl() <= 1 { Verdict::TtlExpired } else { Verdict::Deliver }
@@ -149,15 +156,18 @@ mod tests {
         assert_eq!(peer("192.0.2.2", "8.8.8.8", "10.42.1.9"), Verdict::Deliver);
         assert_eq!(peer("192.0.2.2", "8.8.8.8", "10.42.3.9"), Verdict::ForeignDestination);
         assert_eq!(peer("192.0.2.9", "10.42.2.9", "10.42.1.9"), Verdict::UnknownSender);
+        assert_eq!(peer("192.0.2.2", "10.42.1.7", "10.42.1.9"), Verdict::ForeignSource);
     }
 
     #[test]
-    fn off_still_refuses_what_is_no_packet() {
+    fn off_still_refuses_what_is_no_packet_or_claims_to_be_ours() {
         let off = Guard { mode: GuardMode::Off, mtu: MTU };
         let sender = "192.0.2.9".parse().unwrap();
         let packet = udp("1.2.3.4", "5.6.7.8", 62, b"x");
         assert_eq!(off.judge(&routes(), sender, &packet), Verdict::Deliver);
         assert_eq!(off.judge(&routes(), sender, &packet[..27]), Verdict::Malformed);
+        let ours = udp("10.42.1.7", "5.6.7.8", 62, b"x");
+        assert_eq!(off.judge(&routes(), sender, &ours), Verdict::ForeignSource);
     }
 
     #[test]

@@ -417,7 +417,10 @@ impl Job {
             Ok(lanes) => lanes,
             Err(error) => return drop(self.started.send(Err(error))),
         };
-        drop(self.started.send(Ok(())));
+        let started = self.started;
+        drop(started.send(Ok(())));
+        // Or who waits for all to start would not hear of one that ends before.
+        drop(started);
         watch.reason = Some(format!("{name} panicked"));
         let ended = worker::run(&mut lanes, bell.as_fd(), &self.stop, self.busy_poll);
         watch.reason = ended.err().map(|error| format!("{name} stopped: {error}"));

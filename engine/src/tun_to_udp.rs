@@ -32,6 +32,8 @@ const STALL_MAX: Duration = Duration::from_millis(100);
 pub(crate) struct TunToUdp {
     context: Context,
     limit: RateLimit,
+    /// Of packets that are too big: who needs to hear of one must not wait for others' errors.
+    limit_of_too_big: RateLimit,
     tally: Tally,
     /// The send that the next packet may join.
     batch: Option<Batch>,
@@ -49,6 +51,7 @@ impl TunToUdp {
         Self {
             context,
             limit: RateLimit::new(now),
+            limit_of_too_big: RateLimit::new(now),
             tally: Tally::new(Direction::TunToUdp),
             batch: None,
             under_way: 0,
@@ -159,13 +162,15 @@ impl TunToUdp {
     }
 
     /// What came of a send. A send that finds its socket full waits, and with it those behind; but if
-    /// one behind it, from the same socket, got through, or goes out packet by packet now, it is lost
+    /// one behind it, from the same socket, got through, or may go out in another way now, it is lost
     /// rather than late: no flow is ever reordered.
     fn sent(&mut self, io: &mut impl Io, routes: &RouteTable, sent: Sent) {
         if sent.result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
             return self.stall(sent);
         }
-        self.drop_overtaken(io, sent.transmit.outer.socket);
+        if sent.result.as_ref().err().is_none_or(is_sent_again) {
+            self.drop_overtaken(io, sent.transmit.outer.socket);
+        }
         let packets = io.packet(&sent.buffer, &sent.transmit.packets);
         self.finish(routes, packets, &sent.transmit, sent.result);
         io.recycle(sent.buffer);
@@ -216,7 +221,7 @@ impl TunToUdp {
             return self.count_sent(routes, packets, transmit);
         };
         match error.raw_os_error() {
-            Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO) if several => {
+            _ if several && is_sent_again(&error) => {
                 self.send_apart(routes, packets, transmit, &error);
             }
             Some(libc::EMSGSIZE) => self.too_big(routes, packets, &transmit.outer),
@@ -263,9 +268,9 @@ impl TunToUdp {
             let one = Transmit { packets: 0..len, segment_len: len, ..transmit.clone() };
             let result = sys::send(&self.context.sockets[one.outer.socket], packet, &one);
             // By the first one, which is as large as any: the last may fit where the others do not, or
-            // our address be back meanwhile.
+            // our address be back meanwhile. One that is too large says EINVAL, too, until Linux 6.14.
             let is_the_cutting = result.is_ok() && refusal.raw_os_error() != Some(libc::EMSGSIZE);
-            if number == 0 && is_the_cutting {
+            if number == 0 && is_the_cutting && self.fits_path(&one) {
                 self.context.fall(Feature::UdpSegment, refusal);
             }
             let before = self.context.stats.get(Counter::TunToUdpTooBig);
@@ -274,6 +279,13 @@ impl TunToUdp {
                 told = sender.map(|sender| (sender, len));
             }
         }
+    }
+
+    fn fits_path(&self, transmit: &Transmit) -> bool {
+        let path = self.context.udp.path_mtu(transmit.outer.peer);
+        path.is_ok_and(|path| {
+            transmit.segment_len <= path.saturating_sub(self.context.overhead) as usize
+        })
     }
 
     /// The path to the peer is smaller than our MTU. A sender that forbids fragments is told what
@@ -293,6 +305,10 @@ impl TunToUdp {
             self.answer(IcmpError::TooBig { mtu }, packet);
         } else if self.context.sockets[outer.socket].send_fragmented(packet, outer).is_ok() {
             stats.add(Counter::TunToUdpFragmented, 1);
+            stats.add(Counter::TunToUdpPackets, 1);
+            stats.add(Counter::TunToUdpBytes, packet.len() as u64);
+            let amount = Amount { packets: 1, bytes: packet.len() as u64 };
+            self.tally.add(routes, routes.peer_number(view.destination()), amount);
         } else {
             stats.add(Counter::TunToUdpSendFailed, 1);
         }
@@ -302,7 +318,11 @@ impl TunToUdp {
     /// a source (accept_local).
     fn answer(&mut self, error: IcmpError, packet: &[u8]) {
         let mut out = [0; ICMP_ERROR_LEN_MAX];
-        if let Some(answer) = self.context.icmp(&mut self.limit, error, packet, &mut out) {
+        let limit = match error {
+            IcmpError::TooBig { .. } => &mut self.limit_of_too_big,
+            IcmpError::Unreachable | IcmpError::TimeExceeded => &mut self.limit,
+        };
+        if let Some(answer) = self.context.icmp(limit, error, packet, &mut out) {
             // A refused error is a lost packet like another; senders cope.
             let pieces = [IoSlice::new(&WHOLE), IoSlice::new(answer)];
             let _ = self.context.tun.write(&pieces);
@@ -352,6 +372,11 @@ fn peer_of<'a>(routes: &'a RouteTable, packet: &[u8]) -> Option<&'a Peer> {
         Target::Peer(peer) => Some(peer),
         Target::Local => None,
     }
+}
+
+/// Whether packets that the kernel refuses together are sent one by one, or in fragments.
+fn is_sent_again(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO))
 }
 
 /// Takes out the first send from a socket; the others keep their order.

@@ -12,7 +12,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,8 @@ const BUSY_GRACE: Duration = Duration::from_secs(2);
 pub(crate) struct UdpSocket {
     socket: Socket,
     local: SocketAddr,
+    /// Held by whoever has it send fragments.
+    fragments: Mutex<()>,
 }
 
 impl UdpSocket {
@@ -97,14 +99,15 @@ impl UdpSocket {
     fn new(local: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, Some(Protocol::UDP))?;
         force_buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)?;
-        let socket = Self { socket, local };
+        let socket = Self { socket, local, fragments: Mutex::default() };
         socket.set_dont_fragment(true)?;
         Ok(socket)
     }
 
     /// The same socket again.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { socket: self.socket.try_clone()?, local: self.local })
+        let socket = self.socket.try_clone()?;
+        Ok(Self { socket, local: self.local, fragments: Mutex::default() })
     }
 
     /// Bytes of an IP packet that the path to this peer carries, as far as the kernel knows.
@@ -133,7 +136,8 @@ impl UdpSocket {
     /// Sends one packet in as many fragments as the path needs.
     pub(crate) fn send_fragmented(&self, packet: &[u8], outer: &Outer) -> io::Result<()> {
         // The option belongs to the socket, so a packet that another thread sends in between may
-        // lose its DF: no harm is done.
+        // lose its DF: no harm is done. Two that set and unset it would undo each other's.
+        let _fragments = self.fragments.lock().unwrap_or_else(PoisonError::into_inner);
         self.set_dont_fragment(false)?;
         let sent = self.send_in(packet, outer);
         self.set_dont_fragment(true)?;

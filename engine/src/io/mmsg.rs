@@ -88,7 +88,11 @@ impl Mmsg {
         let last = self.empty.len().saturating_sub(self.window.packets.into());
         while let Some(index) = self.empty.get(last..).and_then(<[u16]>::last) {
             let buffer = &mut self.buffers[usize::from(*index)][..];
-            let len = rustix::io::read(&self.source, buffer)?;
+            let len = match rustix::io::read(&self.source, buffer) {
+                // A packet that the driver has no virtio header for: an empty one, as with io_uring.
+                Err(Errno::INVAL) => 0,
+                read => read?,
+            };
             self.done.extend(self.empty.pop().map(|index| {
                 Completion::Received(Received {
                     buffer: BufferId::new(index),

@@ -287,7 +287,7 @@ impl Ring {
                 }
                 what => {
                     self.armed &= what != READ;
-                    match received(entry.result())? {
+                    match received(read_result(entry.result()))? {
                         Some(len) => {
                             self.done.push(Completion::Received(from_tun(index, len)));
                             packets += 1;
@@ -386,19 +386,8 @@ impl Io for Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         let cancel = CancelBuilder::any().all();
-        let cancelled = self.ring.submitter().register_sync_cancel(Some(CANCEL_TIMEOUT), cancel);
-        let nothing_left = match cancelled {
-            Ok(()) => true,
-            Err(error) => error.raw_os_error() == Some(libc::ENOENT),
-        };
-        if !nothing_left {
-            // The kernel may still use all that entries point to: better lost than written to by
-            // surprise.
-            mem::forget(mem::replace(&mut self.pool, BufferPool::new(0, 1)));
-            mem::forget(mem::take(&mut self.bell_count));
-            mem::forget(self.datagrams.take());
-            mem::forget(mem::take(&mut self.sends));
-        }
+        // What says whether it worked are the completions.
+        let _ = self.ring.submitter().register_sync_cancel(Some(CANCEL_TIMEOUT), cancel);
         // A ring is torn down some 20 to 80 ms after it is closed, and would hold its files open until
         // then: the next engine could not have a device of the same name. What was cancelled holds
         // them until its completion has been run. Where either fails, they are held for that long.
@@ -406,6 +395,16 @@ impl Drop for Ring {
         // SAFETY: nothing is submitted, nothing waited for, and no argument passed.
         let ran = unsafe { submitter.enter::<libc::sigset_t>(0, 0, flags, None) };
         let _ = ran.and_then(|_| submitter.unregister_files());
+        // Each error is that of one completion.
+        while self.collect().is_err() {}
+        if self.armed || self.bell_armed {
+            // The kernel may still use all that entries point to: better lost than written to by
+            // surprise.
+            mem::forget(mem::replace(&mut self.pool, BufferPool::new(0, 1)));
+            mem::forget(mem::take(&mut self.bell_count));
+            mem::forget(self.datagrams.take());
+            mem::forget(mem::take(&mut self.sends));
+        }
     }
 }
 
@@ -453,6 +452,12 @@ fn received(result: i32) -> io::Result<Option<usize>> {
             _ => Err(error),
         },
     }
+}
+
+/// A packet that the TUN driver has no virtio header for is lost there (EINVAL, tun_put_user() in
+/// drivers/net/tun.c): to us it is an empty one, and the next one may be read.
+fn read_result(result: i32) -> i32 {
+    if result == -libc::EINVAL { 0 } else { result }
 }
 
 fn outcome(result: i32) -> io::Result<usize> {
