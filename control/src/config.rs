@@ -96,7 +96,7 @@ impl BackendConfig {
     /// # Errors
     /// It is there but not a whole number from 0 to 65535.
     pub fn u16_option(&self, key: &'static str) -> Result<Option<u16>, ConfigError> {
-        let Some(value) = field(&self.options, key) else {
+        let Some(value) = field(&self.options, key).filter(|value| !value.is_null()) else {
             return Ok(None);
         };
         let number = value.as_u64().and_then(|number| u16::try_from(number).ok());
@@ -418,6 +418,8 @@ mod tests {
         assert!(error(r#"{"Network":"10.3.0.0/16","Backend":7}"#).contains("Backend must be"));
         let port = parse(r#"{"Network":"10.3.0.0/16","Backend":{"Type":"udp","Port":"x"}}"#);
         assert!(port.unwrap().backend.u16_option("Port").is_err());
+        let port = parse(r#"{"Network":"10.3.0.0/16","Backend":{"Type":"udp","Port":null}}"#);
+        assert_eq!(port.unwrap().backend.u16_option("Port"), Ok(None), "as Go reads it");
     }
 
     #[test]

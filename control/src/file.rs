@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use tempfile::NamedTempFile;
@@ -34,6 +34,19 @@ pub fn create(path: &Path, bytes: &[u8], mode: u32) -> io::Result<bool> {
         Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(error) => Err(error.error),
     }
+}
+
+/// Opens a file to read and write, as it is or empty, and for nobody else: whoever may read a file may
+/// lock it, too (flock(2)).
+///
+/// # Errors
+/// The file system refused.
+pub fn open_private(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    let file =
+        options.read(true).write(true).create(true).truncate(false).mode(PRIVATE).open(path)?;
+    file.set_permissions(Permissions::from_mode(PRIVATE))?;
+    Ok(file)
 }
 
 /// A synced file beside `path`, and their directory.

@@ -36,15 +36,17 @@ pub enum Plan {
     /// This one is ours and fits: write our attributes to it, with a fresh TTL unless it is a
     /// reservation.
     Reuse(Lease),
-    /// This one is ours, but the config does not allow it any more: remove it, and plan again.
+    /// This one is ours, but not to be used any more: the config does not allow it, or another node had
+    /// part of it before. Remove it, and plan again.
     Remove(Lease),
     /// Nobody has this: create it.
     Create(LeaseKey),
     OutOfSubnets,
 }
 
-/// flannel's order: the lease that has our address, then the subnet of the last run, then any. A
-/// subnet that somebody else holds is never taken.
+/// flannel's order: the lease that is ours, then the subnet of the last run, then any. A subnet that
+/// somebody else holds is never taken. Of several that are ours, those that can be used come first, and
+/// of these a reservation.
 pub fn plan(
     config: &NetworkConfig,
     identity: &Identity,
@@ -52,9 +54,10 @@ pub fn plan(
     leases: &[Lease],
     rng: &mut fastrand::Rng,
 ) -> Plan {
-    if let Some(ours) = leases.iter().find(|lease| lease.attrs.same_node(&identity.attrs)) {
-        let fits = is_compatible(config, &ours.key);
-        return if fits { Plan::Reuse(ours.clone()) } else { Plan::Remove(ours.clone()) };
+    let fits = |lease: &Lease| is_compatible(config, &lease.key) && !came_second(lease, leases);
+    let ours = leases.iter().filter(|lease| is_ours(lease, identity, previous));
+    if let Some(ours) = ours.min_by_key(|it| (!fits(it), it.expires != Expiry::Never)) {
+        return if fits(ours) { Plan::Reuse(ours.clone()) } else { Plan::Remove(ours.clone()) };
     }
     let taken: Vec<IpNetwork> = leases.iter().flat_map(|lease| lease.key.networks()).collect();
     let mut key = LeaseKey::new(None, None);
@@ -77,8 +80,18 @@ pub fn plan(
     Plan::Create(key)
 }
 
-/// Whether to give a lease back that has just been created: another one has part of it, and was there
-/// before. The registry compares whole keys, so in an overlay of both families two nodes that choose
+/// By the address; and by the subnet of the last run and what the backend has published there, should
+/// the address be another one since then. With vxlan that is our device's MAC, which nobody else has.
+fn is_ours(lease: &Lease, identity: &Identity, previous: &Previous) -> bool {
+    let (theirs, ours) = (&lease.attrs, &identity.attrs);
+    let data = |attrs: &LeaseAttrs| (attrs.backend_data.clone(), attrs.backend_v6_data.clone());
+    let was_ours = lease.key == LeaseKey::new(previous.ipv4, previous.ipv6)
+        && data(ours) != (None, None)
+        && data(ours) == data(theirs);
+    theirs.same_node(ours) || was_ours
+}
+
+/// Whether to give a lease of ours back: another one has part of it, and was there before. The registry compares whole keys, so in an overlay of both families two nodes that choose
 /// at the same time may share a subnet of one family.
 pub fn came_second(own: &Lease, leases: &[Lease]) -> bool {
     leases.iter().any(|other| {
@@ -200,6 +213,53 @@ mod tests {
         assert_eq!(next("10.3.7.0/24", &leases), Plan::Reuse(ours));
         let outside = lease("10.4.0.0-24", "192.0.2.9");
         assert_eq!(next("", std::slice::from_ref(&outside)), Plan::Remove(outside));
+    }
+
+    #[test]
+    fn of_several_leases_with_our_address_a_reservation_comes_first() {
+        let mut leased = lease("10.3.4.0-24", "192.0.2.9");
+        leased.expires = Expiry::Unknown;
+        let reserved = lease("10.3.9.0-24", "192.0.2.9");
+        let outside = lease("10.3.0.0-24", "192.0.2.9");
+        let leases = [outside.clone(), leased.clone(), reserved.clone()];
+        assert_eq!(next("", &leases), Plan::Reuse(reserved));
+        assert_eq!(next("", &leases[..2]), Plan::Reuse(leased));
+        assert_eq!(next("", &leases[..1]), Plan::Remove(outside));
+    }
+
+    #[test]
+    fn the_lease_of_our_vxlan_device_is_ours_at_another_address() {
+        let data = serde_json::json!({"VNI": 1, "VtepMAC": "c6:d2:32:6f:8f:44"});
+        let mut former = lease("10.3.4.0-24", "192.0.2.1");
+        former.attrs.backend_data = Some(data.clone());
+        let mut attrs = lease("10.3.1.0-24", "192.0.2.9").attrs;
+        attrs.backend_data = Some(data);
+        let identity = Identity { node_id: "a".into(), attrs };
+        let plan = |previous: &str, leases: &[Lease]| {
+            let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
+            plan(&config(), &identity, &previous, leases, &mut fastrand::Rng::with_seed(7))
+        };
+        assert_eq!(plan("10.3.4.0/24", std::slice::from_ref(&former)), Plan::Reuse(former.clone()));
+        assert!(matches!(plan("10.3.5.0/24", std::slice::from_ref(&former)), Plan::Create(_)));
+        former.attrs.backend_data = None;
+        assert!(matches!(plan("10.3.4.0/24", &[former]), Plan::Create(_)));
+    }
+
+    #[test]
+    fn a_lease_that_another_node_had_part_of_before_is_given_back() {
+        let config: NetworkConfig =
+            r#"{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fd00::/48"}"#
+                .parse()
+                .unwrap();
+        let mut ours = lease("10.3.4.0-24&fd00:0:0:4::-64", "192.0.2.9");
+        ours.revision = 8;
+        let mut first = lease("10.3.4.0-24&fd00:0:0:5::-64", "192.0.2.1");
+        first.revision = 7;
+        let identity = Identity { node_id: "a".into(), attrs: ours.attrs.clone() };
+        let mut rng = fastrand::Rng::with_seed(7);
+        let leases = [ours.clone(), first];
+        let found = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
+        assert_eq!(found, Plan::Remove(ours));
     }
 
     #[test]

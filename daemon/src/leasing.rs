@@ -84,15 +84,15 @@ impl Claim<'_> {
         }
         let lease = match keeper::plan(config, identity, previous, &snapshot.leases, rng) {
             Plan::Reuse(seen) => {
-                tracing::info!(subnet = %seen.key, "taking up the lease that has our address");
+                tracing::info!(subnet = %seen.key, "taking up the lease that is ours");
                 registry.renew(&seen, &identity.attrs, keeper::ttl(&seen, ttl)).await?
             }
             Plan::Create(key) => self.create(registry, &key).await?,
             Plan::Remove(seen) => {
                 tracing::warn!(
                     subnet = %seen.key,
-                    "giving up the lease that has our address: the network config does not allow \
-                     it any more"
+                    "giving up the lease that is ours: the network config does not allow it any \
+                     more, or another node had part of it before"
                 );
                 registry.remove(&seen).await?;
                 None

@@ -24,7 +24,7 @@ pub(crate) async fn open(
 ) -> Result<Box<dyn Registry>, RegistryError> {
     match &settings.registry {
         RegistrySettings::Directory(path) => {
-            let registry = DirectoryRegistry::open(path)?;
+            let registry = DirectoryRegistry::make(path)?;
             tracing::info!(
                 "the registry is a directory, so it serves the daemons of this host only: {}",
                 path.display()
@@ -46,7 +46,7 @@ pub(crate) async fn open(
 /// Opens it for one command: where the API is left open, v2 only if there alone is a config.
 ///
 /// # Errors
-/// A directory cannot be one.
+/// A directory is missing, or cannot be a registry.
 pub(crate) async fn open_now(
     settings: &RegistrySettings,
 ) -> Result<Box<dyn Registry>, RegistryError> {

@@ -18,9 +18,9 @@ use serde_json::{Value, json};
 use weft_control::keeper;
 use weft_control::lease::{Expiry, NodeRecord, Snapshot};
 use weft_control::registry::minimal_config;
-use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
+use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 
-use crate::flags::RegistryFlags;
+use crate::flags::{RegistryFlags, RegistrySettings};
 use crate::output::Output;
 use crate::registry::open_now;
 
@@ -65,6 +65,13 @@ enum RegistryCommand {
     Import { file: Option<PathBuf> },
 }
 
+impl RegistryCommand {
+    /// Whether a registry may begin with it.
+    fn begins(&self) -> bool {
+        matches!(self, Self::Init { .. } | Self::Reserve { .. } | Self::Import { .. })
+    }
+}
+
 /// What moves from one registry to another.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Document {
@@ -87,7 +94,11 @@ struct DocumentLease {
 pub fn run(arguments: &RegistryArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
-        let registry = open_now(&arguments.flags.settings()?).await?;
+        let settings = arguments.flags.settings()?;
+        if let (RegistrySettings::Directory(path), true) = (&settings, arguments.command.begins()) {
+            DirectoryRegistry::make(path)?;
+        }
+        let registry = open_now(&settings).await?;
         let command = Operator { registry: registry.as_ref(), output: arguments.output, out };
         command.run(&arguments.command).await
     });
@@ -176,7 +187,11 @@ impl Operator<'_> {
             }
         };
         written.context("somebody else has written it this instant; look again")?;
-        Ok(writeln!(self.out, "{key} is reserved for {public_ip}")?)
+        let former = snapshot.leases.iter().find(|it| it.key != key && it.attrs.same_node(&attrs));
+        let until = former.map_or_else(String::new, |lease| {
+            format!("; its node goes on with {} until its weftd is started anew", lease.key)
+        });
+        Ok(writeln!(self.out, "{key} is reserved for {public_ip}{until}")?)
     }
 
     async fn release(&mut self, subnet: IpNetwork) -> anyhow::Result<()> {
@@ -231,6 +246,10 @@ impl Operator<'_> {
         let mut document = Document { config: snapshot.config, leases: Vec::new() };
         for lease in &snapshot.leases {
             let left = self.registry.time_left(lease).await?;
+            if left.is_none() && lease.expires != Expiry::Never {
+                // It has ended meanwhile.
+                continue;
+            }
             document.leases.push(DocumentLease {
                 subnet: lease.key,
                 value: lease.attrs.clone(),

@@ -6,7 +6,7 @@ use std::future::Future;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use etcd_client::{Client, ConnectOptions, DeleteOptions, GetOptions, PutOptions};
 use serde_json::Value;
 use tokio::task::JoinSet;
@@ -319,6 +319,21 @@ pub fn outrun_watchers(lab: &Lab, path: &str, value: &str) -> Result<()> {
 /// Puts [`SUBNETS_KEPT_FREE`] into the registry.
 pub fn keep_subnets_free(lab: &Lab) -> Result<()> {
     put(lab, "config", SUBNETS_KEPT_FREE)
+}
+
+/// What those who watch a key are told first of what happened to it after a revision, all of which is over.
+pub fn next_event(lab: &Lab, path: &str, after: u64) -> Result<Entry> {
+    if !is_v2() {
+        // The last one; a lease that is kept alive is none.
+        let found = get_one(lab, path)?;
+        ensure!(found.revision > after, "nothing has happened to it");
+        return Ok(found);
+    }
+    let query = format!("wait=true&waitIndex={}", after + 1);
+    let answer = v2(lab, |agent, url| json(agent.get(format!("{url}/{path}?{query}")).call()?))?;
+    let mut found = Vec::new();
+    collect(&answer["node"], &mut found);
+    found.pop().with_context(|| format!("no value in {answer}"))
 }
 
 /// The one key below the prefix and `path`.

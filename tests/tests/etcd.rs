@@ -10,13 +10,15 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
 use rustix::process::Signal;
+use tokio::runtime::Builder;
 use weft_control::keeper::{Identity, Plan, plan};
-use weft_control::lease::{Expiry, Snapshot};
+use weft_control::lease::{Expiry, NodeRecord, Snapshot};
 use weft_control::subnet_env::Previous;
 use weft_control::{LeaseAttrs, NetworkConfig};
 use weft_daemon::lab::Lab;
 use weft_tests::etcd::{
-    delete, get, get_one, hosts, inside, keep_subnets_free, lease_path, put, registry, weftd,
+    delete, get, get_one, hosts, inside, keep_subnets_free, lease_path, next_event, put, registry,
+    weftd,
 };
 use weft_tests::{
     DEADLINE, Weftd, all_acquainted, bring_up, health, log, logs, pings, subnet, tells, until,
@@ -84,6 +86,46 @@ fn writes_are_conditional() -> Result<()> {
         Ok(())
     })?;
     lab.remove()
+}
+
+/// All watch all records: each node that refreshes its own would wake the whole fleet.
+#[test]
+fn a_record_that_is_published_again_wakes_nobody() -> Result<()> {
+    let lab = hosts(1, 1)?;
+    lab.host(0).netns.run(|| publish_again_and_again(&lab))??;
+    lab.remove()
+}
+
+fn publish_again_and_again(lab: &Lab) -> Result<()> {
+    let (registry, runtime) = (registry(lab), Builder::new_current_thread().enable_all().build()?);
+    let mut node = NodeRecord {
+        id: "ab".repeat(16),
+        name: "host".into(),
+        public_ip: Some([192, 0, 2, 2].into()),
+        public_ipv6: None,
+        addresses: Vec::new(),
+        version: "0".into(),
+        mtu: 1472,
+        probe_port: None,
+    };
+    let path = format!("weft/nodes/{}", node.id);
+    let publish =
+        |node: &NodeRecord| runtime.block_on(registry.publish_node(node, Duration::from_secs(60)));
+    publish(&node)?;
+    let first = get_one(lab, &path)?;
+    assert!(first.ends && first.value.contains("1472"));
+    publish(&node)?;
+    assert_eq!(get_one(lab, &path)?.value, first.value);
+    assert!(get_one(lab, &path)?.ends);
+    node.mtu = 1400;
+    publish(&node)?;
+    let told = next_event(lab, &path, first.revision)?;
+    assert!(told.value.contains("1400"), "{told:?}");
+    delete(lab, &path)?;
+    publish(&node)?;
+    let found = get_one(lab, &path)?;
+    assert!(found.ends && found.value == told.value, "{found:?}");
+    Ok(())
 }
 
 /// A reservation is kept without a time to live, also when it is taken up and when it is written.

@@ -316,7 +316,7 @@ fn nodes_of_ipv6_alone_are_told_apart_in_etcd() -> Result<()> {
     lab.wait_ready(0, DEADLINE)?;
     assert_eq!(lab.status(0)?.subnets, before.subnets, "found again by its IPv6 address");
     let log = fs::read_to_string(&lab.host(0).log)?;
-    assert!(log.contains("taking up the lease that has our address"), "{log}");
+    assert!(log.contains("taking up the lease that is ours"), "{log}");
     traffic(&lab)?;
     lab.remove()
 }

@@ -53,6 +53,8 @@ impl<'a> Target<'a> {
 fn an_operator_changes_a_registry_of_any_kind() -> Result<()> {
     let (lab, directory) = (hosts(1, 1)?, tempfile::tempdir()?);
     for target in Target::all(&lab, directory.path()) {
+        let is_directory = target.flags.iter().any(|flag| flag.contains("dir:"));
+        assert_eq!(target.run(&["show"]).is_err(), is_directory, "to look at one makes none");
         assert!(target.refused(&["init", "10.42.0.0/29"])?.contains("cannot be the overlay's"));
         assert!(target.refused(&["init", "{}"])?.contains("this is no network config"));
         target.run(&["init", "10.42.0.0/16"])?;

@@ -32,12 +32,20 @@ pub struct DirectoryRegistry {
 }
 
 impl DirectoryRegistry {
-    /// Opens it, and makes the directory if it is missing.
+    /// Opens it.
+    ///
+    /// # Errors
+    /// The directory is missing, or lies on a network file system.
+    pub fn open(path: &Path) -> Result<Self, RegistryError> {
+        Ok(Self { store: Arc::new(Store::open(path)?) })
+    }
+
+    /// Opens it, and makes what is missing.
     ///
     /// # Errors
     /// The directory cannot be made, or lies on a network file system.
-    pub fn open(path: &Path) -> Result<Self, RegistryError> {
-        Ok(Self { store: Arc::new(Store::open(path)?) })
+    pub fn make(path: &Path) -> Result<Self, RegistryError> {
+        Ok(Self { store: Arc::new(Store::make(path)?) })
     }
 
     /// Where the kernel gives no notices, the regular look stands in.
@@ -249,7 +257,7 @@ mod tests {
 
     fn fixture() -> Fixture {
         let dir = tempfile::tempdir().unwrap();
-        let registry = DirectoryRegistry::open(&dir.path().join("registry")).unwrap();
+        let registry = DirectoryRegistry::make(&dir.path().join("registry")).unwrap();
         Fixture { dir, registry }
     }
 
@@ -422,6 +430,10 @@ mod tests {
         };
         registry.publish_node(&node, DAY).await.unwrap();
         until(&mut watch, |it| it.nodes == [node.clone()]).await;
+        fs::remove_dir_all(dir.path().join("registry/weft")).unwrap();
+        until(&mut watch, |it| it.nodes.is_empty()).await;
+        registry.publish_node(&node, DAY).await.unwrap();
+        until(&mut watch, |it| it.nodes == [node.clone()]).await;
     }
 
     #[tokio::test]
@@ -500,10 +512,19 @@ mod tests {
     }
 
     #[test]
+    fn to_look_at_a_registry_makes_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("registry");
+        let error = DirectoryRegistry::open(&path).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("cannot look at {}", path.display())), "{error}");
+        assert!(!path.exists());
+    }
+
+    #[test]
     fn a_file_in_the_way_is_named() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "").unwrap();
-        let error = DirectoryRegistry::open(&dir.path().join("file")).unwrap_err().to_string();
+        let error = DirectoryRegistry::make(&dir.path().join("file")).unwrap_err().to_string();
         assert!(error.contains("file/subnets"), "{error}");
     }
 }

@@ -16,12 +16,15 @@ pub(super) const NODES: &str = "weft/nodes/";
 
 /// No entry is longer; one that is was not meant for us.
 const VALUE_LEN_MAX: usize = 64 * 1024;
+/// Bytes of a name or a version, as people are shown it: a host's name has at most 64 (hostname(7)).
+const TEXT_LEN_MAX: usize = 256;
 
-/// A prefix as Go's path.Join cleans it, which flannel makes its keys with.
+/// A prefix as Go's path.Join cleans it, which flannel makes its keys with; a slash follows. That of
+/// everything is empty.
 pub(super) fn clean(prefix: &str) -> String {
     let root = if prefix.starts_with('/') { "/" } else { "" };
     let parts: Vec<&str> = prefix.split('/').filter(|part| !part.is_empty()).collect();
-    format!("{root}{}", parts.join("/"))
+    if parts.is_empty() { String::new() } else { format!("{root}{}", parts.join("/")) }
 }
 
 /// A value as a server is to have it.
@@ -67,9 +70,7 @@ impl Entries {
             self.leases.insert(key, Lease { key, attrs, expires, revision });
         } else if let Some(id) = path.strip_prefix(NODES) {
             let record: NodeRecord = parse(entry.value)?;
-            if record.id != id {
-                return Err("it is the record of another node id".to_owned());
-            }
+            check_record(&record, id)?;
             self.nodes.insert(record.id.clone(), record);
         }
         Ok(())
@@ -97,10 +98,28 @@ impl Entries {
             leases: self.leases.values().cloned().collect(),
             nodes: self.nodes.values().cloned().collect(),
             skipped: skipped
-                .map(|(name, reason)| Skipped { name: name.clone(), reason: reason.clone() })
+                .map(|(name, reason)| Skipped { name: shown(name), reason: reason.clone() })
                 .collect(),
         }
     }
+}
+
+/// Whether a record is what the node of this id would write.
+pub(super) fn check_record(record: &NodeRecord, id: &str) -> Result<(), &'static str> {
+    if record.id != id {
+        return Err("it is the record of another node id");
+    }
+    // They go to logs and terminals.
+    let texts = [&record.name, &record.version];
+    if texts.iter().any(|text| text.len() > TEXT_LEN_MAX || text.contains(char::is_control)) {
+        return Err("its name or version is none that is fit to be shown");
+    }
+    Ok(())
+}
+
+/// The name of an entry that is not to be trusted, fit to be shown.
+pub(super) fn shown(name: &str) -> String {
+    name.escape_debug().to_string()
 }
 
 fn parse<T: DeserializeOwned>(value: &[u8]) -> Result<T, String> {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Mutex, oneshot, watch};
 use ureq::Agent;
 use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
 
@@ -24,9 +24,10 @@ use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
 
 /// Bytes of a list at most.
 const LIST_LEN_MAX: u64 = 128 << 20;
-/// How long one wait for an event lasts; the answer may then take as long as any.
-const POLL: Duration = Duration::from_secs(60);
-const POLL_DEADLINE: Duration = Duration::from_secs(60 + 5);
+/// How long one wait for an event lasts; the answer may then take as long as any. etcd remembers the last
+/// 1000 changes, and a fleet refreshes the records of a twentieth of its nodes each second.
+const POLL: Duration = Duration::from_secs(15);
+const POLL_DEADLINE: Duration = Duration::from_secs(15 + 5);
 /// While one waits, whether the server is still there is asked this often.
 const CHECK_INTERVAL: Duration = Duration::from_secs(4);
 /// A server that hangs is noticed soon.
@@ -109,8 +110,8 @@ struct Node {
     nodes: Vec<Node>,
     modified_index: u64,
     expiration: Option<String>,
-    /// Seconds.
-    ttl: Option<u64>,
+    /// Seconds, by the clock of who answers: negative where the leader's, which decides, is behind it.
+    ttl: Option<i64>,
 }
 
 impl Answer {
@@ -204,7 +205,7 @@ impl Client {
     }
 
     fn send_now(&self, method: &Method, path: &str, times: &Times) -> Result<Answer, HttpError> {
-        let url = format!("{}/v2/keys/{path}", self.url);
+        let url = format!("{}/v2/keys{path}", self.url);
         let authorization = self.authorization.as_deref();
         let mut response = match method {
             Method::Get => self.prepare(self.agent.get(url), authorization, times).call(),
@@ -276,10 +277,12 @@ pub struct Etcd2Registry {
 
 struct Shared {
     endpoints: Endpoints<Http>,
-    /// Without slashes at its ends.
+    /// Without a slash at its end.
     prefix: String,
     /// Whoever watches finds that no endpoint answers: nobody else need ask.
     away: AtomicBool,
+    /// Our node record, as it was last written.
+    node: Mutex<Option<String>>,
 }
 
 impl fmt::Debug for Shared {
@@ -293,8 +296,9 @@ impl Etcd2Registry {
     pub fn new(access: &Access, prefix: &str) -> Self {
         let shared = Shared {
             endpoints: Endpoints::new(Http(access.clone()), access.urls()),
-            prefix: clean(prefix).trim_start_matches('/').to_owned(),
+            prefix: rooted(clean(prefix)),
             away: AtomicBool::new(false),
+            node: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -352,23 +356,31 @@ impl Shared {
 
     /// What follows the prefix and a slash.
     fn path<'a>(&self, key: &'a str) -> Option<&'a str> {
-        key.strip_prefix('/')?.strip_prefix(&self.prefix)?.strip_prefix('/')
+        key.strip_prefix(&self.prefix)?.strip_prefix('/')
     }
 
-    /// Ends when the server that is asked is no longer there, or has lost the others; says why.
-    async fn until_gone(&self) -> String {
+    /// Ends when the server that is asked is no longer there, or has lost the others; says why. Until
+    /// then `index` is how far its store is.
+    async fn until_gone(&self, index: &AtomicU64) -> String {
         let at = self.endpoints.current();
         loop {
             tokio::time::sleep(CHECK_INTERVAL).await;
             // Only a quorum read needs the others.
-            if let Err(error) = self.ask(Method::Get, &format!("{CONFIG}?quorum=true")).await {
-                return error.to_string();
-            }
+            let answer = match self.ask(Method::Get, &format!("{CONFIG}?quorum=true")).await {
+                Ok(answer) => answer,
+                Err(error) => return error.to_string(),
+            };
             if self.endpoints.current() != at {
                 return "another server is asked now".into();
             }
+            index.store(answer.index, Ordering::Relaxed);
         }
     }
+}
+
+/// A path of its own: all keys begin with a slash by this API.
+fn rooted(prefix: String) -> String {
+    if prefix.is_empty() || prefix.starts_with('/') { prefix } else { format!("/{prefix}") }
 }
 
 fn entry(node: &Node) -> Entry<'_> {
@@ -384,7 +396,7 @@ impl Registry for Etcd2Registry {
     }
 
     fn identity(&self) -> String {
-        format!("etcd2:/{}", self.shared.prefix)
+        format!("etcd2:{}", self.shared.prefix)
     }
 
     fn reconnect(&self) {
@@ -436,13 +448,28 @@ impl Registry for Etcd2Registry {
     async fn time_left(&self, lease: &Lease) -> Result<Option<Duration>, RegistryError> {
         let path = format!("{SUBNETS}{}?quorum=true", lease.key);
         let ttl = self.shared.ask_if_there(Method::Get, &path).await?.node.ttl;
-        Ok(ttl.map(Duration::from_secs))
+        Ok(ttl.map(|seconds| Duration::from_secs(u64::try_from(seconds).unwrap_or(0))))
     }
 
+    /// The record is written once and then only refreshed, of which those who watch are not told: a
+    /// fleet of nodes does not wake each other up.
     async fn publish_node(&self, node: &NodeRecord, ttl: Duration) -> Result<(), RegistryError> {
-        let path = format!("{NODES}{}", node.id);
-        let form = vec![("value", json(node)?), ("ttl", ttl.as_secs().to_string())];
-        self.shared.ask_if_there(Method::Put(form), &path).await.map(drop)
+        let (path, value) = (format!("{NODES}{}", node.id), json(node)?);
+        let ttl = ("ttl", ttl.as_secs().to_string());
+        let mut published = self.shared.node.lock().await;
+        if published.as_ref() == Some(&value) {
+            let (path, form) = (format!("{path}?prevExist=true"), [("refresh", "true".into())]);
+            let form = form.into_iter().chain([ttl.clone()]).collect();
+            let answer = self.shared.ask_if_there(Method::Put(form), &path).await?;
+            // Gone, or somebody has written to it; an etcd before 2.3 empties it.
+            if answer.error_code == 0 && answer.node.value == value {
+                return Ok(());
+            }
+        }
+        let form = vec![("value", value.clone()), ttl];
+        self.shared.ask_if_there(Method::Put(form), &path).await?;
+        *published = Some(value);
+        Ok(())
     }
 
     fn watch(&self, last: Snapshot) -> watch::Receiver<View> {
@@ -456,7 +483,7 @@ impl Source for Shared {
     type Mark = u64;
 
     fn describe(&self) -> String {
-        format!("etcd by its v2 API ({}, /{})", self.endpoints.describe(), self.prefix)
+        format!("etcd by its v2 API ({}, {})", self.endpoints.describe(), self.prefix)
     }
 
     fn away(&self) -> &AtomicBool {
@@ -482,9 +509,11 @@ impl Source for Shared {
     }
 
     async fn follow(&self, mut entries: Entries, mut mark: u64, publish: &Publish<'_>) -> String {
-        let gone = self.until_gone();
+        let index = AtomicU64::new(0);
+        let gone = self.until_gone(&index);
         tokio::pin!(gone);
         loop {
+            let begun = index.load(Ordering::Relaxed);
             let path = format!("{}/?recursive=true&wait=true&waitIndex={mark}", self.prefix);
             let request = |client: Client| client.wait(path.clone());
             let answer = tokio::select! {
@@ -498,8 +527,11 @@ impl Source for Shared {
             let node = &answer.node;
             match (answer.error_code, answer.action.as_str()) {
                 (EVENT_INDEX_CLEARED, _) => return "the index to wait for is cleared".into(),
-                // The wait ended without an event.
-                _ if answer.says_nothing() => continue,
+                // No event, at least up to where the store was when the wait began.
+                _ if answer.says_nothing() => {
+                    mark = mark.max(begun + 1);
+                    continue;
+                }
                 _ if node.dir => return "a directory came or went".into(),
                 (_, "delete" | "expire" | "compareAndDelete") => {
                     self.path(&node.key).into_iter().for_each(|path| entries.remove(path));

@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use rustix::fs::{FlockOperation, flock, statfs};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::RegistryError;
-use super::files::{EXPIRES, Files, load, read_limited};
+use super::entries::{check_record, shown};
+use super::files::{EXPIRES, Files, Loaded, load, read_limited};
 use crate::file::{self, PRIVATE};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
 
@@ -34,19 +34,27 @@ pub(super) struct Scan {
 }
 
 impl Store {
-    /// Makes the directory if it is missing.
     pub(super) fn open(path: &Path) -> Result<Self, RegistryError> {
-        let leases = Files::new(path.join("subnets"));
-        let nodes = Files::new(path.join("weft/nodes"));
-        let store = Self { path: path.to_owned(), leases, nodes };
-        for dir in [store.subnets(), store.nodes()] {
-            fs::create_dir_all(dir).map_err(|source| failed("make", dir, source))?;
-        }
         let kind = statfs(path).map_err(|error| failed("look at", path, error.into()))?.f_type;
+        let store = Self::at(path);
         match not_local(kind) {
             Some(kind) => Err(RegistryError::NotLocal { path: store.path, kind }),
             None => Ok(store),
         }
+    }
+
+    /// Makes what is missing of its directories.
+    pub(super) fn make(path: &Path) -> Result<Self, RegistryError> {
+        let store = Self::at(path);
+        make_directory(store.subnets())?;
+        make_directory(store.nodes())?;
+        Self::open(path)
+    }
+
+    fn at(path: &Path) -> Self {
+        let leases = Files::new(path.join("subnets"));
+        let nodes = Files::new(path.join("weft/nodes"));
+        Self { path: path.to_owned(), leases, nodes }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -87,18 +95,18 @@ impl Store {
                     scan.snapshot.leases.push(Lease { key, attrs, expires, revision: 0 });
                 }
                 Ok(_) => {}
-                Err(reason) => scan.snapshot.skipped.push(Skipped { name, reason }),
+                Err(reason) => scan.skip(&name, reason),
             }
         }
-        for (name, loaded) in self.nodes.look()? {
-            match loaded {
-                Ok((node, _)) if node.id != name => {
-                    let reason = "it is the record of another node id".to_owned();
-                    scan.snapshot.skipped.push(Skipped { name, reason });
-                }
+        for (name, loaded) in self.look_at_nodes()? {
+            let checked = loaded.and_then(|(node, end)| {
+                check_record(&node, &name)?;
+                Ok((node, end))
+            });
+            match checked {
                 Ok((node, end)) if scan.lives(end, now) => scan.snapshot.nodes.push(node),
                 Ok(_) => {}
-                Err(reason) => scan.snapshot.skipped.push(Skipped { name, reason }),
+                Err(reason) => scan.skip(&name, reason),
             }
         }
         scan.snapshot.leases.sort_unstable_by_key(|lease| lease.key);
@@ -107,11 +115,18 @@ impl Store {
         Ok(scan)
     }
 
+    /// Where their directory alone is missing, there are none.
+    fn look_at_nodes(&self) -> Result<Vec<(String, Loaded<NodeRecord>)>, RegistryError> {
+        match self.nodes.look() {
+            Err(_) if !self.nodes().exists() && self.subnets().exists() => Ok(Vec::new()),
+            found => found,
+        }
+    }
+
     /// Takes the lock, which every writer of the registry must hold.
     pub(super) fn lock(&self) -> Result<Locked<'_>, RegistryError> {
         let path = self.path.join(".lock");
-        let file = File::options().create(true).append(true).open(&path);
-        let file = file.map_err(|source| failed("open", &path, source))?;
+        let file = file::open_private(&path).map_err(|source| failed("open", &path, source))?;
         flock(&file, FlockOperation::LockExclusive)
             .map_err(|error| failed("lock", &path, error.into()))?;
         Ok(Locked { store: self, _file: file })
@@ -130,6 +145,10 @@ impl Scan {
             self.next_expiry = Some(self.next_expiry.map_or(end, |next| next.min(end)));
         }
         end > now
+    }
+
+    fn skip(&mut self, name: &str, reason: String) {
+        self.snapshot.skipped.push(Skipped { name: shown(name), reason });
     }
 }
 
@@ -180,6 +199,7 @@ impl Locked<'_> {
             let source = io::Error::other("a node id is letters, digits and dashes");
             return Err(failed("write", &path, source));
         }
+        make_directory(self.store.nodes())?;
         replace(&path, &entry(node, Some(end))?)
     }
 
@@ -189,19 +209,27 @@ impl Locked<'_> {
 
     /// Removes what has expired, so that the directory does not grow for ever.
     pub(super) fn sweep(&self) -> Result<(), RegistryError> {
-        remove_expired(&self.store.leases)?;
-        remove_expired(&self.store.nodes)
+        let Store { leases, nodes, .. } = self.store;
+        remove_expired(leases.directory(), leases.look()?)?;
+        remove_expired(nodes.directory(), self.store.look_at_nodes()?)
     }
 }
 
-fn remove_expired<T: DeserializeOwned + Clone>(files: &Files<T>) -> Result<(), RegistryError> {
+fn remove_expired<T>(
+    directory: &Path,
+    files: Vec<(String, Loaded<T>)>,
+) -> Result<(), RegistryError> {
     let now = Timestamp::now();
-    for (name, loaded) in files.look()? {
+    for (name, loaded) in files {
         if loaded.is_ok_and(|(_, end)| end.is_some_and(|end| end <= now)) {
-            remove(&files.directory().join(name))?;
+            remove(&directory.join(name))?;
         }
     }
     Ok(())
+}
+
+fn make_directory(path: &Path) -> Result<(), RegistryError> {
+    fs::create_dir_all(path).map_err(|source| failed("make", path, source))
 }
 
 /// Whether an id can name a file of its own: none hidden, none elsewhere.
