@@ -258,19 +258,23 @@ pub struct Report {
 }
 
 impl Report {
-    /// Takes in problems of one kind, but no thousands of them.
     pub(crate) fn tell(&mut self, problems: impl IntoIterator<Item = String>) {
-        let mut problems: Vec<String> = problems.into_iter().collect();
-        // The same ones each time, or each time there would be news.
-        problems.sort();
-        problems.dedup();
-        let more = problems.len().saturating_sub(PROBLEMS_MAX);
-        problems.truncate(PROBLEMS_MAX);
-        if let Some(last) = problems.last_mut().filter(|_| more > 0) {
-            *last += &format!("; and {more} more like that");
-        }
-        self.problems.extend(problems);
+        self.problems.extend(some(problems));
     }
+}
+
+/// Of problems of one kind the first ones, and how many more there are: thousands tell nobody anything.
+pub fn some(problems: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut problems: Vec<String> = problems.into_iter().collect();
+    // The same ones each time, or each time there would be news.
+    problems.sort();
+    problems.dedup();
+    let more = problems.len().saturating_sub(PROBLEMS_MAX);
+    problems.truncate(PROBLEMS_MAX);
+    if let Some(last) = problems.last_mut().filter(|_| more > 0) {
+        *last += &format!("; and {more} more like that");
+    }
+    problems
 }
 
 /// What happened that the daemon must act on.

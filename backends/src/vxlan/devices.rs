@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use sha2::{Digest, Sha256};
-use weft_control::{Lease, NetworkConfig};
+use weft_control::{ConfigError, Lease, NetworkConfig};
 
 use super::{MTU_MAX, Vxlan};
 use crate::direct;
@@ -19,6 +19,9 @@ const OVERHEAD_IPV4: u32 = 50;
 const OVERHEAD_IPV6: u32 = 70;
 /// Where the config names none (drivers/net/vxlan/vxlan_core.c, vxlan_port).
 pub(crate) const KERNEL_PORT: u16 = 8472;
+
+/// Bytes of a link's name (IFNAMSIZ in linux/if.h, with a byte of zero).
+const LINK_NAME_LEN_MAX: usize = 15;
 
 /// A device and what it is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -218,6 +221,11 @@ pub(super) fn devices(
             continue;
         }
         let name = device_name(vni, is_ipv6);
+        if name.len() > LINK_NAME_LEN_MAX {
+            let (key, number) = ("VNI", vni.into());
+            let max = if is_ipv6 { 9_999 } else { 9_999_999 };
+            return Err(ConfigError::OptionTooLarge { key, number, max }.into());
+        }
         let mac = derived_mac(node_id, &name);
         devices.push(Device { name, local, ipv4: !is_ipv6, ipv6: is_ipv6, index: 0, mac });
     }
@@ -298,6 +306,19 @@ mod tests {
         let only_v4 = interface(Some("192.0.2.1"), None);
         let inner_v6 = r#""EnableIPv4":false,"EnableIPv6":true"#;
         assert_eq!(names(inner_v6, &only_v4), [("flannel-v6.7".into(), v4, false, true)]);
+    }
+
+    #[test]
+    fn a_vni_whose_device_could_have_no_name_is_refused() {
+        let both = interface(Some("192.0.2.1"), Some("2001:db8::1"));
+        let made = |families, vni| devices(&config(families), &both, vni, "a").map(|it| it.len());
+        let dual = r#""EnableIPv6":true"#;
+        assert_eq!(made(dual, 9_999).unwrap(), 2);
+        let error = made(dual, 10_000).unwrap_err().to_string();
+        assert!(error.contains("VNI must be at most 9999, not 10000"), "{error}");
+        let ipv4 = r#""EnableIPv6":false"#;
+        assert_eq!(made(ipv4, 9_999_999).unwrap(), 1);
+        assert!(made(ipv4, 10_000_000).is_err());
     }
 
     /// Where it comes from decides what to change, and whether waiting helps.

@@ -28,9 +28,10 @@ pub(super) struct Ways {
     direct: Vec<GatewayRoute>,
     pub(super) problems: Vec<String>,
     pub(super) peers: Vec<PeerWay>,
-    /// Who has which base address and which MAC: two with the same would undo each other's entries.
+    /// Who has which base address, and where each device's packets for a MAC go: two that differ would
+    /// undo each other's entries.
     bases: HashMap<IpAddr, LeaseKey>,
-    macs: HashMap<Mac, LeaseKey>,
+    macs: HashMap<(u32, Mac), (IpAddr, LeaseKey)>,
 }
 
 impl Ways {
@@ -89,11 +90,12 @@ impl Ways {
             format!("the node of {key} publishes no address of {}'s family", device.local)
         })?;
         let base = subnet.network();
-        self.claim(backend, key, base, mac)?;
         let link = device.index;
+        let entry = FdbEntry { link, mac, destination };
+        self.claim(backend, key, base, entry)?;
         self.tunnels.push(Tunnel {
             neighbour: Neighbour { link, ip: base, mac },
-            entry: FdbEntry { link, mac, destination },
+            entry,
             route: GatewayRoute { destination: subnet, gateway: base, link, onlink: true },
         });
         Ok(Way::Tunnel)
@@ -104,13 +106,13 @@ impl Ways {
         backend: &Vxlan,
         key: &LeaseKey,
         base: IpAddr,
-        mac: Mac,
+        FdbEntry { link, mac, destination }: FdbEntry,
     ) -> Result<(), String> {
         if backend.devices.iter().any(|device| device.mac == mac) {
             return Err(format!("the node of {key} has our own MAC {mac}"));
         }
-        let other = *self.macs.entry(mac).or_insert(*key);
-        if other != *key {
+        let (theirs, other) = *self.macs.entry((link, mac)).or_insert((destination, *key));
+        if theirs != destination {
             return Err(format!("the node of {key} has the MAC {mac} of that of {other}"));
         }
         let other = *self.bases.entry(base).or_insert(*key);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
-use weft_backends::{Desired, DesiredPeer};
+use weft_backends::{Desired, DesiredPeer, some};
 use weft_control::lease::{Refusal, Snapshot, peers};
 
 use super::turn::Turn;
@@ -42,5 +42,5 @@ pub(super) fn desired(
     let refused = refused.map(|(key, why)| format!("lease {key} refused: {why}"));
     let skipped =
         snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
-    (desired, refused.chain(skipped).collect())
+    (desired, some(refused).into_iter().chain(some(skipped)).collect())
 }
