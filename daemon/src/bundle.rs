@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
@@ -86,9 +86,11 @@ pub fn run(
         }
         bundle => bundle.with_context(|| format!("cannot write {}", path.display()))?,
     };
-    bundle
-        .fill(directories, &daemons)
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    if let Err(error) = bundle.fill(directories, &daemons) {
+        // Half of it would be in the way of the next one.
+        let _ = fs::remove_file(&path);
+        return Err(error).with_context(|| format!("cannot write {}", path.display()));
+    }
     Ok(writeln!(out, "wrote {}", path.display())?)
 }
 
@@ -113,6 +115,8 @@ struct Bundle {
     secrets: BTreeSet<Vec<u8>>,
     /// What URLs have before the host.
     user_in_url: Regex,
+    /// What flannel logs at its start, which the journal still has after a migration.
+    flannels_password: Regex,
 }
 
 impl Bundle {
@@ -123,8 +127,11 @@ impl Bundle {
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let file = options.write(true).create_new(true).open(path)?;
         let archive = tar::Builder::new(GzEncoder::new(file, Compression::default()));
-        let user_in_url = Regex::new("://[^/@\\s\"']+@").map_err(io::Error::other)?;
-        Ok(Self { archive, name, secrets, user_in_url })
+        let regex = |pattern| Regex::new(pattern).map_err(io::Error::other);
+        let user_in_url = regex("://[^/@\\s\"']+@")?;
+        // It may hold anything but the end of a line.
+        let flannels_password = regex("etcdPassword:[^\\n]*")?;
+        Ok(Self { archive, name, secrets, user_in_url, flannels_password })
     }
 
     fn fill(mut self, directories: &Directories, daemons: &[Asked]) -> io::Result<()> {
@@ -149,7 +156,7 @@ impl Bundle {
         let others = ["/run/flannel/subnet.env", "/etc/os-release", "/proc/net/softnet_stat"];
         let paths: BTreeSet<PathBuf> = subnet_files.chain(others.map(PathBuf::from)).collect();
         for path in &paths {
-            self.file(path.to_string_lossy().trim_start_matches('/'), path)?;
+            self.file(&name_of(path), path)?;
         }
         self.archive.into_inner()?.finish()?.sync_all()
     }
@@ -190,8 +197,7 @@ impl Bundle {
             let name = entry.file_name();
             let is_ours = ours.iter().any(|start| name.to_string_lossy().starts_with(start));
             if is_ours && entry.file_type()?.is_file() {
-                let name = entry.path().to_string_lossy().trim_start_matches('/').to_owned();
-                self.file(&name, &entry.path())?;
+                self.file(&name_of(&entry.path()), &entry.path())?;
             }
         }
         Ok(())
@@ -216,7 +222,10 @@ impl Bundle {
     /// Takes out every secret, wherever it stands.
     fn strip(&self, bytes: &[u8]) -> Vec<u8> {
         let with = format!("://{STRIPPED}@");
-        let mut bytes = self.user_in_url.replace_all(bytes, NoExpand(with.as_bytes())).into_owned();
+        let bytes = self.user_in_url.replace_all(bytes, NoExpand(with.as_bytes()));
+        let with = format!("etcdPassword:{STRIPPED}");
+        let bytes = self.flannels_password.replace_all(&bytes, NoExpand(with.as_bytes()));
+        let mut bytes = bytes.into_owned();
         // The longest first: one may be part of another.
         let mut secrets: Vec<&Vec<u8>> = self.secrets.iter().collect();
         secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
@@ -225,6 +234,12 @@ impl Bundle {
         }
         bytes
     }
+}
+
+/// A path as archives may have it: below where they are unpacked.
+fn name_of(path: &Path) -> String {
+    let parts = path.components().filter(|part| matches!(part, Component::Normal(_)));
+    parts.collect::<PathBuf>().to_string_lossy().into_owned()
 }
 
 fn replace(bytes: &[u8], what: &[u8], with: &[u8]) -> Vec<u8> {
@@ -358,10 +373,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let secrets = [b"hunter".to_vec(), b"hunter2".to_vec()].into();
         let bundle = Bundle::create(&directory.path().join("a"), "a".into(), secrets).unwrap();
-        let text = b"a hunter2, hunterhunter; https://me:pw@192.0.2.1:2379/x http://192.0.2.1/";
+        let text = b"a hunter2, hunterhunter; https://me:pw@192.0.2.1:2379/x http://192.0.2.1/\n\
+                     CLI flags config: {etcdUsername:u etcdPassword:a b version:false}\nc";
         let stripped = String::from_utf8(bundle.strip(text)).unwrap();
         let wanted = "a [stripped], [stripped][stripped]; https://[stripped]@192.0.2.1:2379/x \
-                      http://192.0.2.1/";
+                      http://192.0.2.1/\n\
+                      CLI flags config: {etcdUsername:u etcdPassword:[stripped]\nc";
         assert_eq!(stripped, wanted);
     }
 }

@@ -13,7 +13,7 @@ use anyhow::Context;
 use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use tokio::sync::watch;
-use tokio::time::{Instant, Interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use weft_backends::{
     BackendEvent, BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started,
 };
@@ -99,8 +99,11 @@ impl Forwarding<'_> {
         let port = last_known.load().and_then(|(known, _)| known.probe_port);
         turn.prober = local.and_then(|local| Prober::start(local, port, self.started.mtu));
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
-        let mut slow = tokio::time::interval(RECONCILE_INTERVAL);
-        let mut publish = tokio::time::interval(NODE_INTERVAL);
+        let (mut slow, mut publish) = (interval(RECONCILE_INTERVAL), interval(NODE_INTERVAL));
+        for timer in [&mut slow, &mut publish] {
+            // What was due while the registry was away is due once.
+            timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
         watch.mark_changed();
         let mut firewall = self.firewall.watch();
         let mut last_look = LastLook::new();

@@ -2,15 +2,19 @@
 //! forwards and all that belongs to it is in place, with flannel's codes and bodies; whoever asks for
 //! JSON gets the reasons.
 
+mod connection;
+
 use std::net::SocketAddr;
 
 use anyhow::Context;
 use axum::Router;
 use axum::extract::State;
-use axum::http::header::{ACCEPT, CONTENT_TYPE};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::header::{ACCEPT, CONNECTION, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::middleware::map_response;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use connection::Bounded;
 use serde_json::json;
 use tokio::net::TcpListener;
 
@@ -33,13 +37,21 @@ pub(crate) async fn serve(address: SocketAddr, board: Board) -> anyhow::Result<(
         .route("/healthz", get(alive))
         .route("/readyz", get(ready))
         .route("/metrics", get(scrape))
+        .layer(map_response(last))
         .with_state(board);
+    let listener = Bounded::new(listener);
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).await {
             tracing::error!("health checks are answered no more: {error}");
         }
     });
     Ok(())
+}
+
+/// A connection is for one answer, so that none is in the way of others.
+async fn last(mut response: Response) -> Response {
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 async fn alive(State(board): State<Board>, headers: HeaderMap) -> Response {

@@ -123,8 +123,7 @@ pub(crate) fn host_name() -> String {
 
 fn take_lock(path: &Path) -> anyhow::Result<File> {
     let unusable = || format!("cannot write {}; see --run-dir", path.display());
-    let open = || File::options().read(true).write(true).create(true).truncate(false).open(path);
-    let mut lock = open().with_context(unusable)?;
+    let mut lock = file::open_private(path).with_context(unusable)?;
     if let Err(pid) = hold(&mut lock) {
         bail!(
             "another weftd (pid {pid}) runs with this registry and public IP; stop it first, or \

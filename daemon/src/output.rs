@@ -1,5 +1,7 @@
 //! How commands of `weft` write their results.
 
+use std::io::{self, IsTerminal, Write};
+
 use clap::ValueEnum;
 
 /// For people, or for programs.
@@ -8,6 +10,41 @@ pub enum Output {
     #[default]
     Table,
     Json,
+}
+
+/// Writes what others have put into a registry, too: of that a terminal must take nothing for a command
+/// (console_codes(4)).
+#[derive(Debug)]
+pub struct Plain<W> {
+    out: W,
+    is_terminal: bool,
+}
+
+impl<W: Write + IsTerminal> Plain<W> {
+    pub fn new(out: W) -> Self {
+        let is_terminal = out.is_terminal();
+        Self { out, is_terminal }
+    }
+}
+
+impl<W: Write> Write for Plain<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.is_terminal {
+            return self.out.write(bytes);
+        }
+        self.out.write_all(plain(&String::from_utf8_lossy(bytes)).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// A text without control characters, but for tabs and the ends of its lines.
+pub fn plain(text: &str) -> String {
+    let is_command = |it: char| it.is_control() && !['\n', '\t'].contains(&it);
+    text.replace(is_command, "\u{fffd}")
 }
 
 /// Three digits and a unit.
@@ -31,6 +68,17 @@ pub(crate) fn float(number: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_terminal_is_told_nothing_but_text() {
+        let written = |is_terminal| {
+            let mut out = Plain { out: Vec::new(), is_terminal };
+            writeln!(out, "bell\u{7} \u{1b}]0;title\u{9b}2J é").unwrap();
+            String::from_utf8(out.out).unwrap()
+        };
+        assert_eq!(written(true), "bell\u{fffd} \u{fffd}]0;title\u{fffd}2J é\n");
+        assert_eq!(written(false), "bell\u{7} \u{1b}]0;title\u{9b}2J é\n");
+    }
 
     #[test]
     fn numbers_are_short() {

@@ -204,13 +204,14 @@ fn the_registry_and_the_daemon_are_asked() -> Result<()> {
     ensure!(text.starts_with("1. FAIL daemon: ") && text.contains("\n2. OK registry: "), "{text}");
     ensure!(!run(&lab, 0, &flags)?.status.success());
 
-    // A registry that nobody has used yet.
-    let empty = tempfile::tempdir()?;
-    let registry = format!("dir:{}", empty.path().display());
+    // A registry that nobody has used yet, and that looking does not make.
+    let directory = tempfile::tempdir()?;
+    let missing = directory.path().join("registry");
+    let registry = format!("dir:{}", missing.display());
     let (checks, _) = doctor(&lab, 0, &["--registry", &registry])?;
     let cured = checks
         .iter()
         .any(|it| it.name == "registry" && it.cure.contains(&format!("{registry} init")));
-    ensure!(cured, "{checks:#?}");
+    ensure!(cured && !missing.exists(), "{checks:#?}");
     until("the daemon of the other host goes on", || Ok(lab.status(1)?.state == "forwarding"))
 }

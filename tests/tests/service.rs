@@ -1,7 +1,7 @@
 //! What systemd and health checks are told, and what the unit that we ship lets the daemon do.
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -46,6 +46,11 @@ fn systemd_and_health_checks_are_told_how_it_is() -> Result<()> {
     assert_eq!(health(netns, "/readyz")?, (503, "flanneld is not ready yet".into()));
     assert_eq!(health(netns, "/other")?.0, 404);
     assert_eq!(reasons(netns, "/healthz")?, (200, json!({"alive": true, "reasons": []})));
+    // More than may be open at once, all of whom say nothing, are in nobody's way for long.
+    let connect = || netns.run(|| TcpStream::connect("127.0.0.1:8081"));
+    let silent = (0..100).map(|_| Ok(connect()??)).collect::<Result<Vec<_>>>()?;
+    until("it answers others", || health(netns, "/healthz").map(|_| true))?;
+    drop(silent);
     let (code, why) = reasons(netns, "/readyz")?;
     assert_eq!((code, &why["ready"]), (503, &json!(false)));
     assert!(why["reasons"][0].to_string().contains("waiting for the network config"), "{why}");

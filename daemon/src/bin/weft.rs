@@ -14,6 +14,7 @@ use weft_daemon::doctor::{self, DoctorArgs};
 use weft_daemon::generate::{self, GenerateArgs};
 use weft_daemon::lab::{self, Bytes, Cancel, Cancelled, EtcdOptions, MAX_TRANSFER, RunOptions};
 use weft_daemon::log_level_command::{self, LogLevelArgs};
+use weft_daemon::output::{Plain, plain};
 use weft_daemon::ping_peer::{self, PingPeerArgs};
 use weft_daemon::registry_command::{self, RegistryArgs};
 use weft_daemon::status_command::{self, StatusArgs};
@@ -85,27 +86,20 @@ enum LabCommand {
 
 fn main() -> ExitCode {
     let Cli { directories, command } = Cli::parse();
+    let out = &mut Plain::new(io::stdout().lock());
     let outcome = match command {
-        Command::Status(arguments) => {
-            status_command::run(&arguments, &directories, &mut io::stdout().lock())
-        }
-        Command::Doctor(arguments) => {
-            doctor::run(&arguments, &directories, &mut io::stdout().lock())
-        }
-        Command::PingPeer(arguments) => {
-            ping_peer::run(&arguments, &directories, &mut io::stdout().lock())
-        }
+        Command::Status(arguments) => status_command::run(&arguments, &directories, out),
+        Command::Doctor(arguments) => doctor::run(&arguments, &directories, out),
+        Command::PingPeer(arguments) => ping_peer::run(&arguments, &directories, out),
         Command::Top(arguments) => {
             top::run(&arguments, &directories, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS)
         }
-        Command::Trace(arguments) => trace::run(&arguments, &directories, &mut io::stdout().lock()),
+        Command::Trace(arguments) => trace::run(&arguments, &directories, out),
         Command::LogLevel(arguments) => {
-            log_level_command::run(&arguments, &directories, &mut io::stdout().lock())
-                .map(|()| ExitCode::SUCCESS)
+            log_level_command::run(&arguments, &directories, out).map(|()| ExitCode::SUCCESS)
         }
         Command::SupportBundle(arguments) => {
-            bundle::run(&arguments, &directories, &mut io::stdout().lock())
-                .map(|()| ExitCode::SUCCESS)
+            bundle::run(&arguments, &directories, out).map(|()| ExitCode::SUCCESS)
         }
         Command::Generate(arguments) => {
             generate::run(&arguments, Cli::command()).map(|()| ExitCode::SUCCESS)
@@ -113,18 +107,14 @@ fn main() -> ExitCode {
         Command::Lab(LabArgs { command: Some(LabCommand::Down { id }), .. }) => down(id),
         Command::Lab(arguments) => run_lab(&arguments),
         Command::Registry(arguments) => {
-            registry_command::run(&arguments, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS)
+            registry_command::run(&arguments, out).map(|()| ExitCode::SUCCESS)
         }
         Command::DockerOpts(arguments) => docker_opts::run(&arguments).map(|()| ExitCode::SUCCESS),
-        Command::Cni(arguments) => {
-            cni::run(&arguments, &mut io::stdout().lock()).map(|()| ExitCode::SUCCESS)
-        }
-        Command::Cleanup(arguments) => {
-            cleanup::run(&arguments, &directories, &mut io::stdout().lock())
-        }
+        Command::Cni(arguments) => cni::run(&arguments, out).map(|()| ExitCode::SUCCESS),
+        Command::Cleanup(arguments) => cleanup::run(&arguments, &directories, out),
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("weft: {error:#}");
+        eprintln!("weft: {}", plain(&format!("{error:#}")));
         ExitCode::FAILURE
     })
 }

@@ -61,7 +61,8 @@ impl Check {
 
     /// What only a daemon could tell.
     pub(super) fn unknown(name: &'static str) -> Self {
-        Self::warn(name, "not known while no weftd answers", "systemctl start weftd")
+        let seen = "not known while no weftd answers, or its flags cannot be read";
+        Self::warn(name, seen, "systemctl start weftd   # and run this as root")
     }
 
     /// What only the registry could tell.

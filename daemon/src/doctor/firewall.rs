@@ -95,7 +95,7 @@ pub(super) fn rules(seen: &Seen) -> Check {
         return Check::fail(
             NAME,
             format!("weft's rules, written by {by}, are gone"),
-            "systemctl restart weftd   # and stop what flushes them",
+            seen.restart() + "   # and stop what flushes them",
         );
     }
     match status.firewall_repairs {

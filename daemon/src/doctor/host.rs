@@ -20,7 +20,7 @@ const NEWER_FEATURES: [((u32, u32), &str); 2] = [
 /// Whether a daemon answers, forwards, and has nothing to complain of.
 pub(super) fn daemon(seen: &Seen) -> Check {
     const NAME: &str = "daemon";
-    let log = "journalctl -u weftd -n 20";
+    let log = format!("journalctl -u {} -n 20", seen.unit());
     let Some(daemon) = &seen.daemon else {
         return Check::fail(NAME, &seen.no_daemon, "systemctl start weftd");
     };
@@ -71,7 +71,7 @@ pub(super) fn kernel(seen: &Seen) -> Check {
 pub(super) fn io_uring(seen: &Seen) -> Check {
     const NAME: &str = "io_uring";
     let disabled = seen.sysctl("kernel/io_uring_disabled").unwrap_or("0");
-    let enable = "sysctl -w kernel.io_uring_disabled=0 && systemctl restart weftd";
+    let enable = format!("sysctl -w kernel.io_uring_disabled=0 && {}", seen.restart());
     let by_sysctl = format!("kernel.io_uring_disabled is {disabled}");
     let Some(status) = seen.status() else {
         return if disabled == "0" {
@@ -95,11 +95,14 @@ pub(super) fn io_uring(seen: &Seen) -> Check {
             if disabled != "0" {
                 return Check::warn(NAME, format!("{by_sysctl}; packets go by {io}"), enable);
             }
-            let seen = format!("blocked, so packets go by {io}; weftd's log has the reason");
+            let what = format!("blocked, so packets go by {io}; weftd's log has the reason");
             // The unit that weft comes with allows both.
-            let cure = "systemctl edit weftd   # [Service] LimitMEMLOCK=infinity, and \
-                        SystemCallFilter=io_uring_setup io_uring_enter io_uring_register";
-            Check::warn(NAME, seen, cure)
+            let cure = format!(
+                "systemctl edit {}   # [Service] LimitMEMLOCK=infinity, and \
+                 SystemCallFilter=io_uring_setup io_uring_enter io_uring_register",
+                seen.unit()
+            );
+            Check::warn(NAME, what, cure)
         }
     }
 }

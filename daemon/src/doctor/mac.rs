@@ -20,7 +20,7 @@ pub(super) fn mac(seen: &Seen) -> Check {
     let device = status.device.as_deref().unwrap_or_default();
     let Some(mac) = seen.link(device).and_then(|link| link.mac) else {
         let what = format!("the device {device:?} is gone");
-        return Check::fail(NAME, what, "systemctl restart weftd");
+        return Check::fail(NAME, what, seen.restart());
     };
     let Some(registry) = &seen.registry else {
         return Check::unknown(NAME);
@@ -38,7 +38,7 @@ pub(super) fn mac(seen: &Seen) -> Check {
             format!("ip link set {device} address {leased}"),
         ),
         Some(_) => Check::ok(NAME, format!("{device} has the MAC of the lease, {mac}")),
-        None => Check::warn(NAME, "this node's lease names none", "systemctl restart weftd"),
+        None => Check::warn(NAME, "this node's lease names none", seen.restart()),
     }
 }
 
@@ -55,10 +55,11 @@ mod tests {
     use std::time::Duration;
 
     use weft_backends::netlink::Link;
+    use weft_control::RegistryError;
 
     use super::*;
     use crate::doctor::check::Verdict;
-    use crate::doctor::seen::{Daemon, NoContent, RegistrySeen};
+    use crate::doctor::seen::{Daemon, RegistrySeen};
     use crate::status::Status;
 
     #[test]
@@ -104,8 +105,8 @@ mod tests {
         assert_eq!(found.verdict, Verdict::Fail);
         let cure = found.cure.unwrap();
         assert_eq!(cure, "ip link set flannel.1 address 02:00:00:00:00:01");
-        let no_content = NoContent { reason: "no etcd answers".into(), is_refusal: false };
-        seen.registry.as_mut().unwrap().content = Err(no_content);
+        let away = RegistryError::Away("no etcd answers".into());
+        seen.registry.as_mut().unwrap().content = Err(away);
         assert!(mac(&seen).seen.contains("registry cannot be read"));
     }
 }

@@ -28,7 +28,7 @@ pub(super) fn peers(seen: &Seen) -> Check {
     };
     let ip = peer.public_ip;
     let cure = if has_fault(peer, &["refused", "no-daemon"]) {
-        format!("ssh {ip} systemctl start weftd")
+        format!("ssh {ip} systemctl start {}", seen.unit())
     } else {
         format!("ping {ip}   # then start that host, or mend the way to it")
     };
@@ -67,7 +67,7 @@ pub(super) fn mtu(seen: &Seen) -> Check {
     let outer = seen.link(interface).map_or(0, |link| link.mtu);
     // As much as headers take away now, they will then.
     let wanted = outer.saturating_sub(mtu.saturating_sub(peer.probe.path_mtu.unwrap_or(mtu)));
-    let cure = format!("ip link set {interface} mtu {wanted} && systemctl restart weftd");
+    let cure = format!("ip link set {interface} mtu {wanted} && {}", seen.restart());
     Check::fail(NAME, describe(peer), cure)
 }
 

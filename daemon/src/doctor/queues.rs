@@ -55,7 +55,7 @@ pub(super) fn socket_buffers(seen: &Seen) -> Check {
                     buffer >> 10,
                     wanted >> 10
                 ),
-                format!("sysctl -w net.core.{name}={SOCKET_BUFFER_LEN} && systemctl restart weftd"),
+                format!("sysctl -w net.core.{name}={SOCKET_BUFFER_LEN} && {}", seen.restart()),
             );
         }
     }

@@ -1,11 +1,12 @@
 //! The registry, and what nodes claim in it.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use weft_control::NetworkConfig;
 use weft_control::lease::Snapshot;
+use weft_control::{NetworkConfig, RegistryError};
 
 use super::check::Check;
 use super::seen::{RegistrySeen, Seen};
@@ -28,18 +29,22 @@ pub(super) fn registry(seen: &Seen) -> Check {
     let is_etcd = !registry.servers.is_empty();
     let (snapshot, took) = match &registry.content {
         Ok(content) => content,
-        Err(no) if no.is_refusal => {
-            let what = format!("{name} does not let weft in: {}", no.reason);
+        Err(error @ RegistryError::Refused { .. }) => {
+            let what = format!("{name} does not let weft in: {error}");
             let cure = "user get USER   # the one of --etcd-username, or the certificate's";
             let cure = registry.etcdctl(name, cure);
             return Check::fail(NAME, what, cure);
         }
-        Err(no) if is_etcd => {
+        Err(error) if is_etcd => {
             let cure = registry.etcdctl(name, "endpoint health");
-            return Check::fail(NAME, no.reason.as_str(), cure);
+            return Check::fail(NAME, error.to_string(), cure);
         }
-        Err(no) => {
-            return Check::fail(NAME, no.reason.as_str(), format!("ls -ld {}", path_of(name)));
+        Err(RegistryError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            let cure = registry.weft("init 10.42.0.0/16   # unless its disk is not mounted");
+            return Check::fail(NAME, format!("{name} is no registry yet"), cure);
+        }
+        Err(error) => {
+            return Check::fail(NAME, error.to_string(), format!("ls -ld {}", path_of(name)));
         }
     };
     let Some(config) = &snapshot.config else {
@@ -131,7 +136,7 @@ pub(super) fn public_ip(seen: &Seen) -> Check {
     }
     if let Some((ip, leases)) = leases_by_address(snapshot).into_iter().find(is_shared) {
         let what = format!("{ip} has several leases: {}", leases.join(" and "));
-        let cure = registry.weft(&format!("release {}   # the one not in use", leases[0]));
+        let cure = registry.weft("show   # then release the one that its node does not use");
         return Check::fail(NAME, what, cure);
     }
     Check::ok(NAME, format!("each of {} nodes has its own", snapshot.leases.len()))
@@ -171,7 +176,6 @@ mod tests {
 
     use super::*;
     use crate::doctor::check::Verdict;
-    use crate::doctor::seen::NoContent;
 
     fn server(version: &str, behind: i64) -> Result<Server, String> {
         let asked = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(1000);
@@ -219,8 +223,9 @@ mod tests {
     #[test]
     fn who_is_not_let_in_learns_it() {
         let mut seen = seen(vec![server("3.5.1", 0)], Duration::ZERO);
-        let reason = "etcdserver: permission denied".to_owned();
-        let refused = NoContent { reason, is_refusal: true };
+        let (endpoint, reason) =
+            ("http://etcd:2379".into(), "etcdserver: permission denied".into());
+        let refused = RegistryError::Refused { endpoint, reason };
         seen.registry.as_mut().unwrap().content = Err(refused);
         let found = registry(&seen);
         assert!(found.verdict == Verdict::Fail && found.seen.contains("does not let weft in"));

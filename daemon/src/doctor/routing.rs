@@ -21,10 +21,14 @@ pub(super) fn interface(seen: &Seen) -> Check {
         return Check::unknown(NAME);
     };
     let Some(name) = status.interface.as_deref() else {
-        return Check::warn(NAME, "none is chosen yet", "journalctl -u weftd -n 20");
+        return Check::warn(
+            NAME,
+            "none is chosen yet",
+            format!("journalctl -u {} -n 20", seen.unit()),
+        );
     };
     let Some(link) = seen.link(name) else {
-        return Check::fail(NAME, format!("{name} is gone"), "systemctl restart weftd");
+        return Check::fail(NAME, format!("{name} is gone"), seen.restart());
     };
     if !link.up {
         return Check::fail(NAME, format!("{name} is down"), format!("ip link set {name} up"));
@@ -57,7 +61,7 @@ pub(super) fn bridge(seen: &Seen) -> Check {
     const NAME: &str = "docker0";
     let handed = match &seen.subnet_env {
         Some(Ok(handed)) => handed,
-        Some(Err(reason)) => return Check::warn(NAME, reason, "systemctl restart weftd"),
+        Some(Err(reason)) => return Check::warn(NAME, reason, seen.restart()),
         None => return Check::unknown(NAME),
     };
     let mut astray = None;

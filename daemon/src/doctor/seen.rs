@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use ipnetwork::IpNetwork;
 use serde_json::Value;
 use weft_backends::netlink::{KernelRoute, Link, Netlink};
@@ -70,6 +70,8 @@ pub(super) struct Daemon {
     pub(super) settings: Option<Settings>,
     /// It lives in another network namespace than we do.
     pub(super) is_elsewhere: bool,
+    /// The unit of systemd that it belongs to: not ours, where it took flannel's place there.
+    pub(super) unit: Option<String>,
 }
 
 /// The chain FORWARD as one program shows it.
@@ -104,15 +106,7 @@ pub(super) struct RegistrySeen {
     /// etcd's servers, none for a directory.
     pub(super) servers: Vec<(String, Result<Server, String>)>,
     /// What is in it, and how long reading it took.
-    pub(super) content: Result<(Snapshot, Duration), NoContent>,
-}
-
-/// Why it cannot be read.
-#[derive(Debug)]
-pub(super) struct NoContent {
-    pub(super) reason: String,
-    /// Somebody answers, and says no.
-    pub(super) is_refusal: bool,
+    pub(super) content: Result<(Snapshot, Duration), RegistryError>,
 }
 
 /// What is looked for where no daemon tells.
@@ -133,11 +127,17 @@ impl Seen {
             Ok(status) => seen.daemon = Some(Daemon::look(status)),
             Err(reason) => seen.no_daemon = reason,
         }
-        let settings = seen.daemon.as_ref().and_then(|daemon| daemon.settings.as_ref());
-        let registry = settings.map_or(&fallback.registry, |settings| &settings.registry);
-        let subnet_file = settings.map_or(&fallback.subnet_file, |it| &it.subnet_file);
-        seen.subnet_env = Some(Handed::read(subnet_file).map_err(|error| format!("{error:#}")));
-        seen.registry = Some(RegistrySeen::look(registry).await);
+        let places = match &seen.daemon {
+            None => Some((&fallback.registry, &fallback.subnet_file)),
+            // Where it keeps them elsewhere, ours would tell of another overlay.
+            Some(Daemon { settings, .. }) => {
+                settings.as_ref().map(|settings| (&settings.registry, &settings.subnet_file))
+            }
+        };
+        if let Some((registry, subnet_file)) = places {
+            seen.subnet_env = Some(Handed::read(subnet_file).map_err(|error| format!("{error:#}")));
+            seen.registry = Some(RegistrySeen::look(registry).await);
+        }
         seen.look_at_netlink().await?;
         let devices = seen.links.iter().map(|link| link.name.as_str()).chain(["all"]);
         seen.sysctls = sysctls(devices);
@@ -176,6 +176,17 @@ impl Seen {
 
     pub(super) fn settings(&self) -> Option<&Settings> {
         self.daemon.as_ref()?.settings.as_ref()
+    }
+
+    /// The daemon's unit; while none runs, the one that weft comes with.
+    pub(super) fn unit(&self) -> &str {
+        let unit = self.daemon.as_ref().and_then(|daemon| daemon.unit.as_deref());
+        unit.unwrap_or("weftd")
+    }
+
+    /// What starts the daemon anew.
+    pub(super) fn restart(&self) -> String {
+        format!("systemctl restart {}", self.unit())
     }
 
     pub(super) fn link(&self, name: &str) -> Option<&Link> {
@@ -221,8 +232,18 @@ impl Daemon {
         let settings = settings(&process)
             .inspect_err(|error| tracing::debug!("the daemon's flags: {error:#}"))
             .ok();
-        Self { status, settings, is_elsewhere }
+        let unit = fs::read_to_string(process.join("cgroup")).ok();
+        let unit = unit.and_then(|cgroups| unit_of(&cgroups).map(str::to_owned));
+        Self { status, settings, is_elsewhere, unit }
     }
+}
+
+/// The service of an overlay that a process belongs to, by its cgroups (cgroups(7), /proc/PID/cgroup).
+/// Who was started by hand may be in sshd's.
+fn unit_of(cgroups: &str) -> Option<&str> {
+    let names = cgroups.lines().filter_map(|line| line.rsplit('/').next());
+    let mut services = names.filter_map(|name| name.strip_suffix(".service"));
+    services.find(|name| name.contains("weft") || name.contains("flannel"))
 }
 
 /// What the flags of a running daemon come to.
@@ -232,7 +253,9 @@ fn settings(process: &Path) -> anyhow::Result<Settings> {
         let text = text.strip_suffix(b"\0").unwrap_or(&text);
         Ok(text.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect())
     };
-    let variables = words("environ")?;
+    let (command, variables) = (words("cmdline")?, words("environ")?);
+    // A thread of the kernel's: the daemon's number is that of another namespace.
+    ensure!(command.iter().any(|word| !word.is_empty()), "this process has no command line");
     let variable = |name: &str| {
         let value = |entry: &OsString| {
             let rest = entry.as_bytes().strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
@@ -240,7 +263,7 @@ fn settings(process: &Path) -> anyhow::Result<Settings> {
         };
         variables.iter().find_map(value)
     };
-    Ok(flags::parse(words("cmdline")?, variable)?.settings()?)
+    Ok(flags::parse(command, variable)?.settings()?)
 }
 
 impl RegistrySeen {
@@ -259,16 +282,12 @@ impl RegistrySeen {
             }
             Err(error) => Err(error),
         };
-        let no_content = |error: RegistryError| NoContent {
-            is_refusal: matches!(error, RegistryError::Refused { .. }),
-            reason: error.to_string(),
-        };
         Self {
             name,
             weft_flags: settings.weft_flags(),
             etcdctl_flags: settings.etcdctl_flags(),
             servers,
-            content: content.map_err(no_content),
+            content,
         }
     }
 
@@ -374,6 +393,15 @@ fn buffers(line: &str) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_daemons_unit_is_read_where_it_has_one() {
+        assert_eq!(unit_of("0::/system.slice/flanneld.service\n"), Some("flanneld"));
+        let first_version = "4:memory:/system.slice\n1:name=systemd:/system.slice/weftd.service\n";
+        assert_eq!(unit_of(first_version), Some("weftd"));
+        assert_eq!(unit_of("0::/user.slice/user-0.slice/session-1.scope\n"), None);
+        assert_eq!(unit_of("0::/system.slice/ssh.service\n"), None);
+    }
 
     #[test]
     fn the_buffers_of_a_socket_are_read() {
