@@ -91,11 +91,14 @@ fn is_ours(lease: &Lease, identity: &Identity, previous: &Previous) -> bool {
     theirs.same_node(ours) || was_ours
 }
 
-/// Whether to give a lease of ours back: another one has part of it, and was there before. The registry compares whole keys, so in an overlay of both families two nodes that choose
+/// Whether to give a lease of ours back: another node's has part of it, and was there before. The registry compares whole keys, so in an overlay of both families two nodes that choose
 /// at the same time may share a subnet of one family.
 pub fn came_second(own: &Lease, leases: &[Lease]) -> bool {
     leases.iter().any(|other| {
-        other.key != own.key && other.revision < own.revision && other.key.overlaps(&own.key)
+        other.key != own.key
+            && !other.attrs.same_node(&own.attrs)
+            && other.revision < own.revision
+            && other.key.overlaps(&own.key)
     })
 }
 
@@ -257,9 +260,13 @@ mod tests {
         first.revision = 7;
         let identity = Identity { node_id: "a".into(), attrs: ours.attrs.clone() };
         let mut rng = fastrand::Rng::with_seed(7);
-        let leases = [ours.clone(), first];
-        let found = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
-        assert_eq!(found, Plan::Remove(ours));
+        let mut leases = [ours.clone(), first];
+        let mut next =
+            |leases: &[Lease]| plan(&config, &identity, &Previous::default(), leases, &mut rng);
+        assert_eq!(next(&leases), Plan::Remove(ours.clone()));
+        // One of ours, from before the overlay had IPv6, is no rival.
+        leases[1] = lease("10.3.4.0-24", "192.0.2.9");
+        assert_eq!(next(&leases), Plan::Reuse(ours));
     }
 
     #[test]

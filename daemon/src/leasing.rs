@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use ipnetwork::IpNetwork;
 use weft_control::keeper::{self, Identity, Plan};
 use weft_control::lease::NodeRecord;
 use weft_control::subnet_env::Previous;
@@ -53,8 +53,8 @@ impl Claim<'_> {
         }
     }
 
-    /// As [`Claim::acquire`], but not beyond what keeps it from a lease now.
-    pub(crate) async fn attempt(
+    /// Not beyond what keeps it from a lease now.
+    async fn attempt(
         &self,
         registry: &dyn Registry,
         previous: &Previous,
@@ -133,7 +133,7 @@ impl Claim<'_> {
 
 /// What came of trying to get a lease.
 #[derive(Debug)]
-pub(crate) enum Attempt {
+enum Attempt {
     Ours(Box<Lease>),
     /// The registry changed meanwhile, by us or by others.
     Again,
@@ -147,8 +147,8 @@ pub(crate) fn previous(key: &LeaseKey) -> Previous {
     let mut previous = Previous::default();
     for network in key.networks() {
         match network {
-            IpNetwork::V4(net) => previous.ipv4 = Some(net) as Option<Ipv4Network>,
-            IpNetwork::V6(net) => previous.ipv6 = Some(net) as Option<Ipv6Network>,
+            IpNetwork::V4(net) => previous.ipv4 = Some(net),
+            IpNetwork::V6(net) => previous.ipv6 = Some(net),
         }
     }
     previous

@@ -188,10 +188,7 @@ fn follow(
         }
         _ => Vec::new(),
     };
-    let mtu = match &peer {
-        Some(_) => status.mtu,
-        None => None,
-    };
+    let mtu = peer.as_ref().and(status.mtu);
     let backend = peer.as_ref().and_then(|_| status.backend.clone());
     Trace { to, from, target, peer, backend, device, mtu, rules, problems }
 }

@@ -306,6 +306,24 @@ fn two_hundred_leases_that_change_at_once_are_followed() -> Result<()> {
     lab.remove()
 }
 
+/// By the MAC of its device: a lease of its own for the new address would be refused for its sake.
+#[test]
+fn a_node_keeps_its_lease_where_its_public_address_changes() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    let before = lab.status(0)?.subnets;
+    lab.stop_daemon(0)?;
+    // As behind an address translator: the interface goes on with its own.
+    lab.host(0).netns.ip(&["address", "add", "10.168.0.201/32", "dev", "lo"])?;
+    lab.start_daemon(0, &["--iface=eth0", "--public-ip=10.168.0.201"])?;
+    until("it has its lease again", || Ok(lab.status(0)?.subnets == before))?;
+    assert_eq!(lease(&lab, before[0])?["PublicIP"], "10.168.0.201");
+    assert_eq!(fs::read_dir(lab.registry()?.join("subnets"))?.count(), 2);
+    are_as_wanted(&lab, 1)?;
+    ping_both_ways(&lab, 0, 1)?;
+    lab.remove()
+}
+
 /// Leases that would undo each other's entries, or ours, are told; the others go on.
 #[test]
 fn leases_that_cannot_be_served_are_told() -> Result<()> {
@@ -325,6 +343,9 @@ fn leases_that_cannot_be_served_are_told() -> Result<()> {
     write_lease(&lab, &range(free[3]), "10.168.0.204", "02:00:00:00:00:03")?;
     // Whoever was there first keeps it, whatever comes first in the registry.
     write_lease(&lab, &range(free[5]), "10.168.0.206", &theirs)?;
+    // One node may have two.
+    let other = lab.host(1).address.to_string();
+    write_lease(&lab, &range(free[6]), &other, &theirs)?;
     let host_gw = r#"{"PublicIP":"10.168.0.205","BackendType":"host-gw"}"#;
     fs::write(lab.registry()?.join(format!("subnets/{}", range(free[4]))), host_gw)?;
     for told in [
@@ -336,8 +357,9 @@ fn leases_that_cannot_be_served_are_told() -> Result<()> {
     ] {
         tells(&lab, 0, &told)?;
     }
-    let subnet: IpNetwork = format!("10.42.{}.0/25", free[2]).parse()?;
-    let mut wanted_now = BTreeSet::from(wanted(subnet, "02:00:00:00:00:03", "10.168.0.203"));
+    let subnet = |number: usize| format!("10.42.{}.0/25", free[number]).parse::<IpNetwork>();
+    let mut wanted_now = BTreeSet::from(wanted(subnet(2)?, "02:00:00:00:00:03", "10.168.0.203"));
+    wanted_now.extend(wanted(subnet(6)?, &theirs, &other));
     wanted_now.extend(before);
     are(&lab.host(0).netns, &wanted_now)?;
     ping_both_ways(&lab, 0, 1)?;
