@@ -258,6 +258,7 @@ pub struct Report {
 }
 
 impl Report {
+    /// Takes in problems of one kind.
     pub(crate) fn tell(&mut self, problems: impl IntoIterator<Item = String>) {
         self.problems.extend(some(problems));
     }

@@ -91,8 +91,9 @@ fn is_ours(lease: &Lease, identity: &Identity, previous: &Previous) -> bool {
     theirs.same_node(ours) || was_ours
 }
 
-/// Whether to give a lease of ours back: another node's has part of it, and was there before. The registry compares whole keys, so in an overlay of both families two nodes that choose
-/// at the same time may share a subnet of one family.
+/// Whether to give a lease of ours back: another node's has part of it, and was there before. The
+/// registry compares whole keys, so in an overlay of both families two nodes that choose at the same
+/// time may share a subnet of one family.
 pub fn came_second(own: &Lease, leases: &[Lease]) -> bool {
     leases.iter().any(|other| {
         other.key != own.key

@@ -461,7 +461,7 @@ impl Registry for Etcd2Registry {
             let (path, form) = (format!("{path}?prevExist=true"), [("refresh", "true".into())]);
             let form = form.into_iter().chain([ttl.clone()]).collect();
             let answer = self.shared.ask_if_there(Method::Put(form), &path).await?;
-            // Gone, or somebody has written to it; an etcd before 2.3 empties it.
+            // Gone, or somebody else has written to it.
             if answer.error_code == 0 && answer.node.value == value {
                 return Ok(());
             }
