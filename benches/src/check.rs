@@ -15,6 +15,8 @@ use crate::topology::{Topology, inner};
 
 /// The port that servers listen on.
 const PORT: u16 = 11111;
+/// States of a TCP socket that listens, and of a UDP socket (include/net/tcp_states.h).
+const WAITING: [&str; 2] = ["0A", "07"];
 /// How long a server may take until it listens.
 const READY: Duration = Duration::from_secs(5);
 
@@ -112,12 +114,16 @@ fn words(line: &str) -> Vec<String> {
     line.split_whitespace().map(str::to_owned).collect()
 }
 
-/// Whether somebody has the port: a line of /proc/net is a number, a local address with its port in
-/// hexadecimal, and more (proc(5)).
+/// Whether somebody waits at the port: a line of /proc/net is a number, a local address with its port in
+/// hexadecimal, a remote one, a state, and more (proc(5)). What is left of connections to the server
+/// before has the port, too.
 fn listens(text: &str) -> bool {
     let port = format!(":{PORT:04X}");
-    let local = |line: &str| line.split_whitespace().nth(1).is_some_and(|it| it.ends_with(&port));
-    text.lines().any(local)
+    text.lines().any(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let is_local = fields.next().is_some_and(|address| address.ends_with(&port));
+        is_local && fields.nth(1).is_some_and(|state| WAITING.contains(&state))
+    })
 }
 
 fn iperf3_gbit(json: &str) -> Option<f64> {
@@ -149,6 +155,9 @@ mod tests {
     fn a_listening_port_is_the_local_one() {
         let head = "  sl  local_address rem_address   st\n";
         assert!(listens(&format!("{head}   0: 0201A8C0:2B67 00000000:0000 0A")));
+        assert!(listens(&format!("{head}   0: 0201A8C0:2B67 00000000:0000 07")));
         assert!(!listens(&format!("{head}   0: 0201A8C0:0016 0201A8C0:2B67 01")));
+        let left = format!("{head}   0: 0201A8C0:2B67 0101A8C0:9C40 06");
+        assert!(!listens(&left), "TIME_WAIT");
     }
 }

@@ -145,9 +145,28 @@ mod tests {
             ("/coreos.com/network", "/coreos.com/network"),
             ("/coreos.com//network/", "/coreos.com/network"),
             ("fleet", "fleet"),
+            ("/", ""),
         ] {
             assert_eq!(clean(given), cleaned);
         }
+    }
+
+    #[test]
+    fn what_is_shown_gives_no_commands() {
+        let mut entries = Entries::default();
+        let id = "ab".repeat(16);
+        let node = format!(
+            r#"{{"Id":"{id}","Name":"\u001b[2J","PublicIP":null,"PublicIPv6":null,"Addresses":[],
+            "Version":"1","Mtu":1}}"#
+        );
+        entries.put(&format!("{NODES}{id}"), entry(&node));
+        entries.put("subnets/\u{1b}]0;\n", entry(LEASE));
+        let found = entries.snapshot();
+        assert_eq!((found.nodes.len(), found.leases.len()), (0, 0));
+        let names: Vec<_> = found.skipped.iter().map(|it| it.name.as_str()).collect();
+        assert_eq!(names, [r"subnets/\u{1b}]0;\n", &format!("{NODES}{id}")]);
+        assert!(found.skipped[1].reason.contains("fit to be shown"), "{:?}", found.skipped[1]);
+        assert!(!found.skipped[0].reason.contains(char::is_control), "{:?}", found.skipped[0]);
     }
 
     #[test]
