@@ -207,7 +207,8 @@ fn entries_that_somebody_removes_come_back() -> Result<()> {
         host.ip(&["neigh", "del", "192.0.2.8", "dev", "vx9"])?;
     }
     let now = seen()?;
-    assert!(now <= count + 1, "more than by the slow timer: {count} became {now}");
+    // Hundreds of changes; the slow timer looks once, and what else the kernel told may be heard late.
+    assert!(now <= count + 3, "more than by the slow timer: {count} became {now}");
     let log = fs::read_to_string(&lab.host(0).log)?;
     assert!(log.contains("somebody changed links or routes of weft's"), "{log}");
     lab.remove()
