@@ -23,6 +23,9 @@ use weft_tests::{
 /// What is promised of a repair, which a busy machine may keep once in several times.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(1);
 
+/// On a busy machine the daemon rests for five seconds before it looks again.
+const HEARD_WITHIN: Duration = Duration::from_secs(6);
+
 fn lab(hosts: usize) -> Result<Lab> {
     hosts_of("vxlan", hosts)
 }
@@ -199,7 +202,7 @@ fn entries_that_somebody_removes_come_back() -> Result<()> {
         if now != count {
             (count, since) = (now, Instant::now());
         }
-        Ok(since.elapsed() > Duration::from_secs(1))
+        Ok(since.elapsed() > HEARD_WITHIN)
     })?;
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(2) {
@@ -207,8 +210,7 @@ fn entries_that_somebody_removes_come_back() -> Result<()> {
         host.ip(&["neigh", "del", "192.0.2.8", "dev", "vx9"])?;
     }
     let now = seen()?;
-    // Hundreds of changes; the slow timer looks once, and what else the kernel told may be heard late.
-    assert!(now <= count + 3, "more than by the slow timer: {count} became {now}");
+    assert!(now <= count + 1, "more than by the slow timer: {count} became {now}");
     let log = fs::read_to_string(&lab.host(0).log)?;
     assert!(log.contains("somebody changed links or routes of weft's"), "{log}");
     lab.remove()
