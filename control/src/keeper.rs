@@ -197,6 +197,10 @@ mod tests {
             .unwrap()
     }
 
+    fn dual_stack() -> NetworkConfig {
+        r#"{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fd00::/48"}"#.parse().unwrap()
+    }
+
     fn lease(key: &str, public_ip: &str) -> Lease {
         let attrs =
             LeaseAttrs { public_ip: Some(public_ip.parse().unwrap()), ..LeaseAttrs::default() };
@@ -251,10 +255,6 @@ mod tests {
 
     #[test]
     fn a_lease_that_another_node_had_part_of_before_is_given_back() {
-        let config: NetworkConfig =
-            r#"{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fd00::/48"}"#
-                .parse()
-                .unwrap();
         let mut ours = lease("10.3.4.0-24&fd00:0:0:4::-64", "192.0.2.9");
         ours.revision = 8;
         let mut first = lease("10.3.4.0-24&fd00:0:0:5::-64", "192.0.2.1");
@@ -262,8 +262,9 @@ mod tests {
         let identity = Identity { node_id: "a".into(), attrs: ours.attrs.clone() };
         let mut rng = fastrand::Rng::with_seed(7);
         let mut leases = [ours.clone(), first];
-        let mut next =
-            |leases: &[Lease]| plan(&config, &identity, &Previous::default(), leases, &mut rng);
+        let mut next = |leases: &[Lease]| {
+            plan(&dual_stack(), &identity, &Previous::default(), leases, &mut rng)
+        };
         assert_eq!(next(&leases), Plan::Remove(ours.clone()));
         // One of ours, from before the overlay had IPv6, is no rival.
         leases[1] = lease("10.3.4.0-24", "192.0.2.9");
@@ -290,14 +291,12 @@ mod tests {
 
     #[test]
     fn dual_stack_asks_for_both() {
-        let config: NetworkConfig =
-            r#"{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fd00::/48"}"#
-                .parse()
-                .unwrap();
         let identity = Identity { node_id: "a".into(), attrs: LeaseAttrs::default() };
         let v4_only = Previous { ipv4: "10.3.7.0/24".parse().ok(), ipv6: None };
         let mut rng = fastrand::Rng::with_seed(7);
-        let Plan::Create(key) = plan(&config, &identity, &v4_only, &[], &mut rng) else { panic!() };
+        let Plan::Create(key) = plan(&dual_stack(), &identity, &v4_only, &[], &mut rng) else {
+            panic!()
+        };
         assert_eq!(key.ipv4, v4_only.ipv4);
         assert!(key.ipv6.is_some());
     }
