@@ -40,6 +40,9 @@ pub const LINK_ALIAS: &str = "weft";
 /// with the containers.
 const LAST_METRIC: u32 = u32::MAX - 1;
 
+/// The metric of IPv6 routes that are made without one (IP6_RT_PRIO_USER in linux/ipv6_route.h).
+const IPV6_METRIC: u32 = 1024;
+
 /// Requests that wait for an answer at one time.
 const IN_FLIGHT: usize = 64;
 
@@ -124,6 +127,15 @@ pub struct KernelRoute {
     pub link: Option<u32>,
     /// The number in `/etc/iproute2/rt_protos`.
     pub protocol: u8,
+    /// Of routes to one network, the one with the lowest is taken.
+    pub metric: u32,
+}
+
+impl KernelRoute {
+    /// Whether it is in the way of weft's route to the same network, and not merely behind it.
+    pub fn precedes_ours(&self) -> bool {
+        self.metric <= metric(self.destination)
+    }
 }
 
 /// A request that the kernel refused, in the words of the `ip` command that would do the same.
@@ -495,6 +507,11 @@ fn link_address(message: &AddressMessage) -> Option<LinkAddress> {
     })
 }
 
+/// The metric that the kernel gives weft's route to this network.
+pub(crate) fn metric(destination: IpNetwork) -> u32 {
+    if destination.is_ipv6() { IPV6_METRIC } else { 0 }
+}
+
 fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
     let header = &message.header;
     if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast {
@@ -505,7 +522,7 @@ fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
     } else {
         IpAddr::from([0u8; 4])
     };
-    let (mut destination, mut gateway, mut link) = (unspecified, None, None);
+    let (mut destination, mut gateway, mut link, mut metric) = (unspecified, None, None, 0);
     for attribute in &message.attributes {
         if let RouteAttribute::Destination(address) = attribute {
             destination = ip(address)?;
@@ -516,10 +533,12 @@ fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
             gateway = Some(IpAddr::V6(*address));
         } else if let RouteAttribute::Oif(index) = attribute {
             link = Some(*index);
+        } else if let RouteAttribute::Priority(found) = attribute {
+            metric = *found;
         }
     }
     let destination = IpNetwork::new(destination, header.destination_prefix_length).ok()?;
-    Some(KernelRoute { destination, gateway, link, protocol: header.protocol.into() })
+    Some(KernelRoute { destination, gateway, link, protocol: header.protocol.into(), metric })
 }
 
 fn gateway_route(route: &GatewayRoute) -> Result<RouteMessage, rtnetlink::Error> {
@@ -533,12 +552,13 @@ fn gateway_route(route: &GatewayRoute) -> Result<RouteMessage, rtnetlink::Error>
 }
 
 fn kernel_route(route: &KernelRoute) -> Result<RouteMessage, rtnetlink::Error> {
-    let KernelRoute { destination, gateway, link, protocol } = *route;
+    let KernelRoute { destination, gateway, link, protocol, metric } = *route;
     let bad = |_| rtnetlink::Error::RequestFailed;
     let mut message = RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(destination.network(), destination.prefix())
         .map_err(bad)?
-        .protocol(protocol.into());
+        .protocol(protocol.into())
+        .priority(metric);
     if let Some(gateway) = gateway {
         message = message.gateway(gateway).map_err(bad)?;
     }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use ipnetwork::IpNetwork;
 
 use crate::Basis;
-use crate::netlink::{GatewayRoute, KernelRoute, Netlink, NetlinkError, ROUTE_PROTOCOL};
+use crate::netlink::{GatewayRoute, KernelRoute, Netlink, NetlinkError, ROUTE_PROTOCOL, metric};
 use crate::reconcile::{RouteChanges, Territory};
 
 /// One daemon's routes.
@@ -52,6 +52,9 @@ impl PeerRoutes {
         let refused: HashSet<IpNetwork> =
             outcome.refused.iter().map(|(route, _)| route.destination).collect();
         changes.set.retain(|route| !refused.contains(&route.destination));
+        // What we have there leads to where the subnet was before.
+        let is_former = |it: &&KernelRoute| refused.contains(&it.destination) && territory.owns(it);
+        changes.remove.extend(known.iter().filter(is_former));
         for (route, error) in netlink.remove_routes(&changes.remove) {
             changes.remove.retain(|removed| *removed != route);
             outcome.problems.push(error.to_string());
@@ -73,5 +76,6 @@ fn remember(known: &mut Vec<KernelRoute>, made: &RouteChanges) {
         gateway: Some(route.gateway),
         link: Some(route.link),
         protocol: ROUTE_PROTOCOL,
+        metric: metric(route.destination),
     }));
 }

@@ -52,7 +52,7 @@ impl Territory {
 
     /// Whether to remove a route that nobody wants: ours, and on a device that is ours now what
     /// flannel left, which leads to a subnet by way of its base.
-    fn owns(&self, route: &KernelRoute) -> bool {
+    pub(crate) fn owns(&self, route: &KernelRoute) -> bool {
         let is_flannels =
             self.is_by_our_device(route) && route.gateway == Some(route.destination.network());
         self.has(route)
@@ -93,8 +93,11 @@ impl RouteChanges {
             };
             let is_there =
                 at(route.destination).any(|it| same(it) && it.protocol == ROUTE_PROTOCOL);
-            let foreign = at(route.destination)
-                .find(|it| !same(it) && it.protocol != ROUTE_PROTOCOL && !territory.owns(it));
+            let is_in_the_way = |it: &KernelRoute| {
+                let is_foreign = it.protocol != ROUTE_PROTOCOL && !territory.owns(it);
+                is_foreign && !same(it) && it.precedes_ours()
+            };
+            let foreign = at(route.destination).find(|it| is_in_the_way(it));
             match foreign {
                 Some(foreign) => changes.taken.push(**foreign),
                 None if is_there => {}
@@ -136,6 +139,7 @@ mod tests {
             gateway: gateway.parse().ok(),
             link: Some(link),
             protocol,
+            metric: 0,
         }
     }
 
@@ -196,6 +200,16 @@ mod tests {
         let changes = changes(&found);
         assert_eq!(changes.set, [desired("10.3.1.0/24", "192.0.2.1")]);
         assert!(changes.taken.is_empty() && changes.remove.is_empty());
+    }
+
+    #[test]
+    fn a_strangers_route_behind_ours_is_in_nobodys_way() {
+        let behind = KernelRoute { metric: 100, ..found("10.3.1.0/24", "192.0.2.77", 2, BOOT) };
+        let changes = changes(&[behind]);
+        assert_eq!(changes.set.len(), 2);
+        assert!(changes.taken.is_empty() && changes.remove.is_empty());
+        let ipv6 = |metric| KernelRoute { metric, ..found("fd00::/64", "fe80::1", 2, BOOT) };
+        assert_eq!([1023, 1024, 1025].map(|it| ipv6(it).precedes_ours()), [true, true, false]);
     }
 
     #[test]

@@ -248,9 +248,10 @@ impl UdpTun {
         let routes = self.netlink.routes()?;
         let links = self.netlink.links()?;
         for network in self.config.families().map(|family| family.network) {
-            let taken = routes
-                .iter()
-                .find(|route| route.destination == network && route.protocol != ROUTE_PROTOCOL);
+            let taken = routes.iter().find(|route| {
+                let is_foreign = route.protocol != ROUTE_PROTOCOL;
+                route.destination == network && is_foreign && route.precedes_ours()
+            });
             if let Some(route) = taken {
                 let link = links.iter().find(|link| Some(link.index) == route.link);
                 let elsewhere = match (link, route.gateway) {

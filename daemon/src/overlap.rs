@@ -113,6 +113,7 @@ mod tests {
             gateway: gateway.parse().ok(),
             link: Some(link),
             protocol: 3,
+            metric: 0,
         };
         let found = |interface, gateway, link, endpoint| {
             conflict(&config(), &interface, &[route(gateway, link)], &etcd(endpoint))

@@ -10,8 +10,8 @@ use weft_daemon::lab::{Bytes, Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::load::loses_nothing_over_restarts;
 use weft_tests::{
-    DEADLINE, SUBNETS_KEPT_FREE, bring_up, dual_stack, health, hosts, hosts_of, overlay, reaches,
-    tells, until, write_config,
+    DEADLINE, SUBNETS_KEPT_FREE, bring_up, dual_stack, health, hosts, hosts_of, logs, overlay,
+    reaches, tells, until, write_config,
 };
 
 /// Two hops, both in kernels.
@@ -195,6 +195,7 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     fs::write(subnets.join("10.42.2.0-24"), r#"{"PublicIP":"10.168.0.120"}"#)?;
     fs::write(subnets.join("10.42.3.0-24"), host_gw("10.168.0.130"))?;
     fs::write(subnets.join("10.42.4.0-24"), host_gw("10.168.0.140"))?;
+    fs::write(subnets.join("10.42.5.0-24"), host_gw("10.168.0.150"))?;
     let host = NetNs::open(lab.host(0).netns.name());
     // Only its own network is on the link: the lab's default route has every address there.
     for host in 0..2 {
@@ -202,9 +203,11 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
         netns.ip(&["route", "del", "default"])?;
         netns.ip(&["route", "add", "default", "via", "10.168.0.254"])?;
     }
-    // flannel's own, and a stranger's.
+    // flannel's own, a stranger's, and a stranger's that is taken where there is no other.
+    let stranger = ["via", "10.168.0.200", "dev", "eth0", "metric"];
     host.ip(&["route", "add", "10.42.3.0/24", "via", "10.168.0.130", "dev", "eth0"])?;
-    host.ip(&["route", "add", "10.42.4.0/24", "via", "10.168.0.200", "dev", "eth0"])?;
+    host.ip(&[&["route", "add", "10.42.4.0/24"], &stranger[..], &["0"]].concat())?;
+    host.ip(&[&["route", "add", "10.42.5.0/24"], &stranger[..], &["100"]].concat())?;
     for host in 0..2 {
         lab.start_daemon(host, &[])?;
     }
@@ -219,8 +222,10 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     ] {
         tells(&lab, 0, told)?;
     }
-    until("flannel's route is ours", || {
-        Ok(routes(&host, "-4")?.contains(&("10.42.3.0/24".into(), "10.168.0.130".into())))
+    until("flannel's route is ours, and there is one beside the stranger's", || {
+        let ours = routes(&host, "-4")?;
+        let has = |to: &str, via: &str| ours.contains(&(to.into(), via.into()));
+        Ok(has("10.42.3.0/24", "10.168.0.130") && has("10.42.5.0/24", "10.168.0.150"))
     })?;
     let strangers = host.ip_json(&["route", "show", "10.42.4.0/24"])?;
     assert_eq!(strangers[0]["gateway"], "10.168.0.200");
@@ -235,8 +240,14 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     until("a route that was removed is back", || {
         Ok(routes(&host, "-4")?.contains(&("10.42.3.0/24".into(), "10.168.0.130".into())))
     })?;
+    logs(&lab, 0, "somebody changed links or routes")?;
     let log = fs::read_to_string(&lab.host(0).log)?;
     assert_eq!(log.matches("somebody changed links or routes").count(), 1, "{log}");
+    // A node that has moved out of reach: nothing more is sent to where it was.
+    fs::write(subnets.join("10.42.3.0-24"), host_gw("203.0.113.9"))?;
+    tells(&lab, 0, "the node 203.0.113.9 must be on the same link as eth0")?;
+    let left = routes(&host, "-4")?;
+    assert!(left.iter().all(|(to, _)| to != "10.42.3.0/24"), "{left:?}");
     lab.remove()
 }
 

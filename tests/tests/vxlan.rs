@@ -454,5 +454,13 @@ fn the_devices_options_are_the_configs() -> Result<()> {
         json!([7, 4790, true, true]),
         "{data}"
     );
+    // Without a port in the config it is the one that all new devices have.
+    lab.stop_daemon(0)?;
+    let options = r#"{"Type":"vxlan","VNI":7,"GBP":true,"Learning":true}"#;
+    write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16","Backend":{options}}}"#))?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let data = link(&lab.host(0).netns, "flannel.7")?["linkinfo"]["info_data"].clone();
+    assert_eq!(data["port"], 8472, "{data}");
     lab.remove()
 }

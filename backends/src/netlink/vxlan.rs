@@ -16,7 +16,7 @@ pub struct VxlanShape {
     pub underlay: Option<u32>,
     /// The address that its packets come from.
     pub local: Option<IpAddr>,
-    /// The port of all nodes; where none is wanted, the kernel's own.
+    /// The port of all nodes; where none is wanted, whatever the kernel takes.
     pub port: Option<u16>,
     /// Takes the senders of packets for where their MACs are.
     pub learning: bool,

@@ -20,6 +20,9 @@ const OVERHEAD_IPV6: u32 = 70;
 /// Where the config names none (drivers/net/vxlan/vxlan_core.c, vxlan_port).
 pub(crate) const KERNEL_PORT: u16 = 8472;
 
+/// Where the kernel tells the port that it takes where none is named.
+const KERNEL_PORT_FILE: &str = "/sys/module/vxlan/parameters/udp_port";
+
 /// Bytes of a link's name (IFNAMSIZ in linux/if.h, with a byte of zero).
 const LINK_NAME_LEN_MAX: usize = 15;
 
@@ -113,7 +116,7 @@ impl Vxlan {
             vni: self.options.vni,
             underlay: Some(self.interface.index),
             local: Some(device.local),
-            port: self.options.port,
+            port: self.options.port.or_else(kernel_port),
             learning: self.options.learning,
             gbp: self.options.gbp,
             others: Vec::new(),
@@ -243,6 +246,11 @@ fn derived_mac(node_id: &str, device: &str) -> Mac {
     let hash = Sha256::digest(format!("{node_id}\n{device}"));
     let [a, b, c, d, e, f, ..] = <[u8; 32]>::from(hash);
     Mac([(a & 0xfe) | 0x02, b, c, d, e, f])
+}
+
+/// `None` before there is any VXLAN device, where the kernel has loaded a module for them.
+fn kernel_port() -> Option<u16> {
+    fs::read_to_string(KERNEL_PORT_FILE).ok()?.trim().parse().ok()
 }
 
 fn named<'a>(links: &'a [Link], name: &str) -> Result<&'a Link, BackendError> {

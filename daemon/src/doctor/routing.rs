@@ -42,7 +42,7 @@ pub(super) fn interface(seen: &Seen) -> Check {
                 return Check::fail(
                     NAME,
                     format!("weft sends from {name}, but the way to the peer {ip} is {other}"),
-                    format!("weftd --iface {other}   # in /etc/weft/weftd.conf: WEFT_OPTIONS"),
+                    format!("systemctl cat {}   # give its weftd --iface {other}", seen.unit()),
                 );
             }
             Some(None) => {
@@ -111,7 +111,14 @@ pub(super) fn stale_routes(seen: &Seen) -> Check {
         let is_weft = route.protocol == weft_backends::netlink::ROUTE_PROTOCOL;
         is_weft && peers.contains(&route.destination)
     };
-    let stale = inside(seen).find(|route| route.protocol != BY_KERNEL && !is_ours(route));
+    let is_behind_ours = |route: &KernelRoute| {
+        let mut same = seen.routes.iter().filter(|it| it.destination == route.destination);
+        same.any(|it| is_ours(it) && it.metric < route.metric)
+    };
+    let is_stale = |route: &&KernelRoute| {
+        route.protocol != BY_KERNEL && !is_ours(route) && !is_behind_ours(route)
+    };
+    let stale = inside(seen).find(is_stale);
     match stale {
         None => Check::ok(NAME, "none takes packets of the overlay elsewhere"),
         Some(route) => {
@@ -138,7 +145,7 @@ pub(super) fn overlap(seen: &Seen) -> Check {
         return Check::fail(
             NAME,
             format!("this host's own address {ip} lies in the overlay's Network"),
-            "weft registry init OTHER_NETWORK   # on an empty registry",
+            format!("write another Network into the config in {}", status.registry),
         );
     }
     let connected = inside(seen).find(|route| route.protocol == BY_KERNEL);

@@ -48,7 +48,7 @@ fn host() -> Vec<Link> {
 fn route(ipv6: bool, link: u32) -> KernelRoute {
     let destination = if ipv6 { "::/0" } else { "0.0.0.0/0" };
     let destination = destination.parse().unwrap();
-    KernelRoute { destination, gateway: None, link: Some(link), protocol: 3 }
+    KernelRoute { destination, gateway: None, link: Some(link), protocol: 3, metric: 0 }
 }
 
 fn pattern(text: &str) -> Wish {
