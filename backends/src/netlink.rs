@@ -55,6 +55,8 @@ pub struct Link {
     pub mtu: u32,
     /// Administratively up; says nothing about the carrier.
     pub up: bool,
+    /// Up, with a cable in it or what stands for one (IFF_LOWER_UP).
+    pub carrier: bool,
     /// Packets that may wait in it.
     pub queue_len: u32,
     pub alias: Option<String>,
@@ -65,6 +67,17 @@ pub struct Link {
     pub vxlan: Option<VxlanShape>,
     /// In the kernel's order.
     pub addresses: Vec<LinkAddress>,
+}
+
+impl Link {
+    /// What keeps packets from leaving by it, if anything does.
+    pub fn fault(&self) -> Option<&'static str> {
+        match (self.up, self.carrier) {
+            (false, _) => Some("is down"),
+            (true, false) => Some("has no carrier"),
+            (true, true) => None,
+        }
+    }
 }
 
 /// What a link of ours has besides weft's mark; what is absent stays as it is.
@@ -451,6 +464,7 @@ fn link(message: LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
         up: message.header.flags.contains(LinkFlags::Up),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
         ..Link::default()
     };
     for attribute in message.attributes {

@@ -54,6 +54,12 @@ impl Surroundings {
         interface::choose(&settings.wish, families, &self.links, &self.routes, self.way)
     }
 
+    /// What keeps packets from leaving by this interface, if anything does.
+    fn fault(&self, interface: &ExternalInterface) -> Option<String> {
+        let link = self.links.iter().find(|link| link.index == interface.index)?;
+        link.fault().map(|fault| format!("{} {fault}", link.name))
+    }
+
     /// Why the overlay would cut off a host that is reached by this interface.
     pub(crate) fn conflict(
         &self,
@@ -68,7 +74,7 @@ impl Surroundings {
 /// What to go on with, now that the interface is not what is known of it; `None` if it is.
 ///
 /// # Errors
-/// There is no interface to use, and why.
+/// There is no interface to use, or nothing leaves by it, and why.
 pub(crate) async fn changed(
     settings: &Settings,
     config: &NetworkConfig,
@@ -78,7 +84,7 @@ pub(crate) async fn changed(
     let around = look.map_err(|error| format!("{error:#}"))?;
     let chosen = around.choose(settings, config).map_err(|error| error.to_string())?;
     if chosen.interface == *known {
-        return Ok(None);
+        return around.fault(known).map_or(Ok(None), Err);
     }
     if let Some(family) = lost_family(known, &chosen.interface) {
         return Err(format!(

@@ -291,8 +291,8 @@ impl<'a> Chooser<'a> {
         if link.mtu == 0 {
             return Err(Miss::NoMtu { interface: link.name.clone() });
         }
-        if !link.up {
-            why += "; it is down now";
+        if let Some(fault) = link.fault() {
+            why += &format!("; it {fault} now");
         }
         let taken = [ipv4.map(IpAddr::V4), ipv6.map(IpAddr::V6)];
         let others = link.addresses.iter().filter(|it| can_send(it) && !is_link_local(it));

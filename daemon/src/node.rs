@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
-use weft_control::file::{self, PRIVATE};
+use weft_control::file;
 
 /// This node.
 #[derive(Debug)]
@@ -78,22 +78,22 @@ impl Node {
         Ok(Self { id, files, lock })
     }
 
-    /// Goes on as the same node under another public address, and so by files of other names.
+    /// Goes on as the same node under another public address, and so by files of other names. No file
+    /// of the state directory needs room for that: a full disk keeps no node from moving.
     ///
     /// # Errors
-    /// As for [`Node::claim`]; the old names then stand.
+    /// Another daemon runs with that identity, or the run directory cannot be written to; the old names
+    /// then stand.
     pub(crate) fn move_to(&mut self, files: NodeFiles) -> anyhow::Result<()> {
         files.make_directories()?;
         let lock = take_lock(&files.lock)?;
-        file::replace(&files.id, self.id.as_bytes(), PRIVATE)
-            .with_context(|| format!("cannot write {}; see --state-dir", files.id.display()))?;
         let old = std::mem::replace(&mut self.files, files);
         // Held until its file is gone.
         let _former = std::mem::replace(&mut self.lock, lock);
         for (outcome, path) in [
+            (fs::rename(&old.id, &self.files.id), &old.id),
             (fs::rename(&old.last_known, &self.files.last_known), &old.last_known),
             (fs::rename(&old.made, &self.files.made), &old.made),
-            (fs::remove_file(&old.id), &old.id),
             (fs::remove_file(&old.lock), &old.lock),
         ] {
             if let Err(error) = outcome
@@ -262,6 +262,18 @@ mod tests {
         claim(dir.path(), "192.0.2.2").unwrap_err();
         drop(node);
         assert_eq!(claim(dir.path(), "192.0.2.2").unwrap().id, id);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_moved_keeps_no_node_where_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut node = claim(dir.path(), "192.0.2.1").unwrap();
+        let moved = files(dir.path(), "192.0.2.2");
+        fs::create_dir(&moved.id).unwrap();
+        node.move_to(moved).unwrap();
+        claim(dir.path(), "192.0.2.1").unwrap();
+        let refused = claim(dir.path(), "192.0.2.2").unwrap_err().to_string();
+        assert!(refused.contains("another weftd"), "{refused}");
     }
 
     #[test]

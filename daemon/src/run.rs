@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::thread::{CapabilitySet, capabilities};
+use tokio::time::Instant;
 use weft_backends::{BackendError, BackendKind, ExternalInterface, KernelEvents, Started};
 use weft_control::firewall::Rules;
 use weft_control::keeper;
@@ -39,6 +40,10 @@ use crate::state_file::{LastKnown, StateFile};
 
 /// How often a missing config is looked for, as flannel does.
 pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A backend that breaks sooner starts again after a pause: another program may take its device away
+/// again and again.
+const STEADY: Duration = Duration::from_secs(10);
 
 /// Runs the daemon until `shutdown` completes, at whatever point that finds it.
 ///
@@ -148,11 +153,13 @@ impl Daemon<'_> {
         let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         self.board.firewall(firewall.watch());
+        self.record_made(&station);
+        let mut pauses = Backoff::default();
         loop {
             let lease = &tenure.lease;
             tracing::info!(subnet = %lease.key, expires = expiry(lease), "lease");
-            Made::record(&self.config, settings, &station.place.node.files)?;
             let started = self.start(&mut station, lease).await?;
+            let begun = Instant::now();
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
             self.board.update(|status| {
@@ -183,6 +190,11 @@ impl Daemon<'_> {
                     tracing::error!("forwarding broke: {reason}; starting the backend again");
                     health.starts_again(&format!("forwarding broke: {reason}"));
                     tenure = *held;
+                    if begun.elapsed() < STEADY {
+                        pauses.wait().await;
+                    } else {
+                        pauses = Backoff::default();
+                    }
                 }
                 Ended::OtherLease(other) => {
                     health.starts_again("taking up other subnets");
@@ -226,10 +238,18 @@ impl Daemon<'_> {
         );
         let registry = self.registry.identity();
         station.place.move_to(self.settings, &registry, interface, attrs)?;
-        Made::record(&self.config, self.settings, &station.place.node.files)?;
+        self.record_made(station);
         self.tell_place(&station.place, why);
         station.last_known = StateFile::new(station.place.node.files.last_known.clone());
         Ok(())
+    }
+
+    /// Writes down what `weft cleanup` is to find. Packets move without it, as on a full disk.
+    fn record_made(&self, station: &Station) {
+        let files = &station.place.node.files;
+        if let Err(error) = Made::record(&self.config, self.settings, files) {
+            tracing::warn!("`weft cleanup` would not find all that this daemon makes: {error:#}");
+        }
     }
 
     fn tell_place(&self, place: &Place, why: String) {

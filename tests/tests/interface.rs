@@ -175,6 +175,24 @@ fn further_addresses_interrupt_nothing() -> Result<()> {
     lab.remove()
 }
 
+/// Addresses and routes stay where a cable is pulled, or where the interface is named and set down.
+#[test]
+fn a_link_that_carries_nothing_is_told() -> Result<()> {
+    let mut lab = weft_tests::hosts(1)?;
+    lab.start_daemon(0, &["--iface=eth0"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let (host, switch) = (NetNs::open(lab.host(0).netns.name()), lab.switch()?);
+    for (netns, link, told) in
+        [(switch, "h1", "eth0 has no carrier"), (&host, "eth0", "eth0 is down")]
+    {
+        netns.ip(&["link", "set", link, "down"])?;
+        tells(&lab, 0, told)?;
+        netns.ip(&["link", "set", link, "up"])?;
+        until("it is told no more", || Ok(lab.status(0)?.problems.is_empty()))?;
+    }
+    lab.remove()
+}
+
 /// The kernel refuses what is sent from an address that is gone, batch by batch. That is no reason to
 /// give up batches.
 #[test]

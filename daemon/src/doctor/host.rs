@@ -262,12 +262,7 @@ mod tests {
             name: name.into(),
             mtu: 1500,
             up: true,
-            queue_len: 0,
-            alias: None,
-            mac: None,
-            kind: None,
-            vxlan: None,
-            addresses: Vec::new(),
+            ..Link::default()
         };
         let status = Status {
             device: Some("flannel.1".into()),

@@ -80,12 +80,9 @@ mod tests {
             name: "flannel.1".into(),
             mtu: 1450,
             up: true,
-            queue_len: 0,
-            alias: None,
             mac: mac.parse().ok(),
             kind: Some("vxlan".into()),
-            vxlan: None,
-            addresses: Vec::new(),
+            ..Link::default()
         };
         let mut seen = Seen {
             daemon: Some(Daemon { status, ..Daemon::default() }),

@@ -24,7 +24,7 @@ fn link(index: u32, name: &str, addresses: &[&str]) -> Link {
     });
     let addresses = addresses.collect();
     let name = name.into();
-    Link { index, name, mtu: 1500, up: true, addresses, ..Link::default() }
+    Link { index, name, mtu: 1500, up: true, carrier: true, addresses, ..Link::default() }
 }
 
 fn host() -> Vec<Link> {
