@@ -395,6 +395,7 @@ impl BackendError {
             Self::Engine(EngineError::Listen { source, .. }) => {
                 source.kind() != io::ErrorKind::AddrNotAvailable
             }
+            Self::Engine(EngineError::BringUp { .. }) => false,
             Self::Engine(_) => true,
             Self::Options(_)
             | Self::MtuOption { .. }

@@ -14,7 +14,8 @@ use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::{self, UnboundedSender};
 use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig};
 use weft_engine::{
-    EcnMode, Engine, EngineConfig, EngineHandle, Feature, Peer, RouteTable, Traffic, overhead,
+    EcnMode, Engine, EngineConfig, EngineError, EngineHandle, Feature, Peer, RouteTable, Traffic,
+    overhead,
 };
 
 use crate::direct::{Direct, loosen_filter, strict_filter};
@@ -54,7 +55,9 @@ struct UdpTun {
 
 #[derive(Debug)]
 struct Running {
-    engine: EngineHandle,
+    /// Until it is known who the peers are: senders would be told that there are none.
+    opened: Option<Engine>,
+    engine: Option<EngineHandle>,
     device: String,
     peers: Vec<PeerWay>,
     /// What the engine's routes were made of.
@@ -113,14 +116,13 @@ impl Backend for UdpTun {
         })?;
         let device = engine.device().to_owned();
         self.configure(&device, lease)?;
-        let events = self.events.clone();
-        let on_failure = Arc::new(move |reason| {
-            // Nobody listens any more only when the daemon is on its way out.
-            let _ = events.send(BackendEvent::Lost(reason));
+        self.running = Some(Running {
+            opened: Some(engine),
+            engine: None,
+            device: device.clone(),
+            peers: Vec::new(),
+            published: None,
         });
-        let engine = engine.start(RouteTable::default(), on_failure)?;
-        self.running =
-            Some(Running { engine, device: device.clone(), peers: Vec::new(), published: None });
         Ok(Started { device, other_devices: Vec::new(), mtu: mtu.into() })
     }
 
@@ -158,7 +160,11 @@ impl Backend for UdpTun {
             if running.published.as_ref() != Some(desired) {
                 running.published = Some(desired.clone());
                 let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
-                running.engine.publish(RouteTable::new(&local, peers));
+                let routes = RouteTable::new(&local, peers);
+                if let Err(error) = running.publish(routes, &self.events) {
+                    report.failures.push(error.to_string());
+                    lose(&self.events, error.to_string());
+                }
             }
         }
         report
@@ -173,7 +179,7 @@ impl Backend for UdpTun {
             return None;
         }
         let running = self.running.as_ref()?;
-        running.engine.give_up(Feature::UdpSegment).then(|| GivenUp {
+        running.engine.as_ref()?.give_up(Feature::UdpSegment).then(|| GivenUp {
             what: Feature::UdpSegment.name(),
             cure: format!(
                 "see `ethtool -k {}`, and start weftd again when that is mended",
@@ -186,8 +192,35 @@ impl Backend for UdpTun {
         let Some(running) = &self.running else {
             return BackendStatus::default();
         };
-        BackendStatus { peers: running.peers.clone(), engine: Some(running.engine.meter()) }
+        let engine = running.engine.as_ref().map(EngineHandle::meter);
+        BackendStatus { peers: running.peers.clone(), engine }
     }
+}
+
+impl Running {
+    /// Has the engine go by these routes; the first time, from then on.
+    ///
+    /// # Errors
+    /// It did not start.
+    fn publish(
+        &mut self,
+        routes: RouteTable,
+        events: &UnboundedSender<BackendEvent>,
+    ) -> Result<(), EngineError> {
+        if let Some(engine) = &mut self.engine {
+            engine.publish(routes);
+        } else if let Some(engine) = self.opened.take() {
+            let events = events.clone();
+            let on_failure = Arc::new(move |reason| lose(&events, reason));
+            self.engine = Some(engine.start(routes, on_failure)?);
+        }
+        Ok(())
+    }
+}
+
+fn lose(events: &UnboundedSender<BackendEvent>, reason: String) {
+    // Nobody listens any more only when the daemon is on its way out.
+    let _ = events.send(BackendEvent::Lost(reason));
 }
 
 impl UdpTun {

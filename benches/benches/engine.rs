@@ -28,14 +28,14 @@ fn route_lookup(bencher: Bencher<'_, '_>, peers: u32) {
 #[divan::bench(args = [1, 65_000])]
 fn guard_strict(bencher: Bencher<'_, '_>, peers: u32) {
     let table = route_table(peers);
-    let guard = Guard { mode: GuardMode::Strict, mtu: 1472 };
+    let guard = Guard { mode: GuardMode::Strict, mtu: 1472, own: outer_address(0) };
     let mut hosts = scattered(peers);
     bencher
         .with_inputs(|| {
             let host = hosts.next().unwrap_or(1);
             (outer_address(host), packet(host, 0, 64))
         })
-        .bench_local_values(|(sender, packet)| guard.judge(&table, sender, &packet));
+        .bench_local_refs(|(sender, packet)| guard.judge(&table, *sender, packet));
 }
 
 #[divan::bench]

@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn the_packets_are_ones_that_the_guard_lets_through() {
-        let guard = Guard { mode: GuardMode::Strict, mtu: 1472 };
+        let guard = Guard { mode: GuardMode::Strict, mtu: 1472, own: outer_address(0) };
         let verdict = guard.judge(&route_table(9), outer_address(9), &packet(9, 0, 64));
         assert_eq!(verdict, Verdict::Deliver);
     }

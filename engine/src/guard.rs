@@ -46,6 +46,8 @@ pub struct Guard {
     pub mode: GuardMode,
     /// The largest inner packet, in bytes.
     pub mtu: usize,
+    /// Our own address on the underlay.
+    pub own: IpAddr,
 }
 
 impl Guard {
@@ -79,7 +81,8 @@ impl Guard {
         let is_foreign = match self.mode {
             GuardMode::Strict => !may_come_from(routes, packet.source(), sender),
             GuardMode::Peer | GuardMode::Off => {
-                matches!(routes.lookup(packet.source()), Some(Target::Local))
+                packet.source() == self.own
+                    || matches!(routes.lookup(packet.source()), Some(Target::Local))
             }
         };
         if is_foreign {
@@ -128,10 +131,13 @@ mod tests {
         )
     }
 
+    fn guard(mode: GuardMode) -> Guard {
+        Guard { mode, mtu: MTU, own: "192.0.2.1".parse().unwrap() }
+    }
+
     fn verdict(mode: GuardMode, sender: &str, source: &str, destination: &str) -> Verdict {
         let packet = udp(source, destination, 62, b"x");
-        let guard = Guard { mode, mtu: MTU };
-        guard.judge(&routes(), sender.parse().unwrap(), &packet)
+        guard(mode).judge(&routes(), sender.parse().unwrap(), &packet)
     }
 
     #[test]
@@ -157,22 +163,25 @@ mod tests {
         assert_eq!(peer("192.0.2.2", "8.8.8.8", "10.42.3.9"), Verdict::ForeignDestination);
         assert_eq!(peer("192.0.2.9", "10.42.2.9", "10.42.1.9"), Verdict::UnknownSender);
         assert_eq!(peer("192.0.2.2", "10.42.1.7", "10.42.1.9"), Verdict::ForeignSource);
+        assert_eq!(peer("192.0.2.2", "192.0.2.1", "10.42.1.9"), Verdict::ForeignSource);
     }
 
     #[test]
     fn off_still_refuses_what_is_no_packet_or_claims_to_be_ours() {
-        let off = Guard { mode: GuardMode::Off, mtu: MTU };
+        let off = guard(GuardMode::Off);
         let sender = "192.0.2.9".parse().unwrap();
         let packet = udp("1.2.3.4", "5.6.7.8", 62, b"x");
         assert_eq!(off.judge(&routes(), sender, &packet), Verdict::Deliver);
         assert_eq!(off.judge(&routes(), sender, &packet[..27]), Verdict::Malformed);
-        let ours = udp("10.42.1.7", "5.6.7.8", 62, b"x");
-        assert_eq!(off.judge(&routes(), sender, &ours), Verdict::ForeignSource);
+        for ours in ["10.42.1.7", "192.0.2.1"] {
+            let packet = udp(ours, "5.6.7.8", 62, b"x");
+            assert_eq!(off.judge(&routes(), sender, &packet), Verdict::ForeignSource);
+        }
     }
 
     #[test]
     fn shape_comes_before_addresses() {
-        let guard = Guard { mode: GuardMode::Strict, mtu: MTU };
+        let guard = guard(GuardMode::Strict);
         let sender = "192.0.2.2".parse().unwrap();
         let judge = |packet: &[u8]| guard.judge(&routes(), sender, packet);
         let mut packet = udp("10.42.2.9", "10.42.1.9", 62, &[0; MTU - 28]);

@@ -180,6 +180,27 @@ pub struct RateLimit {
     empty_at: Instant,
 }
 
+/// A limit for each sender, as far as the last bits of their addresses tell them apart: none has to wait
+/// for all the others' errors.
+#[derive(Debug)]
+pub(crate) struct RateLimits([RateLimit; Self::COUNT]);
+
+impl RateLimits {
+    const COUNT: usize = 64;
+
+    pub(crate) fn new(now: Instant) -> Self {
+        Self(std::array::from_fn(|_| RateLimit::new(now)))
+    }
+
+    pub(crate) fn of(&mut self, sender: IpAddr) -> &mut RateLimit {
+        let last = match sender {
+            IpAddr::V4(ip) => ip.octets()[3],
+            IpAddr::V6(ip) => ip.octets()[15],
+        };
+        &mut self.0[usize::from(last) % Self::COUNT]
+    }
+}
+
 impl RateLimit {
     const BURST: u32 = 50;
     const PER_SECOND: u32 = 100;

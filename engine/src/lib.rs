@@ -169,6 +169,9 @@ pub enum EngineError {
     Io(#[source] std::io::Error),
     #[error("cannot make the TUN device {name}: {source}{}", device_hint(source))]
     Device { name: String, source: std::io::Error },
+    /// Somebody has deleted it, most likely.
+    #[error("cannot bring up the TUN device {name} that was just made: {source}")]
+    BringUp { name: String, source: std::io::Error },
     #[error("cannot listen on UDP {address}: {source}{}", listen_hint(source))]
     Listen { address: SocketAddr, source: std::io::Error },
     #[error("cannot start a worker thread: {0}")]
@@ -211,7 +214,9 @@ impl Engine {
         let device = TunDevice::open(&config.device, config.workers, &features);
         let device = device.map_err(device_error)?;
         let io = choose_io(config.tuning.io, &device)?;
-        device.bring_up(config.mtu).map_err(device_error)?;
+        device
+            .bring_up(config.mtu)
+            .map_err(|source| EngineError::BringUp { name: device.name().to_owned(), source })?;
         Ok(Self { config, io, features: Arc::new(features), device, sockets, sources })
     }
 
@@ -260,7 +265,11 @@ impl Engine {
                     features: Arc::clone(&self.features),
                     routes: Arc::clone(&handle.routes),
                     stats,
-                    guard: Guard { mode: self.config.guard, mtu: self.config.mtu.into() },
+                    guard: Guard {
+                        mode: self.config.guard,
+                        mtu: self.config.mtu.into(),
+                        own: self.config.listen.ip(),
+                    },
                     tunnel_addresses: self.config.tunnel_addresses.clone(),
                     overhead: overhead(self.config.listen.ip()),
                     dscp: self.config.tuning.dscp,

@@ -49,7 +49,8 @@ counters! {
     TunToUdpFragmented => "tun_to_udp_fragmented",
     /// Times that sends found the socket's send buffer full, and had to wait or were dropped.
     TunToUdpStalls => "tun_to_udp_stalls",
-    /// Dropped: the socket's send buffer or the device's queue stayed full.
+    /// Dropped: the socket's send buffer or the device's queue stayed full, or no buffer was left to
+    /// send from.
     TunToUdpFull => "tun_to_udp_full",
     /// Dropped: the kernel refused the send for another reason (no route to the peer, say).
     TunToUdpSendFailed => "tun_to_udp_send_failed",

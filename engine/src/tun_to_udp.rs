@@ -11,7 +11,7 @@ use crate::batch::{Batch, Outer, Transmit};
 use crate::buffers::BufferId;
 use crate::ecn;
 use crate::features::Feature;
-use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit};
+use crate::icmp::{ICMP_ERROR_LEN_MAX, IcmpError, RateLimit, RateLimits};
 use crate::io::{Completion, Direction, Io, Received, Sent};
 use crate::offload::segment::{Cut, finish_checksum};
 use crate::offload::{VirtioNetHdr, WHOLE};
@@ -32,8 +32,8 @@ const STALL_MAX: Duration = Duration::from_millis(100);
 pub(crate) struct TunToUdp {
     context: Context,
     limit: RateLimit,
-    /// Of packets that are too big: who needs to hear of one must not wait for others' errors.
-    limit_of_too_big: RateLimit,
+    /// Of packets that are too big: who does not hear of one hangs.
+    limits_of_too_big: RateLimits,
     tally: Tally,
     /// The send that the next packet may join.
     batch: Option<Batch>,
@@ -51,7 +51,7 @@ impl TunToUdp {
         Self {
             context,
             limit: RateLimit::new(now),
-            limit_of_too_big: RateLimit::new(now),
+            limits_of_too_big: RateLimits::new(now),
             tally: Tally::new(Direction::TunToUdp),
             batch: None,
             under_way: 0,
@@ -295,31 +295,52 @@ impl TunToUdp {
         let (Ok(view), Some(peer)) = (IpView::check(packet), peer_of(routes, packet)) else {
             return stats.add(Counter::TunToUdpNoRoute, 1);
         };
+        if !view.dont_fragment() {
+            return self.send_fragmented(routes, packet, outer);
+        }
         let Ok(path) = udp.path_mtu(peer.endpoint) else {
             return stats.add(Counter::TunToUdpSendFailed, 1);
         };
         let fitting = path.saturating_sub(self.context.overhead);
         let mtu = if matches!(view, IpView::V6(_)) { fitting.max(IPV6_MTU_MIN) } else { fitting };
-        if view.dont_fragment() && packet.len() > mtu as usize {
+        if packet.len() > mtu as usize {
             stats.add(Counter::TunToUdpTooBig, 1);
             self.answer(IcmpError::TooBig { mtu }, packet);
-        } else if self.context.sockets[outer.socket].send_fragmented(packet, outer).is_ok() {
-            stats.add(Counter::TunToUdpFragmented, 1);
-            stats.add(Counter::TunToUdpPackets, 1);
-            stats.add(Counter::TunToUdpBytes, packet.len() as u64);
-            let amount = Amount { packets: 1, bytes: packet.len() as u64 };
-            self.tally.add(routes, routes.peer_number(view.destination()), amount);
         } else {
-            stats.add(Counter::TunToUdpSendFailed, 1);
+            self.send_fragmented(routes, packet, outer);
+        }
+    }
+
+    fn send_fragmented(&mut self, routes: &RouteTable, packet: &[u8], outer: &Outer) {
+        let stats = &self.context.stats;
+        match self.context.sockets[outer.socket].send_fragmented(packet, outer) {
+            Ok(()) => {
+                stats.add(Counter::TunToUdpFragmented, 1);
+                let segment_len = packet.len();
+                let outer = *outer;
+                self.count_sent(
+                    routes,
+                    packet,
+                    &Transmit { outer, packets: 0..segment_len, segment_len },
+                );
+            }
+            Err(error) => stats.add(
+                match error.raw_os_error() {
+                    Some(libc::EAGAIN | libc::ENOBUFS) => Counter::TunToUdpFull,
+                    _ => Counter::TunToUdpSendFailed,
+                },
+                1,
+            ),
         }
     }
 
     /// Back to a container: through the TUN, on which the backend has allowed our own address as
     /// a source (accept_local).
     fn answer(&mut self, error: IcmpError, packet: &[u8]) {
+        let Ok(view) = IpView::check(packet) else { return };
         let mut out = [0; ICMP_ERROR_LEN_MAX];
         let limit = match error {
-            IcmpError::TooBig { .. } => &mut self.limit_of_too_big,
+            IcmpError::TooBig { .. } => self.limits_of_too_big.of(view.source()),
             IcmpError::Unreachable | IcmpError::TimeExceeded => &mut self.limit,
         };
         if let Some(answer) = self.context.icmp(limit, error, packet, &mut out) {

@@ -96,8 +96,8 @@ impl UdpToTun {
 
     /// Joins a packet to the open run, or begins a new one with it.
     fn deliver(&mut self, packet: &[u8]) {
-        let segment = Segment::parse(packet);
-        let segment = segment.filter(|it| self.context.features.has(feature(it.is_udp())));
+        let is_joined = |is_udp| self.context.features.has(feature(is_udp));
+        let segment = Segment::parse_where(packet, is_joined);
         if segment.is_some_and(|segment| self.run.join(&segment, packet)) {
             return;
         }
@@ -199,13 +199,13 @@ fn write_apart(
     let Some(cut) = cut else {
         return context.stats.add(Counter::UdpToTunWriteFailed, count as u64);
     };
+    context.stats.add(Counter::UdpToTunCoalesceRefused, 1);
     let mut one = vec![0; cut.len_of(0)];
     for number in 0..cut.count() {
         let len = cut.len_of(number);
         cut.write(packet, number, &mut one[..len]);
         let is_written = write_one(context, &one[..len]);
         if number == 0 && is_written && refusal.raw_os_error() == Some(libc::EINVAL) {
-            context.stats.add(Counter::UdpToTunCoalesceRefused, 1);
             context.fall(feature, refusal);
         }
     }

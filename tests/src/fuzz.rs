@@ -57,12 +57,24 @@ pub fn segment(bytes: &[u8]) {
     }
     if let Ok(Some(cut)) = Cut::plan(&header, &packet) {
         // A kernel asks for no segments of a byte; a thousand prove as much as many.
-        for number in 0..cut.count().min(1000) {
+        let written = cut.count().min(1000);
+        let mut segments = (0..written).map(|number| {
             let mut out = vec![0; cut.len_of(number)];
             cut.write(&packet, number, &mut out);
             let view = IpView::check(&out).expect("a segment is a packet");
             assert!(view.header_is_intact());
-        }
+            out
+        });
+        // Each but the last carries as much as the header says.
+        let first = segments.next().expect("there is one at least");
+        let each = if written > 1 { usize::from(header.segment_len) } else { 0 };
+        let headers = first.len() - each;
+        let payload = segments.fold(first[headers..].to_vec(), |mut payload, segment| {
+            payload.extend_from_slice(&segment[headers..]);
+            payload
+        });
+        assert!(packet[headers..].starts_with(&payload));
+        assert!(written < cut.count() || headers + payload.len() == packet.len());
     }
     let len = packet.len();
     let _ = finish_checksum(&header, &mut packet);
@@ -98,7 +110,7 @@ pub fn receive(bytes: &[u8]) {
     };
     let ours = "10.42.1.0/24".parse().expect("a subnet");
     let routes = RouteTable::new(&[ours], vec![peer]);
-    let guard = Guard { mode: GuardMode::Strict, mtu: 1472 };
+    let guard = Guard { mode: GuardMode::Strict, mtu: 1472, own: address("192.0.2.1") };
     for datagram in split(bytes) {
         let mut packet = datagram.to_vec();
         assert_ne!(guard.judge(&routes, address("192.0.2.9"), &packet), Verdict::Deliver);

@@ -1,15 +1,18 @@
 //! Nodes come, go, die and race: who has which subnet, and where packets go meanwhile.
 
 use std::fs;
-use std::time::Duration;
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
 use weft_daemon::lab::{Lab, LabOptions, PingOptions};
 use weft_tests::load::{ends, loses_nothing_while};
 use weft_tests::{
-    DEADLINE, SUBNETS_KEPT_FREE, all_acquainted, bring_up, has_device, hosts, overlay, pings,
-    subnet, tells, until, write_config,
+    DEADLINE, SUBNETS_KEPT_FREE, all_acquainted, bring_up, counter, has_device, hosts, log,
+    overlay, pings, subnet, tells, until, write_config,
 };
 
 /// The file of a host's lease.
@@ -181,6 +184,51 @@ fn a_deleted_device_comes_back() -> Result<()> {
     netns.ip(&["link", "del", "flannel0"])?;
     until("traffic flows over a new device", answered)?;
     assert!(lab.ping(1, 0, &PingOptions::default())?.complete());
+    lab.remove()
+}
+
+/// Containers that send while it starts: who is told that there is no way gives up.
+#[test]
+fn before_the_peers_are_known_nobody_is_told_that_there_are_none() -> Result<()> {
+    let mut lab = overlay(2)?;
+    lab.stop_daemon(0)?;
+    let (from, to) = (lab.container(0)?, lab.container(1)?.address()?);
+    let socket = from.netns.run(|| UdpSocket::bind("0.0.0.0:0"))??;
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                // Refused while there is no device, and so no way.
+                let _ = socket.send_to(b"are you there", (to, 9));
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let started = lab.start_daemon(0, &["--ip-masq"]);
+        let ready = started.and_then(|()| lab.wait_ready(0, DEADLINE));
+        over.store(true, Ordering::Relaxed);
+        ready
+    })?;
+    assert!(counter(&lab, 0, "tun_to_udp_packets")? > 0);
+    assert_eq!(counter(&lab, 0, "icmp_sent")?, 0);
+    lab.remove()
+}
+
+/// Another program that takes it away each time must not have the daemon do nothing but make it anew.
+#[test]
+fn a_device_that_is_deleted_again_and_again_comes_back_more_and_more_slowly() -> Result<()> {
+    let lab = overlay(1)?;
+    let netns = &lab.host(0).netns;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(6) {
+        // Refused while it is not there.
+        let _ = netns.ip(&["link", "del", "flannel0"]);
+    }
+    let broken = log(&lab, 0)?.matches("forwarding broke").count();
+    // The least that the pauses come to: 50 ms, 100, 200, 400, 800, 1.6 s, 2.5 s. While it starts, there
+    // are others.
+    assert!((1..=8).contains(&broken), "{broken}");
+    until("it is there again", || has_device(netns, "flannel0"))
+        .with_context(|| log(&lab, 0).unwrap_or_default())?;
     lab.remove()
 }
 

@@ -162,6 +162,22 @@ fn datagrams_keep_their_order_bytes_sender_and_mark() {
 }
 
 #[test]
+fn an_empty_datagram_parts_nothing() {
+    each(Direction::UdpToTun, |mut it| {
+        for bytes in [&b"one"[..], b"", b"", b"two"] {
+            it.peer.send_to(bytes, it.ours).unwrap();
+        }
+        it.io.submit(Wait::Sleep).unwrap();
+        it.io.reap(&mut it.completions);
+        let lens = it.completions.iter().map(|it| match it {
+            Completion::Received(received) => received.packets.len(),
+            Completion::Sent(_) | Completion::Woken => panic!("{it:?}"),
+        });
+        assert_eq!(lens.collect::<Vec<_>>(), [3, 0, 0, 3], "{}", it.name);
+    });
+}
+
+#[test]
 fn the_largest_datagram_fits() {
     each(Direction::UdpToTun, |mut it| {
         it.peer.send_to(&[7; 65_507], it.ours).unwrap();

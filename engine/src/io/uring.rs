@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use io_uring::types::{BufRingEntry, CancelBuilder, Fixed, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
+use rustix::param::page_size;
 
 use super::burst::Burst;
 use super::message::{CONTROL_LEN, DATAGRAM_HEADROOM, SENDER_LEN, SendMessage, from_udp};
@@ -65,12 +66,17 @@ const LOOK: u64 = 3 << 16;
 const SEND: u64 = 4 << 16;
 const WAKE: u64 = 5 << 16;
 
-/// Whether io_uring is to be had.
+/// Whether io_uring is to be had, with all that one direction needs of it.
 ///
 /// # Errors
-/// It is switched off or too old; the text says which and what mends it.
+/// It is switched off or too old, or may have too little memory; the text says which and what mends it.
 pub(crate) fn probe() -> io::Result<()> {
-    build_ring(8).map(drop).map_err(explain)
+    let ring = build_ring(SUBMISSIONS).map_err(explain)?;
+    let datagrams = Datagrams::new(&ring).map_err(explain)?;
+    // The kernel knows the buffers' memory until then.
+    drop(ring);
+    drop(datagrams);
+    Ok(())
 }
 
 /// The ring, with its buffers.
@@ -178,9 +184,17 @@ impl Ring {
     /// Has the kernel take the rest of the datagrams that are there.
     fn receive_on(&mut self) -> io::Result<()> {
         for _ in 0..ROUNDS {
-            if !self.ring.submission().taskrun() {
-                break;
+            if self.ring.submission().taskrun() {
+                self.enter(0)?;
+                continue;
             }
+            self.collect()?;
+            // An empty one ends a multishot receive, and anybody can send those.
+            let is_cut_short = self.datagrams.as_ref().is_some_and(|it| it.offered > 0);
+            if self.armed || !is_cut_short {
+                return Ok(());
+            }
+            self.arm();
             self.enter(0)?;
         }
         self.collect().map(drop)
@@ -538,11 +552,10 @@ struct ProvidedRing {
 }
 
 impl ProvidedRing {
-    const PAGE: usize = 4096;
-
+    /// Whole pages, which are of 16 or 64 KiB on some hosts.
     fn layout(len: u16) -> Layout {
-        let len = usize::from(len) * size_of::<BufRingEntry>();
-        Layout::from_size_align(len.next_multiple_of(Self::PAGE), Self::PAGE)
+        let (len, page) = (usize::from(len) * size_of::<BufRingEntry>(), page_size());
+        Layout::from_size_align(len.next_multiple_of(page), page)
             .expect("a page is a valid alignment")
     }
 

@@ -75,6 +75,11 @@ impl Segment {
     /// `None` where the packet is none, or must not be joined with others: IP options or fragments,
     /// TCP flags other than ACK and PSH, no payload, no checksum or a wrong one.
     pub fn parse(packet: &[u8]) -> Option<Self> {
+        Self::parse_where(packet, |_| true)
+    }
+
+    /// The same, where `is_wanted` says so of UDP (true) or TCP: others' checksums need no time.
+    pub fn parse_where(packet: &[u8], is_wanted: impl FnOnce(bool) -> bool) -> Option<Self> {
         let view = IpView::check(packet).ok()?;
         let (ip_header_len, number, id, is_atomic) = match &view {
             IpView::V4(view) => {
@@ -91,6 +96,9 @@ impl Segment {
             _ => return None,
         };
         let payload_len = message.len().checked_sub(header_len).filter(|len| *len > 0)?;
+        if !is_wanted(transport == Transport::Udp) {
+            return None;
+        }
         if transport_checksum(view.source(), view.destination(), number, message) != 0 {
             return None;
         }

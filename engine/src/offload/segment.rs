@@ -13,6 +13,10 @@ use crate::packet::{
 /// Lengths of the fixed transport headers.
 const TCP_HEADER_LEN: usize = 20;
 const UDP_HEADER_LEN: usize = 8;
+/// Packets of one super-packet at most. No kernel's TCP needs as many, which sends no fewer than 36 bytes
+/// at a time (TCP_MIN_SND_MSS in include/net/tcp.h, less timestamps); but whoever has a raw socket in a
+/// container can ask for a packet a byte, and would use up all buffers.
+const SEGMENTS_MAX: usize = 2048;
 
 /// TCP flags that are not the same on each segment (RFC 9293 3.1, RFC 3168 6.1.2).
 const FIN: u8 = 0x01;
@@ -75,12 +79,13 @@ impl Cut {
         };
         let view = IpView::check(packet)?;
         let transport_start = usize::from(header.checksum_start);
-        let (is_v6, ip_header_len) = match &view {
-            IpView::V4(view) => (false, view.header_len()),
-            IpView::V6(_) => (true, IPV6_HEADER_LEN),
+        // Between the headers of IPv6 and of its transport there may be others.
+        let (is_v6, follows) = match &view {
+            IpView::V4(view) => (false, transport_start == view.header_len()),
+            IpView::V6(_) => (true, transport_start >= IPV6_HEADER_LEN),
         };
         let payload_start = match transport {
-            _ if !header.needs_checksum || transport_start < ip_header_len => None,
+            _ if !header.needs_checksum || !follows => None,
             Transport::Udp => Some(transport_start + UDP_HEADER_LEN),
             Transport::Tcp => tcp_payload_start(packet, transport_start),
         };
@@ -91,7 +96,7 @@ impl Cut {
         if !family_is_right || header.segment_len == 0 || payload_len == 0 {
             return Err(Malformed);
         }
-        Ok(Some(Self {
+        let cut = Self {
             transport,
             source: view.source(),
             destination: view.destination(),
@@ -99,7 +104,8 @@ impl Cut {
             payload_start,
             segment_len: header.segment_len.into(),
             payload_len,
-        }))
+        };
+        if cut.count() <= SEGMENTS_MAX { Ok(Some(cut)) } else { Err(Malformed) }
     }
 
     /// How many packets come of it, at least one.
@@ -220,7 +226,7 @@ mod tests {
             any::<bool>(),
             0usize..=10,
             proptest::collection::vec(any::<u8>(), 1..9000),
-            1u16..1500,
+            5u16..1500,
             any::<(u16, u32, u8)>(),
         )
             .prop_map(|(ipv6, tcp, words, payload, segment_len, (id, sequence, flags))| {
@@ -375,6 +381,28 @@ mod tests {
                 cut.write(&packet, last, &mut vec![0; cut.len_of(last)]);
             }
         }
+    }
+
+    #[test]
+    fn nobody_has_one_packet_cut_into_too_many_or_with_headers_of_his_choice() {
+        let wanted = |payload: usize, start: u16| {
+            let it = Super {
+                ipv6: false,
+                tcp: true,
+                options: Vec::new(),
+                payload: vec![0; payload],
+                segment_len: 1,
+                id: 0,
+                sequence: 0,
+                flags: 0,
+            };
+            let (mut header, packet) = build(&it);
+            header.checksum_start = start;
+            Cut::plan(&header, &packet).map(|cut| cut.map(|it| it.count()))
+        };
+        assert_eq!(wanted(SEGMENTS_MAX, 20), Ok(Some(SEGMENTS_MAX)));
+        assert_eq!(wanted(SEGMENTS_MAX + 1, 20), Err(Malformed));
+        assert_eq!(wanted(SEGMENTS_MAX, 24), Err(Malformed));
     }
 
     #[test]
