@@ -9,9 +9,9 @@ DESTDIR ?=
 # Where the programs to install are.
 BIN ?= target/release
 
-.PHONY: build install lab test bench bench-quick fuzz lint deps
+.PHONY: build install lab test bench bench-quick fuzz lint build-packages lab-packages test-packages
 
-build: deps
+build: build-packages
 	$(CARGO) build --release --locked
 
 # Programs to PREFIX/bin, the unit to PREFIX/lib/systemd/system, man pages and completions to where
@@ -33,13 +33,13 @@ install: build
 	$(BIN)/weft generate completions zsh $(TO)/share/zsh/site-functions
 
 # Three hosts in network namespaces, a weftd in each, traffic between all pairs.
-lab: build
+lab: build lab-packages
 	target/release/weft lab --backend $(BACKEND) --registry $(REGISTRY)
 
 # What speaks to etcd runs once more by its v2 API, and with etcd 3.5; Debian's is 3.4.
 # The second time with what Linux 6.1 has: those tests that have no case of their own for it.
 MODES = --package weft-tests --test overlay --test guard --test path_mtu --test ecn
-test: build
+test: build lab-packages test-packages
 	$(CARGO) test --release --locked --workspace
 	LAB_WEFT_IO=mmsg LAB_WEFT_OFFLOAD=tun-uso=off $(CARGO) test --release --locked $(MODES)
 	LAB_WEFT_ETCD_API=v2 $(CARGO) test --release --locked --package weft-tests --test etcd \
@@ -50,11 +50,11 @@ test: build
 		--test etcd_access --test walkthrough
 
 # weft beside what else carries packets, in namespaces; writes target/bench/report.html.
-bench: build
+bench: build lab-packages
 	target/release/weft-bench run
 
 # The same in less than three minutes: only the ratios that have a target.
-bench-quick: build
+bench-quick: build lab-packages
 	target/release/weft-bench run --quick
 
 # Looks for bytes that break one of tests/src/fuzz.rs, and adds what is new to its corpus. Needs a
@@ -71,12 +71,17 @@ fuzz:
 		$(CARGO) run --release --target $(HOST) --bin $(TARGET) -- \
 		-max_total_time=$(SECONDS) -max_len=16384 corpus/$(TARGET)
 
-lint: deps
+lint: build-packages
 	$(CARGO) fmt --check
 	$(CARGO) clippy --release --locked --workspace --all-targets -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --release --locked --workspace --no-deps \
 		--document-private-items
 
-# Debian packages, only where missing.
-deps:
-	packaging/install-debian-packages
+# Debian packages, only where missing: what etcd's API is built with, what lab and bench run, and
+# what tests run besides.
+build-packages:
+	packaging/install-debian-packages libprotobuf-dev protobuf-compiler
+lab-packages:
+	packaging/install-debian-packages etcd-server ethtool iproute2 iptables iputils-ping nftables
+test-packages:
+	packaging/install-debian-packages etcd-client fish libfaketime man-db openssl systemd zsh
