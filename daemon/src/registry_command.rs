@@ -48,7 +48,7 @@ enum RegistryCommand {
     /// Show the config, and all leases with their owners
     Show,
     /// Keep a subnet for the node with a public address, for ever; in an overlay of both families
-    /// the subnets of both, as 10.42.7.0-24&fd00:42:0:7::-64
+    /// the subnets of both, as '10.42.7.0-24&fd00:42:0:7::-64'
     #[command(verbatim_doc_comment)]
     Reserve {
         #[arg(value_parser = subnets)]

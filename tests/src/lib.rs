@@ -284,9 +284,16 @@ pub fn run_weftd(netns: &NetNs, arguments: &[&str]) -> Result<(Option<i32>, Stri
     run_to_end(netns, Command::new(program("weftd")?).args(arguments))
 }
 
-/// Runs a command to its end; a command that does not end in time is killed and is an error.
+/// Runs a command to its end and returns its exit status and what it wrote to stderr.
 pub fn run_to_end(netns: &NetNs, command: &mut Command) -> Result<(Option<i32>, String)> {
-    let child = netns.spawn(command.stdin(Stdio::null()).stderr(Stdio::piped()))?;
+    let Output { status, stderr, .. } = output_of(netns, command)?;
+    Ok((status.code(), String::from_utf8_lossy(&stderr).into_owned()))
+}
+
+/// Runs a command to its end; a command that does not end in time is killed and is an error.
+pub fn output_of(netns: &NetNs, command: &mut Command) -> Result<Output> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = netns.spawn(command)?;
     let pid = Pid::from_child(&child);
     let waiting = thread::spawn(move || child.wait_with_output());
     if until("the command ends", || Ok(waiting.is_finished())).is_err() {
@@ -294,8 +301,7 @@ pub fn run_to_end(netns: &NetNs, command: &mut Command) -> Result<(Option<i32>, 
         bail!("{command:?} did not end");
     }
     let Ok(output) = waiting.join() else { bail!("the waiting thread panicked") };
-    let Output { status, stderr, .. } = output?;
-    Ok((status.code(), String::from_utf8_lossy(&stderr).into_owned()))
+    Ok(output?)
 }
 
 /// Sends a child a signal and waits for its end.

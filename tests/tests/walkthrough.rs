@@ -45,13 +45,14 @@ const DOCKER_OPTIONS: &[&str] = &["mk-docker-opts.sh"];
 /// Its single commands. Those of systemctl are the test's to play.
 const LINK: &str = "ln -sf weftd /usr/local/bin/flanneld";
 const RELOAD: &str = "systemctl daemon-reload";
-const SINGLE_COMMANDS: [&str; 6] = [
+const SINGLE_COMMANDS: [&str; 7] = [
     "make install",
     LINK,
     RELOAD,
     "systemctl enable --now etcd",
     RELOAD,
-    "systemctl enable --now flanneld",
+    "systemctl enable flanneld",
+    "systemctl start --no-block flanneld",
 ];
 
 fn blocks() -> impl Iterator<Item = &'static str> {
