@@ -184,7 +184,8 @@ fn lease(kind: BackendKind, number: u32) -> Lease {
 fn tell(what: &str, times: &[Duration], target: Option<Duration>) {
     let mut times = times.to_vec();
     times.sort_unstable();
-    let (median, longest) = (times[times.len() / 2], times[times.len() - 1]);
+    let (below, above) = (times[(times.len() - 1) / 2], times[times.len() / 2]);
+    let (median, longest) = ((below + above) / 2, times[times.len() - 1]);
     let held = target.map(|target| {
         let verdict = if median < target { "held" } else { "MISSED" };
         format!(", target {target:?}: {verdict}")

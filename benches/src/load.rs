@@ -26,7 +26,7 @@ pub const CONGESTION: &str = "cubic";
 /// Bytes of one TCP send or receive.
 const CHUNK: usize = 128 << 10;
 /// What is not measured yet: slow start, and threads that wake up.
-const WARM_UP: Duration = Duration::from_millis(300);
+pub const WARM_UP: Duration = Duration::from_millis(300);
 /// How often paced datagrams are sent, as many as are due.
 const PACE: Duration = Duration::from_micros(500);
 /// How long streams may take to drain, and to connect.
@@ -113,16 +113,15 @@ fn meter_streams(
     meter: &mut dyn Meter,
 ) -> anyhow::Result<Streamed> {
     thread::sleep(WARM_UP);
-    let before = (received.load(Ordering::Relaxed), retransmits(from)?, Instant::now());
+    // Takes a thread, and so a while on busy processors: outside of what is timed.
+    let resent = retransmits(from)?;
     meter.begin()?;
+    let (before, begun) = (received.load(Ordering::Relaxed), Instant::now());
     thread::sleep(time);
-    let outcome = Streamed {
-        bytes: received.load(Ordering::Relaxed) - before.0,
-        seconds: before.2.elapsed().as_secs_f64(),
-        retransmits: retransmits(from)? - before.1,
-    };
+    let (bytes, seconds) = (received.load(Ordering::Relaxed) - before, begun.elapsed());
     meter.end()?;
-    Ok(outcome)
+    let retransmits = retransmits(from)? - resent;
+    Ok(Streamed { bytes, seconds: seconds.as_secs_f64(), retransmits })
 }
 
 /// Ends connections that no longer move, at once: a send in flight would wait for ever, and unsent
@@ -311,8 +310,8 @@ fn send_datagrams(
     let mut tried = 0u64;
     while !stop.load(Ordering::Relaxed) {
         let due = rate.map_or(tried as f64 + 32.0, |rate| begin.elapsed().as_secs_f64() * rate);
-        let mut sent = 0;
-        while (tried as f64) < due {
+        // One that is behind has more to send than the time that is left allows.
+        while (tried as f64) < due && !stop.load(Ordering::Relaxed) {
             tried += 1;
             payload[..8].copy_from_slice(&tried.to_be_bytes());
             let outcome = if scattered {
@@ -320,9 +319,8 @@ fn send_datagrams(
             } else {
                 socket.send(&payload)
             };
-            sent += u64::from(outcome.is_ok());
+            counts.sent.fetch_add(outcome.is_ok().into(), Ordering::Relaxed);
         }
-        counts.sent.fetch_add(sent, Ordering::Relaxed);
         if rate.is_some() {
             thread::sleep(PACE);
         }

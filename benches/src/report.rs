@@ -28,7 +28,7 @@ pub struct Report {
     pub seconds_per_figure: f64,
     /// Subjects that are not installed here.
     pub missing: Vec<Subject>,
-    /// What others' programs failed at.
+    /// What others' programs failed at, and what ended the run before its time.
     #[serde(default)]
     pub failed: Vec<String>,
     pub samples: Vec<Sample>,
@@ -63,7 +63,7 @@ impl Machine {
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
         Self {
             date: run(&["date", "--utc", "+%Y-%m-%d %H:%M"]),
-            commit: run(&["git", "rev-parse", "--short", "HEAD"]),
+            commit: run(&["git", "describe", "--always", "--dirty", "--exclude=*"]),
             kernel: read("/proc/sys/kernel/osrelease"),
             processor: model.map_or("", |it| it.trim_start_matches([' ', '\t', ':'])).to_owned(),
             processors: std::thread::available_parallelism().map_or(0, usize::from),

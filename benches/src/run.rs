@@ -52,19 +52,20 @@ pub struct Outcome {
     pub commands: BTreeMap<String, Vec<String>>,
 }
 
-/// Runs the plan. The order of the subjects shifts with each repeat, so that none always profits
-/// from what ran before it.
+/// Runs the plan. The order of the subjects shifts with each repeat, and every other time it is the
+/// other way round, so that none always profits from what ran before it.
 ///
 /// # Errors
-/// A subject of ours does not work, or somebody cancels; everything is taken away. Where another's
-/// program does not work, the others are measured all the same.
+/// A subject of ours does not work, or somebody cancels; everything is taken away, and what was
+/// measured is in `outcome`. Where another's program does not work, the others are measured all the
+/// same.
 pub fn run(
     plan: &Plan,
     cancel: &Cancel,
     progress: &mut dyn FnMut(&str),
-) -> anyhow::Result<Outcome> {
-    let mut outcome = Outcome::default();
-    let Outcome { samples, failed, commands } = &mut outcome;
+    outcome: &mut Outcome,
+) -> anyhow::Result<()> {
+    let Outcome { samples, failed, commands } = outcome;
     for repeat in 0..plan.repeats {
         for mode in &plan.modes {
             let net = Topology::new(*mode)?;
@@ -73,8 +74,13 @@ pub fn run(
             subjects.retain(|subject| subject.is_for(*mode));
             let shift = repeat % subjects.len().max(1);
             subjects.rotate_left(shift);
+            if repeat % 2 == 1 {
+                subjects.reverse();
+            }
             for subject in subjects {
                 cancel.check()?;
+                // Those of one that could not be set up.
+                net.take_commands();
                 progress(&format!(
                     "repeat {} of {}: {} over {}",
                     repeat + 1,
@@ -102,7 +108,7 @@ pub fn run(
             }
         }
     }
-    Ok(outcome)
+    Ok(())
 }
 
 /// The figures of a subject that is up.
@@ -239,8 +245,10 @@ impl Measuring<'_> {
         self.cancel.check()?;
         let (net, time) = (self.net, self.plan.time);
         let loaded = thread::scope(|scope| {
-            let longer = time + Duration::from_millis(500);
+            let longer = time + load::WARM_UP;
             let load = scope.spawn(move || load::streams(net, 1, longer, &mut Unmetered));
+            // Until the load is one.
+            thread::sleep(load::WARM_UP);
             let loaded = load::round_trips(net, time);
             load.join().expect("the load panicked")?;
             loaded

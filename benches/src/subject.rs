@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
-use weft_daemon::lab::PingOptions;
+use weft_daemon::lab::{self, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status;
 
@@ -462,6 +462,7 @@ impl<'a> Running<'a> {
         let line = format!("{name} {}", arguments.join(" ")).replace(&directory, "$DIR");
         self.net.note(&self.net.hosts[side], &line);
         let mut command = Command::new(program);
+        lab::forget_settings(&mut command);
         // Out of the terminal's reach: Ctrl-C is answered by us, and ends these in order.
         command.process_group(0);
         command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -478,7 +479,7 @@ impl<'a> Running<'a> {
         let from = &self.net.containers[0];
         let once = PingOptions { count: 1, ..PingOptions::default() };
         self.until("a ping's answer", || {
-            weft_daemon::lab::ping(from, far, &once).is_ok_and(|report| report.received == 1)
+            lab::ping(from, far, &once).is_ok_and(|report| report.received == 1)
         })
     }
 

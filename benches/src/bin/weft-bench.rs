@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use weft_benches::naive::Naive;
 use weft_benches::on_tokio_uring;
 use weft_benches::report::{Machine, Report};
-use weft_benches::run::{Plan, run};
+use weft_benches::run::{Outcome, Plan, run};
 use weft_benches::subject::{PORT, Subject};
 use weft_benches::topology::{Mode, outer, subnet};
 use weft_daemon::lab::Cancel;
@@ -117,9 +117,12 @@ fn run_all(arguments: &RunArgs) -> anyhow::Result<()> {
         })),
         quick: arguments.quick,
     };
-    let outcome = run(&plan, &cancel, &mut |what| eprintln!("{what}"))?;
+    let (machine, mut outcome) = (Machine::here(), Outcome::default());
+    let ended = run(&plan, &cancel, &mut |what| eprintln!("{what}"), &mut outcome);
+    let why = ended.as_ref().err().map(|error| format!("the run ended here: {error:#}"));
+    outcome.failed.extend(why);
     let report = Report {
-        machine: Machine::here(),
+        machine,
         command: std::env::args().skip(1).fold("weft-bench".into(), |line, it| line + " " + &it),
         repeats: plan.repeats,
         seconds_per_figure: plan.time.as_secs_f64(),
@@ -134,7 +137,7 @@ fn run_all(arguments: &RunArgs) -> anyhow::Result<()> {
     }
     say(&report.targets());
     say(&format!("written: {}", arguments.out.join("report.html").display()));
-    Ok(())
+    ended
 }
 
 #[expect(clippy::print_stdout, reason = "the result of the command")]

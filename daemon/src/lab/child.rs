@@ -86,22 +86,28 @@ impl RunningChild {
     }
 }
 
-/// `weftd`, or the usual one, with these arguments. The lab says what a daemon does; the caller's own settings are for
-/// the caller's daemon.
+/// `weftd`, or the usual one, with these arguments. The lab says what a daemon does.
 pub(super) fn weftd(weftd: Option<&Path>, arguments: &[String]) -> anyhow::Result<Command> {
     let mut command = Command::new(weftd.map_or_else(program, |path| Ok(path.to_owned()))?);
-    command.args(arguments);
+    forget_settings(command.args(arguments));
     for (name, value) in env::vars_os() {
         let text = name.to_string_lossy();
-        if text.starts_with("FLANNELD_") || text.starts_with("WEFT_") || text == "NOTIFY_SOCKET" {
-            command.env_remove(&name);
-        }
         // What is meant for the lab's daemons: LAB_WEFT_IO=mmsg is their WEFT_IO.
         if let Some(theirs) = text.strip_prefix("LAB_WEFT_") {
             command.env(format!("WEFT_{theirs}"), value);
         }
     }
     Ok(command)
+}
+
+/// Has a command know nothing of what its caller has set for a daemon of the caller's own.
+pub fn forget_settings(command: &mut Command) {
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("FLANNELD_") || text.starts_with("WEFT_") || text == "NOTIFY_SOCKET" {
+            command.env_remove(&name);
+        }
+    }
 }
 
 /// The last `count` lines of a log; what cannot be read says so.

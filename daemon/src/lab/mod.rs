@@ -47,6 +47,7 @@ use crate::status::{self, Status};
 
 pub use self::bytes::{BadBytes, Bytes};
 pub use self::cancel::{Cancel, Cancelled};
+pub use self::child::forget_settings;
 pub use self::down::{Removed, abandoned, down};
 pub use self::etcd::{EtcdMember, EtcdOptions};
 pub use self::ping::{PingOptions, PingReport, Reply, ping};
@@ -57,8 +58,8 @@ pub use self::transfer::{MAX_TRANSFER, Patience, Transfer, transfer};
 /// The overlay's network, where no other is asked for.
 pub const NETWORK: &str = "10.42.0.0/16";
 
-/// How long a daemon may take to stop.
-const GRACE: Duration = Duration::from_secs(2);
+/// How long a daemon may take to stop, on a host that is busy with others: tens may stop at a time.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// How often something that is waited for is looked at.
 const POLL: Duration = Duration::from_millis(20);
