@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use weft_daemon::lab::Lab;
 
-use crate::{DEADLINE, program, until_within};
+use crate::{DEADLINE, output_of, program, until_within};
 
 /// One check.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub fn run(lab: &Lab, host: usize, arguments: &[&str]) -> Result<Output> {
     let host = lab.host(host);
     let mut command = Command::new(program("weft")?);
     command.args(["doctor", "--run-dir"]).arg(&host.run_dir).args(arguments);
-    host.netns.output(&mut command)
+    output_of(&host.netns, &mut command)
 }
 
 /// One check by its name.

@@ -108,10 +108,15 @@ fn host_of_its_own(backend: &str, key: &str, peers_type: &str) -> Result<Lab> {
     fs::create_dir_all(&subnets)?;
     let lease = format!(r#"{{"PublicIP":"10.168.0.250"{peers_type}}}"#);
     fs::write(subnets.join(key), lease)?;
-    until("the kernel knows that nobody else has its addresses", || {
-        Ok(!netns.ip_json(&["address", "show"])?.to_string().contains("tentative"))
-    })?;
+    settled(&lab)?;
     Ok(lab)
+}
+
+fn settled(lab: &Lab) -> Result<()> {
+    until("the kernel knows that nobody else has its addresses", || {
+        let addresses = lab.host(0).netns.ip_json(&["address", "show"])?;
+        Ok(!addresses.to_string().contains("tentative"))
+    })
 }
 
 /// Runs weftd, and takes away what it has made; `made` is what a cleanup must tell of, once the
@@ -129,6 +134,7 @@ fn leaves_nothing(
     lab.start_daemon(0, &flags)?;
     lab.wait_ready(0, DEADLINE)?;
     until("it knows its peer", || Ok(lab.status(0)?.peers.len() == 1))?;
+    settled(&lab)?;
     let state_dir = lab.host(0).state_dir.display().to_string();
     let scope = ["--state-dir", &state_dir];
 

@@ -48,15 +48,29 @@ impl Running {
     }
 
     /// Waits for the end: exit status, stdout, and the rest of stderr.
-    fn end(mut self) -> Result<(Option<i32>, String, String)> {
-        let mut stderr = String::new();
+    fn end(&mut self) -> Result<(Option<i32>, String, String)> {
+        let (mut stderr, mut stdout) = (String::new(), String::new());
         self.progress.read_to_string(&mut stderr)?;
-        let output = self.child.wait_with_output()?;
-        Ok((output.status.code(), String::from_utf8(output.stdout)?, stderr))
+        let mut output = self.child.stdout.take().context("stdout is piped")?;
+        output.read_to_string(&mut stdout)?;
+        Ok((self.child.wait()?.code(), stdout, stderr))
     }
 
     fn namespace(&self, what: &str) -> String {
         format!("weft-{}-{what}", self.id)
+    }
+}
+
+/// Takes away what a test leaves that fails midway.
+impl Drop for Running {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+            let _ = self.child.wait();
+        }
+        if let (Ok(weft), false) = (program("weft"), self.id.is_empty()) {
+            let _ = Command::new(weft).args(["lab", "down", &self.id]).output();
+        }
     }
 }
 
@@ -82,7 +96,7 @@ fn nothing_is_left_of(id: &str) -> Result<()> {
 
 #[test]
 fn shows_that_all_pairs_reach_each_other() -> Result<()> {
-    let running = Running::start(&["--hosts", "2", "--bytes", "4MiB"])?;
+    let mut running = Running::start(&["--hosts", "2", "--bytes", "4MiB"])?;
     let id = running.id.clone();
     let (status, stdout, stderr) = running.end()?;
     assert_eq!(status, Some(0), "{stdout}\n{stderr}");
@@ -96,7 +110,7 @@ fn shows_that_all_pairs_reach_each_other() -> Result<()> {
 /// As `make lab REGISTRY=etcd` does.
 #[test]
 fn leases_may_be_in_an_etcd_of_the_labs_own() -> Result<()> {
-    let running =
+    let mut running =
         Running::start(&["--hosts", "2", "--bytes", "1MiB", "--registry", "etcd", "--keep"])?;
     let id = running.id.clone();
     let (etcd, host) = (running.namespace("e1"), running.namespace("h1"));
@@ -155,7 +169,7 @@ fn a_signal_ends_it_and_removes_everything() -> Result<()> {
 
 #[test]
 fn a_kept_lab_stays_until_it_is_taken_down() -> Result<()> {
-    let running = Running::start(&["--hosts", "2", "--bytes", "1MiB", "--keep"])?;
+    let mut running = Running::start(&["--hosts", "2", "--bytes", "1MiB", "--keep"])?;
     let (id, container) = (running.id.clone(), running.namespace("c1"));
     let (status, stdout, stderr) = running.end()?;
     assert_eq!(status, Some(0), "{stderr}");
@@ -172,7 +186,7 @@ fn a_kept_lab_stays_until_it_is_taken_down() -> Result<()> {
 
 #[test]
 fn a_daemon_that_does_not_come_up_is_told_with_its_log() -> Result<()> {
-    let running = Running::start_with(&["--hosts", "2"], &[("LAB_WEFT_IO", "pigeons")])?;
+    let mut running = Running::start_with(&["--hosts", "2"], &[("LAB_WEFT_IO", "pigeons")])?;
     let id = running.id.clone();
     let (status, _, stderr) = running.end()?;
     assert_eq!(status, Some(1));

@@ -14,14 +14,14 @@ use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{enter, make_root};
 use weft_tests::terminal::Terminal;
-use weft_tests::{bring_up, hosts, install, program, run_to_end, until};
+use weft_tests::{bring_up, hosts, install, output_of, program, run_to_end, until};
 
 const PASSWORD: &str = "hunter2hunter2";
 
 /// What `weft` with these arguments answers about a host's daemon: whether it succeeded, and all that
 /// it wrote.
 fn weft(lab: &Lab, arguments: &[&str]) -> Result<(bool, String)> {
-    let output = lab.host(0).netns.output(&mut command(lab, arguments)?)?;
+    let output = output_of(&lab.host(0).netns, &mut command(lab, arguments)?)?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     Ok((output.status.success(), text))
 }

@@ -8,11 +8,11 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use weft_daemon::netns::NetNs;
-use weft_tests::{Weftd, overlay, program, subnet, until};
+use weft_tests::{Weftd, output_of, overlay, program, subnet, until};
 
 /// What `weft` with these arguments answers: whether it succeeded, and its output.
 fn weft(netns: &NetNs, arguments: &[&str]) -> Result<(bool, String, String)> {
-    let output = netns.output(Command::new(program("weft")?).args(arguments))?;
+    let output = output_of(netns, Command::new(program("weft")?).args(arguments))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok((output.status.success(), text(&output.stdout), text(&output.stderr)))
 }
