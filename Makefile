@@ -10,6 +10,8 @@ DESTDIR ?=
 BIN ?= target/release
 
 .PHONY: build install lab test bench bench-quick fuzz lint build-packages lab-packages test-packages
+# Of two that install packages one would find them locked; cargo uses all cores by itself.
+.NOTPARALLEL:
 
 build: build-packages
 	$(CARGO) build --release --locked
