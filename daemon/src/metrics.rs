@@ -242,6 +242,7 @@ fn place(counter: Counter) -> (Engine, Direction) {
         Counter::TunToUdpFragmented => (Engine::Fragmented, TunToUdp),
         Counter::TunToUdpStalls => (Engine::Stalls, TunToUdp),
         Counter::TunToUdpFull => (Engine::Dropped("full"), TunToUdp),
+        Counter::TunToUdpOvertaken => (Engine::Dropped("overtaken"), TunToUdp),
         Counter::TunToUdpSendFailed => (Engine::Dropped("send_failed"), TunToUdp),
         Counter::UdpToTunDatagrams => (Engine::Input, UdpToTun),
         Counter::UdpToTunPackets => (Engine::Packets, UdpToTun),

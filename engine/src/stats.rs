@@ -52,6 +52,8 @@ counters! {
     /// Dropped: the socket's send buffer or the device's queue stayed full, or no buffer was left to
     /// send from.
     TunToUdpFull => "tun_to_udp_full",
+    /// Dropped: found the socket's send buffer full, and the send behind it found room.
+    TunToUdpOvertaken => "tun_to_udp_overtaken",
     /// Dropped: the kernel refused the send for another reason (no route to the peer, say).
     TunToUdpSendFailed => "tun_to_udp_send_failed",
     /// Datagrams that came in, whatever became of them.

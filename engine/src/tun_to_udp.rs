@@ -26,6 +26,8 @@ use crate::worker::{Carry, Context};
 const IPV6_MTU_MIN: u32 = 1280;
 /// How long sends wait for room in a full socket. Meanwhile packets queue in the TUN device.
 const STALL_MAX: Duration = Duration::from_millis(100);
+/// A thread that waits for room tries again after 5 ms; one that is later than this had no core.
+const AWAY: Duration = Duration::from_millis(20);
 
 /// Carries packets from the containers to their peers.
 #[derive(Debug)]
@@ -41,8 +43,9 @@ pub(crate) struct TunToUdp {
     under_way: usize,
     /// Sends that found the socket full, none of which another has overtaken.
     stalled: VecDeque<Sent>,
-    /// Until when they may wait.
+    /// Until when they may wait, and when they were last tried.
     stalled_until: Instant,
+    tried: Instant,
 }
 
 impl TunToUdp {
@@ -57,6 +60,7 @@ impl TunToUdp {
             under_way: 0,
             stalled: VecDeque::new(),
             stalled_until: now,
+            tried: now,
         }
     }
 
@@ -179,7 +183,8 @@ impl TunToUdp {
     fn stall(&mut self, sent: Sent) {
         if self.stalled.is_empty() {
             self.context.stats.add(Counter::TunToUdpStalls, 1);
-            self.stalled_until = Instant::now() + STALL_MAX;
+            self.tried = Instant::now();
+            self.stalled_until = self.tried + STALL_MAX;
         }
         self.stalled.push_back(sent);
     }
@@ -187,20 +192,26 @@ impl TunToUdp {
     /// A flow always leaves from the same socket, so those of other sockets may go on waiting.
     fn drop_overtaken(&mut self, io: &mut impl Io, socket: usize) {
         while let Some(sent) = take_of(socket, &mut self.stalled) {
-            self.context.stats.add(Counter::TunToUdpFull, count(&sent.transmit));
+            self.context.stats.add(Counter::TunToUdpOvertaken, count(&sent.transmit));
             io.recycle(sent.buffer);
         }
     }
 
     /// Sends again, in order, what found the socket full, until it is full again; after too long a
-    /// wait, what finds it full is lost.
+    /// wait, what finds it full is lost. To have had no core, as in a virtual machine that was paused, is
+    /// not to have waited: nothing has left the socket meanwhile.
     fn send_stalled(&mut self, io: &mut impl Io, routes: &RouteTable) {
+        if self.stalled.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let was_away = now - std::mem::replace(&mut self.tried, now) > AWAY;
         while let Some(sent) = self.stalled.pop_front() {
             let Sent { buffer, transmit, .. } = &sent;
             let packets = io.packet(buffer, &transmit.packets);
             let result = sys::send(&self.context.sockets[transmit.outer.socket], packets, transmit);
             let full = result.as_ref().is_err_and(|it| it.kind() == io::ErrorKind::WouldBlock);
-            if full && Instant::now() < self.stalled_until {
+            if full && (was_away || now < self.stalled_until) {
                 return self.stalled.push_front(sent);
             }
             self.finish(routes, packets, transmit, result);
