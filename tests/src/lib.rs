@@ -83,6 +83,14 @@ pub fn write_config(lab: &Lab, config: &str) -> Result<()> {
 pub const SUBNETS_KEPT_FREE: &str =
     r#"{"Network":"10.42.0.0/16","SubnetMin":"10.42.20.0","SubnetMax":"10.42.99.0"}"#;
 
+/// A subnet that no host of the lab has got.
+pub fn free_subnet(lab: &Lab) -> Result<IpNetwork> {
+    let taken = (0..lab.hosts()).map(|host| subnet(lab, host)).collect::<Result<Vec<_>>>()?;
+    let all = (1..=u8::MAX).map(|number| format!("10.42.{number}.0/24").parse());
+    let mut free = all.map_while(Result::ok).filter(|subnet| !taken.contains(subnet));
+    free.next().context("all subnets are taken")
+}
+
 /// Waits until each host has all the others as peers.
 pub fn all_acquainted(lab: &Lab) -> Result<()> {
     let others = lab.hosts() - 1;

@@ -8,7 +8,8 @@ use anyhow::{Context, Result, ensure};
 use weft_daemon::lab::{Lab, PingOptions};
 use weft_tests::doctor::{Check, finds, finds_within};
 use weft_tests::{
-    DEADLINE, bring_up, etcd, hosts, hosts_of, overlay, plain_wire, program, until, until_within,
+    DEADLINE, bring_up, etcd, free_subnet, hosts, hosts_of, overlay, plain_wire, program, until,
+    until_within,
 };
 
 /// How long a break may go unnamed.
@@ -164,7 +165,7 @@ fn an_address_that_two_nodes_have() -> Result<()> {
     bring_up(&mut lab, &[])?;
     let mut weft = Command::new(program("weft")?);
     weft.args(["registry", "--etcd-endpoints", &lab.etcd_urls()[0]]);
-    weft.args(["reserve", "10.42.9.0/24", "10.168.0.94"]);
+    weft.arg("reserve").arg(free_subnet(&lab)?.to_string()).arg("10.168.0.94");
     let reserved = lab.host(0).netns.output(&mut weft)?;
     ensure!(reserved.status.success(), "{reserved:?}");
     named(&lab, "PublicIP", "FAIL", "10.168.0.94")?;

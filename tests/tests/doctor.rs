@@ -8,7 +8,7 @@ use weft_daemon::lab::Lab;
 use weft_daemon::netns::NetNs;
 use weft_tests::doctor::{check, doctor, finds, run};
 use weft_tests::refusing::{Call, refusing};
-use weft_tests::{DEADLINE, bring_up, etcd, hosts, pings, program, until};
+use weft_tests::{DEADLINE, bring_up, etcd, free_subnet, hosts, pings, program, until};
 
 fn write(netns: &NetNs, sysctl: &str, value: &str) -> Result<()> {
     Ok(netns.run(|| fs::write(format!("/proc/sys/{sysctl}"), value))??)
@@ -58,13 +58,14 @@ fn what_is_wrong_with_the_host_is_named_and_the_cure_mends_it() -> Result<()> {
     netns.ip(&["route", "del", &peer, "dev", "elsewhere"])?;
     finds(&lab, 0, "interface", "OK", "eth0")?;
 
-    netns.ip(&["route", "add", "10.42.250.0/24", "via", &peer])?;
-    finds(&lab, 0, "routes", "FAIL", "10.42.250.0/24 via 10.168.0.95 dev eth0")?;
+    let free = free_subnet(&lab)?;
+    netns.ip(&["route", "add", &free.to_string(), "via", &peer])?;
+    finds(&lab, 0, "routes", "FAIL", &format!("{free} via 10.168.0.95 dev eth0"))?;
     cure(&lab, 0, "routes")?;
     finds(&lab, 0, "routes", "OK", "")?;
 
-    netns.ip(&["address", "add", "10.42.251.1/24", "dev", "elsewhere"])?;
-    finds(&lab, 0, "overlap", "FAIL", "10.42.251.0/24")?;
+    netns.ip(&["address", "add", &free.to_string(), "dev", "elsewhere"])?;
+    finds(&lab, 0, "overlap", "FAIL", &free.to_string())?;
     cure(&lab, 0, "overlap")?;
     finds(&lab, 0, "overlap", "OK", "")?;
 
@@ -182,7 +183,8 @@ fn the_registry_and_the_daemon_are_asked() -> Result<()> {
     let flags = ["--etcd-endpoints", &url];
 
     let mut weft = Command::new(program("weft")?);
-    weft.arg("registry").args(flags).args(["reserve", "10.42.9.0/24", "10.168.0.94"]);
+    weft.arg("registry").args(flags).arg("reserve").arg(free_subnet(&lab)?.to_string());
+    weft.arg("10.168.0.94");
     let reserved = lab.host(0).netns.output(&mut weft)?;
     ensure!(reserved.status.success(), "{reserved:?}");
     finds(&lab, 0, "PublicIP", "FAIL", "10.168.0.94 has several leases")?;

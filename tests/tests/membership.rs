@@ -11,8 +11,8 @@ use ipnetwork::IpNetwork;
 use weft_daemon::lab::{Lab, LabOptions, PingOptions};
 use weft_tests::load::{ends, loses_nothing_while};
 use weft_tests::{
-    DEADLINE, SUBNETS_KEPT_FREE, all_acquainted, bring_up, counter, has_device, hosts, log,
-    overlay, pings, subnet, tells, until, write_config,
+    DEADLINE, SUBNETS_KEPT_FREE, all_acquainted, bring_up, counter, free_subnet, has_device, hosts,
+    log, overlay, pings, subnet, tells, until, write_config,
 };
 
 /// The file of a host's lease.
@@ -270,7 +270,8 @@ fn traffic_flows_while_the_registry_is_away() -> Result<()> {
     assert_eq!(lab.status(0)?.peers.len(), 1);
     fs::rename(&away, &there)?;
     let lease = r#"{"PublicIP":"10.168.0.77","PublicIPv6":null}"#;
-    fs::write(there.join("subnets/10.42.254.0-24"), lease)?;
+    let name = free_subnet(&lab)?.to_string().replace('/', "-");
+    fs::write(there.join("subnets").join(name), lease)?;
     until("it is read again", || Ok(lab.status(0)?.peers.len() == 2))?;
     lab.remove()
 }

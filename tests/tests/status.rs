@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use weft_daemon::netns::NetNs;
-use weft_tests::{Weftd, output_of, overlay, program, subnet, until};
+use weft_tests::{Weftd, free_subnet, output_of, overlay, program, subnet, until};
 
 /// What `weft` with these arguments answers: whether it succeeded, and its output.
 fn weft(netns: &NetNs, arguments: &[&str]) -> Result<(bool, String, String)> {
@@ -50,10 +50,11 @@ fn it_tells_people_and_programs() -> Result<()> {
     }
 
     // The node is ready, but there is something to see to.
-    fs::write(lab.registry()?.join("subnets/10.42.253.0-24"), "{")?;
+    let lease = free_subnet(&lab)?.to_string().replace('/', "-");
+    fs::write(lab.registry()?.join("subnets").join(&lease), "{")?;
     until("it is told", || Ok(!weft(&host.netns, &["status", "--run-dir", run_dir])?.0))?;
     let status = lab.status(0)?;
-    assert!(status.ready && status.problems[0].contains("10.42.253.0-24"), "{status:?}");
+    assert!(status.ready && status.problems[0].contains(&lease), "{status:?}");
 
     let (ok, _, stderr) = weft(&host.netns, &["status", "--run-dir", "/nowhere"])?;
     assert!(!ok);

@@ -17,7 +17,8 @@ use weft_tests::vxlan::{
     are, bridge_json, lease, lease_file, link, list, objects, ping_both_ways, wanted, write_lease,
 };
 use weft_tests::{
-    DEADLINE, Weftd, bring_up, dual_stack, hosts_of, reaches, tells, until, write_config,
+    DEADLINE, SUBNETS_KEPT_FREE, Weftd, bring_up, dual_stack, hosts_of, reaches, tells, until,
+    write_config,
 };
 
 /// What is promised of a repair, which a busy machine may keep once in several times.
@@ -255,6 +256,7 @@ fn a_device_that_somebody_changes_is_put_right_or_followed() -> Result<()> {
 #[test]
 fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     let mut lab = lab(2)?;
+    write_config(&lab, SUBNETS_KEPT_FREE)?;
     bring_up(&mut lab, &[])?;
     are_as_wanted(&lab, 0)?;
     let subnet = lab.status(0)?.subnets[0];
