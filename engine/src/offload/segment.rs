@@ -226,21 +226,24 @@ mod tests {
             any::<bool>(),
             0usize..=10,
             proptest::collection::vec(any::<u8>(), 1..9000),
-            5u16..1500,
+            1u16..1500,
             any::<(u16, u32, u8)>(),
         )
-            .prop_map(|(ipv6, tcp, words, payload, segment_len, (id, sequence, flags))| {
-                Super {
-                    ipv6,
-                    tcp,
-                    options: vec![1; words * 4],
-                    payload,
-                    segment_len,
-                    id,
-                    sequence,
-                    flags,
-                }
-            })
+            .prop_map(
+                |(ipv6, tcp, words, mut payload, segment_len, (id, sequence, flags))| {
+                    payload.truncate(SEGMENTS_MAX * usize::from(segment_len));
+                    Super {
+                        ipv6,
+                        tcp,
+                        options: vec![1; words * 4],
+                        payload,
+                        segment_len,
+                        id,
+                        sequence,
+                        flags,
+                    }
+                },
+            )
     }
 
     /// The packet as the kernel hands it over: the checksum field holds the pseudo-header's sum.
