@@ -4,29 +4,27 @@
 //! Calls block; each drives a small runtime of this module's own, so backends stay plain code.
 
 mod neighbours;
+mod routes;
 mod vxlan;
 
 use std::fmt;
 use std::io;
-use std::net::IpAddr;
 
 use futures_util::{StreamExt, TryStreamExt, future, stream};
 use ipnetwork::IpNetwork;
-use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use rtnetlink::packet_route::link::{InfoData, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
-use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType, RouteVia,
-};
-use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkUnspec};
 use rustix::io::Errno;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::mac::Mac;
 
 pub use self::neighbours::{FdbEntry, Neighbour};
+pub(crate) use self::routes::metric;
+pub use self::routes::{GatewayRoute, KernelRoute};
 pub use self::vxlan::VxlanShape;
 
 /// Marks the routes that weft made (`ip route` shows it as `proto 119`). No routing daemon in
@@ -35,13 +33,6 @@ pub const ROUTE_PROTOCOL: u8 = 119;
 
 /// Marks the links that weft made (`ip link` shows it as `alias weft`).
 pub const LINK_ALIAS: &str = "weft";
-
-/// A route with this metric comes after whatever else leads to the same network, such as a bridge
-/// with the containers.
-const LAST_METRIC: u32 = u32::MAX - 1;
-
-/// The metric of IPv6 routes that are made without one (IP6_RT_PRIO_USER in linux/ipv6_route.h).
-const IPV6_METRIC: u32 = 1024;
 
 /// Requests that wait for an answer at one time.
 const IN_FLIGHT: usize = 64;
@@ -95,17 +86,6 @@ impl LinkSettings {
     }
 }
 
-/// A route to a peer's subnet by way of a neighbour.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GatewayRoute {
-    pub destination: IpNetwork,
-    pub gateway: IpAddr,
-    /// The index of the link that the neighbour is on.
-    pub link: u32,
-    /// The neighbour is on the link though no other route says so.
-    pub onlink: bool,
-}
-
 /// An address of a link, with what makes one address a better choice than another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkAddress {
@@ -130,25 +110,6 @@ pub struct LinkCounters {
     pub tx_bytes: u64,
     pub rx_dropped: u64,
     pub tx_dropped: u64,
-}
-
-/// A route of the main table, as far as weft compares it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct KernelRoute {
-    pub destination: IpNetwork,
-    pub gateway: Option<IpAddr>,
-    pub link: Option<u32>,
-    /// The number in `/etc/iproute2/rt_protos`.
-    pub protocol: u8,
-    /// Of routes to one network, the one with the lowest is taken.
-    pub metric: u32,
-}
-
-impl KernelRoute {
-    /// Whether it is in the way of weft's route to the same network, and not merely behind it.
-    pub fn precedes_ours(&self) -> bool {
-        self.metric <= metric(self.destination)
-    }
 }
 
 /// A request that the kernel refused, in the words of the `ip` command that would do the same.
@@ -223,31 +184,6 @@ impl Netlink {
         Ok(counters.next().unwrap_or_default())
     }
 
-    /// The unicast routes of the main table, both families, in the kernel's order.
-    pub fn routes(&self) -> Result<Vec<KernelRoute>, NetlinkError> {
-        self.dump_routes("route show", main_unicast_route)
-    }
-
-    /// What `pick` makes of all routes of both families, in the kernel's order.
-    fn dump_routes<T>(
-        &self,
-        command: &str,
-        pick: impl Fn(&RouteMessage) -> Option<T>,
-    ) -> Result<Vec<T>, NetlinkError> {
-        self.call(command, async {
-            let mut routes = Vec::new();
-            for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-                let mut request = RouteMessage::default();
-                request.header.address_family = family;
-                let mut answers = self.handle.route().get(request).execute();
-                while let Some(message) = answers.try_next().await? {
-                    routes.extend(pick(&message));
-                }
-            }
-            Ok(routes)
-        })
-    }
-
     /// Gives the link an address, and says whether it had not got it yet.
     pub fn set_address(&self, link: &Link, address: IpNetwork) -> Result<bool, NetlinkError> {
         if link.addresses.iter().any(|it| it.network == address) {
@@ -296,44 +232,6 @@ impl Netlink {
         self.call(&format!("link del {}", link.name), request)
     }
 
-    /// Adds, or replaces, the route to `destination` out of `link`.
-    pub fn set_route(&self, destination: IpNetwork, link: &Link) -> Result<(), NetlinkError> {
-        self.call(&format!("route replace {destination} dev {}", link.name), async {
-            let message = RouteMessageBuilder::<IpAddr>::new()
-                .destination_prefix(destination.network(), destination.prefix())
-                .map_err(|_| rtnetlink::Error::RequestFailed)?
-                .output_interface(link.index)
-                .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
-                .build();
-            self.handle.route().add(message).replace().execute().await
-        })
-    }
-
-    /// Adds, or replaces, routes by way of neighbours, many at once. Goes on past those that the
-    /// kernel refuses, and says which and why.
-    pub fn set_gateway_routes(&self, routes: &[GatewayRoute]) -> Vec<(GatewayRoute, NetlinkError)> {
-        self.each(routes, |route| {
-            let GatewayRoute { destination, gateway, link, onlink } = *route;
-            let handle = self.handle.route();
-            let set = async move { handle.add(gateway_route(route)?).replace().execute().await };
-            let command = move || {
-                let onlink = if onlink { " onlink" } else { "" };
-                format!("route replace {destination} via {gateway} dev {}{onlink}", name_of(link))
-            };
-            (set, command)
-        })
-    }
-
-    /// Removes routes, many at once; one that is gone already is no error.
-    pub fn remove_routes(&self, routes: &[KernelRoute]) -> Vec<(KernelRoute, NetlinkError)> {
-        let refused = self.each(routes, |route| {
-            let handle = self.handle.route();
-            let remove = async move { handle.del(kernel_route(route)?).execute().await };
-            (remove, move || format!("route del {} proto {}", route.destination, route.protocol))
-        });
-        refused.into_iter().filter(|(_, error)| !is_gone(&error.reason)).collect()
-    }
-
     /// Does one request for each, many at once; says what the kernel refused, and why.
     fn each<'a, T: Copy, W, C>(
         &self,
@@ -358,44 +256,6 @@ impl Netlink {
         self.runtime.block_on(answers.filter_map(future::ready).collect())
     }
 
-    /// The networks that weft has had discarded where no better route takes them.
-    pub fn blackholes(&self) -> Result<Vec<IpNetwork>, NetlinkError> {
-        self.dump_routes("route show type blackhole", own_blackhole)
-    }
-
-    /// Makes these networks, and no others of weft's, be discarded where no better route takes them.
-    pub fn keep_blackholes(&self, networks: &[IpNetwork]) -> Result<(), NetlinkError> {
-        let found = self.blackholes()?;
-        for network in networks.iter().filter(|network| !found.contains(network)) {
-            let message = blackhole(*network);
-            self.call(&format!("route add blackhole {network} metric {LAST_METRIC}"), async {
-                self.handle.route().add(message?).execute().await
-            })?;
-        }
-        for network in found.iter().filter(|network| !networks.contains(network)) {
-            let message = blackhole(*network);
-            self.call(&format!("route del blackhole {network} metric {LAST_METRIC}"), async {
-                self.handle.route().del(message?).execute().await
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The link that packets to `ip` leave by, and the address that they leave from.
-    pub fn way_to(&self, ip: IpAddr) -> Result<(Option<u32>, Option<IpAddr>), NetlinkError> {
-        let way = self.call(&format!("route get {ip}"), way(&self.handle, ip))?;
-        Ok((way.link, way.source))
-    }
-
-    /// For each address the link that it is on, where packets to it pass no router; many at once.
-    pub fn links_of(&self, addresses: &[IpAddr]) -> Vec<(IpAddr, Option<u32>)> {
-        self.many(addresses.iter().map(|ip| async move {
-            // An address that no route leads to is on no link.
-            let way = way(&self.handle, *ip).await.ok();
-            Some((*ip, way.filter(|way| way.is_on_link).and_then(|way| way.link)))
-        }))
-    }
-
     fn call<T>(
         &self,
         command: &str,
@@ -407,50 +267,10 @@ impl Netlink {
     }
 }
 
-/// What the kernel would do with a packet.
-#[derive(Debug, Default)]
-struct Way {
-    link: Option<u32>,
-    source: Option<IpAddr>,
-    /// No router, and not this host itself.
-    is_on_link: bool,
-}
-
-async fn way(handle: &Handle, ip: IpAddr) -> Result<Way, rtnetlink::Error> {
-    let len = if ip.is_ipv6() { 128 } else { 32 };
-    let request = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(ip, len)
-        .map_err(|_| rtnetlink::Error::RequestFailed)?
-        .build();
-    let mut answers = handle.route().get(request).execute();
-    let mut way = Way::default();
-    if let Some(message) = answers.try_next().await? {
-        way.is_on_link = message.header.kind == RouteType::Unicast;
-        for attribute in &message.attributes {
-            if let RouteAttribute::Oif(index) = attribute {
-                way.link = Some(*index);
-            } else if let RouteAttribute::PrefSource(address) = attribute {
-                way.source = self::ip(address);
-            } else if let RouteAttribute::Gateway(_) | RouteAttribute::Via(_) = attribute {
-                way.is_on_link = false;
-            }
-        }
-    }
-    Ok(way)
-}
-
 /// What is to be removed is not there any more, or its device is not.
 fn is_gone(reason: &io::Error) -> bool {
     let gone = [Errno::SRCH, Errno::NOENT, Errno::NODEV];
     gone.iter().any(|errno| reason.raw_os_error() == Some(errno.raw_os_error()))
-}
-
-/// A link's name, for people.
-fn name_of(index: u32) -> String {
-    use rustix::net::{AddressFamily, SocketType, netdevice::index_to_name, socket};
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None);
-    let name = socket.and_then(|socket| index_to_name(socket, index));
-    name.unwrap_or_else(|_| format!("(gone, it was number {index})"))
 }
 
 fn reason(error: rtnetlink::Error) -> io::Error {
@@ -519,97 +339,4 @@ fn link_address(message: &AddressMessage) -> Option<LinkAddress> {
         temporary: ip.is_ipv6() && flags.contains(AddressFlags::Secondary),
         deprecated: message.header.flags.contains(AddressHeaderFlags::Deprecated),
     })
-}
-
-/// The metric that the kernel gives weft's route to this network.
-pub(crate) fn metric(destination: IpNetwork) -> u32 {
-    if destination.is_ipv6() { IPV6_METRIC } else { 0 }
-}
-
-fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
-    let header = &message.header;
-    if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast {
-        return None;
-    }
-    let unspecified = if header.address_family == AddressFamily::Inet6 {
-        IpAddr::from([0u16; 8])
-    } else {
-        IpAddr::from([0u8; 4])
-    };
-    let (mut destination, mut gateway, mut link, mut metric) = (unspecified, None, None, 0);
-    for attribute in &message.attributes {
-        if let RouteAttribute::Destination(address) = attribute {
-            destination = ip(address)?;
-        } else if let RouteAttribute::Gateway(address) = attribute {
-            gateway = ip(address);
-        } else if let RouteAttribute::Via(RouteVia::Inet6(address)) = attribute {
-            // Of an IPv4 route.
-            gateway = Some(IpAddr::V6(*address));
-        } else if let RouteAttribute::Oif(index) = attribute {
-            link = Some(*index);
-        } else if let RouteAttribute::Priority(found) = attribute {
-            metric = *found;
-        }
-    }
-    let destination = IpNetwork::new(destination, header.destination_prefix_length).ok()?;
-    Some(KernelRoute { destination, gateway, link, protocol: header.protocol.into(), metric })
-}
-
-fn gateway_route(route: &GatewayRoute) -> Result<RouteMessage, rtnetlink::Error> {
-    RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(route.destination.network(), route.destination.prefix())
-        .and_then(|message| message.gateway(route.gateway))
-        .map(|message| message.output_interface(route.link))
-        .map(|message| message.protocol(RouteProtocol::Other(ROUTE_PROTOCOL)))
-        .map(|message| if route.onlink { message.onlink() } else { message }.build())
-        .map_err(|_| rtnetlink::Error::RequestFailed)
-}
-
-fn kernel_route(route: &KernelRoute) -> Result<RouteMessage, rtnetlink::Error> {
-    let KernelRoute { destination, gateway, link, protocol, metric } = *route;
-    let bad = |_| rtnetlink::Error::RequestFailed;
-    let mut message = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(destination.network(), destination.prefix())
-        .map_err(bad)?
-        .protocol(protocol.into())
-        .priority(metric);
-    if let Some(gateway) = gateway {
-        message = message.gateway(gateway).map_err(bad)?;
-    }
-    if let Some(link) = link {
-        message = message.output_interface(link);
-    }
-    Ok(message.build())
-}
-
-fn blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Error> {
-    Ok(RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(network.network(), network.prefix())
-        .map_err(|_| rtnetlink::Error::RequestFailed)?
-        .kind(RouteType::BlackHole)
-        .priority(LAST_METRIC)
-        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
-        .build())
-}
-
-fn own_blackhole(message: &RouteMessage) -> Option<IpNetwork> {
-    let header = &message.header;
-    let is_own = header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
-    if header.kind != RouteType::BlackHole || !is_own {
-        return None;
-    }
-    let destination = message.attributes.iter().find_map(|attribute| {
-        if let RouteAttribute::Destination(address) = attribute { ip(address) } else { None }
-    });
-    IpNetwork::new(destination?, header.destination_prefix_length).ok()
-}
-
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
-    if let RouteAddress::Inet(ip) = address {
-        Some(IpAddr::V4(*ip))
-    } else if let RouteAddress::Inet6(ip) = address {
-        Some(IpAddr::V6(*ip))
-    } else {
-        None
-    }
 }
