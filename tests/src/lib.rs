@@ -347,6 +347,11 @@ impl Weftd {
         Ok(Self { child, log: log.to_owned() })
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Everything it has logged so far.
     pub fn log(&self) -> Result<String> {
         Ok(fs::read_to_string(&self.log)?)

@@ -30,17 +30,40 @@ fn attrs(last: u8) -> LeaseAttrs {
     LeaseAttrs { public_ip: Some([192, 0, 2, last].into()), ..LeaseAttrs::default() }
 }
 
-/// A daemon on the first host that goes by the clock in a file, but for its timers.
-fn with_a_clock(lab: &Lab, flags: &[&str]) -> Result<(Weftd, PathBuf)> {
-    let clock = lab.registry()?.with_file_name("clock");
-    fs::write(&clock, "+0")?;
+/// What one process takes for the time of day, as a difference to it.
+struct Clock {
+    file: PathBuf,
+    pid: u32,
+}
+
+impl Clock {
+    fn set(&self, difference: &str) -> Result<()> {
+        Ok(fs::write(&self.file, difference)?)
+    }
+}
+
+impl Drop for Clock {
+    /// What libfaketime keeps in memory for its process, which takes it away only if it ends by itself.
+    fn drop(&mut self) {
+        for name in ["faketime_shm_", "sem.faketime_sem_"] {
+            let _ = fs::remove_file(format!("/dev/shm/{name}{}", self.pid));
+        }
+    }
+}
+
+/// A daemon on the first host that goes by such a clock, but for its timers.
+fn with_a_clock(lab: &Lab, flags: &[&str]) -> Result<(Weftd, Clock)> {
+    let file = lab.registry()?.with_file_name("clock");
+    fs::write(&file, "+0")?;
     let host = lab.host(0);
     let mut command = weftd(lab, 0, flags)?;
     // libfaketime's, which Debian's dynamic linker finds by this name.
     command.env("LD_PRELOAD", "/usr/$LIB/faketime/libfaketime.so.1");
-    command.env("FAKETIME_TIMESTAMP_FILE", &clock);
+    command.env("FAKETIME_TIMESTAMP_FILE", &file);
     command.envs([("FAKETIME_NO_CACHE", "1"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")]);
-    Ok((Weftd::start_command(&host.netns, &host.log, &mut command)?, clock))
+    let daemon = Weftd::start_command(&host.netns, &host.log, &mut command)?;
+    let clock = Clock { file, pid: daemon.pid() };
+    Ok((daemon, clock))
 }
 
 #[test]
@@ -383,7 +406,7 @@ fn a_clock_that_jumps_is_not_followed() -> Result<()> {
     let year = |line: Option<&str>| line.and_then(|line| line.get(..4)?.parse::<i32>().ok());
     let now = year(daemon.log()?.lines().next());
     for (jump, order) in [("-400d", Less), ("+400d", Greater), ("+0", Equal)] {
-        fs::write(&clock, jump)?;
+        clock.set(jump)?;
         for _ in 0..3 {
             let before = get_one(&lab, &path)?.revision;
             until("the lease is renewed", || Ok(get_one(&lab, &path)?.revision > before))?;
@@ -395,7 +418,6 @@ fn a_clock_that_jumps_is_not_followed() -> Result<()> {
         all_acquainted(&lab)?;
         pings(&lab)?;
     }
-    // In order, so that libfaketime takes its shared memory away.
     assert!(daemon.end(Signal::TERM)?.success());
     lab.remove()
 }
@@ -409,7 +431,7 @@ fn who_was_asleep_renews_the_lease() -> Result<()> {
     until("the lease is there", || Ok(!get(&lab, "subnets/")?.is_empty()))?;
     let path = lease_path(&lab, 0)?;
     let before = get_one(&lab, &path)?.revision;
-    fs::write(&clock, "+2h")?;
+    clock.set("+2h")?;
     // What is noticed when a host goes on.
     lab.host(0).netns.ip(&["link", "add", "woken", "type", "bridge"])?;
     until("the lease is renewed", || Ok(get_one(&lab, &path)?.revision > before))?;

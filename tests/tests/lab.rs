@@ -3,16 +3,23 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use weft_tests::{overlay, program, until};
 
+/// How long a lab may take from one line of its progress to the next.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 /// A `weft lab` that runs, of which the progress is read as it comes.
 struct Running {
     child: Child,
-    progress: BufReader<ChildStderr>,
+    /// Lines of its progress; closed when it ends.
+    progress: Receiver<String>,
     id: String,
 }
 
@@ -26,8 +33,10 @@ impl Running {
         command.envs(variables.iter().copied());
         command.arg("lab").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn()?;
-        let stderr = child.stderr.take().context("stderr is piped")?;
-        let mut running = Self { child, progress: BufReader::new(stderr), id: String::new() };
+        let stderr = BufReader::new(child.stderr.take().context("stderr is piped")?);
+        let (sender, progress) = mpsc::channel();
+        thread::spawn(move || stderr.lines().map_while(|it| sender.send(it.ok()?).ok()).count());
+        let mut running = Self { child, progress, id: String::new() };
         let line = running.wait_for("namespaces weft-")?;
         let id = line.split("weft-").nth(1).and_then(|rest| rest.split('-').next());
         running.id = id.context("the lab's id")?.to_owned();
@@ -35,12 +44,10 @@ impl Running {
     }
 
     /// Reads on until a line has this text.
-    fn wait_for(&mut self, text: &str) -> Result<String> {
+    fn wait_for(&self, text: &str) -> Result<String> {
         loop {
-            let mut line = String::new();
-            if self.progress.read_line(&mut line)? == 0 {
-                bail!("the lab ended before it said {text:?}");
-            }
+            let line = self.progress.recv_timeout(PATIENCE);
+            let line = line.with_context(|| format!("the lab never said {text:?}"))?;
             if line.contains(text) {
                 return Ok(line);
             }
@@ -50,7 +57,13 @@ impl Running {
     /// Waits for the end: exit status, stdout, and the rest of stderr.
     fn end(&mut self) -> Result<(Option<i32>, String, String)> {
         let (mut stderr, mut stdout) = (String::new(), String::new());
-        self.progress.read_to_string(&mut stderr)?;
+        loop {
+            match self.progress.recv_timeout(PATIENCE) {
+                Ok(line) => stderr += &(line + "\n"),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => bail!("the lab does not end; it said:\n{stderr}"),
+            }
+        }
         let mut output = self.child.stdout.take().context("stdout is piped")?;
         output.read_to_string(&mut stdout)?;
         Ok((self.child.wait()?.code(), stdout, stderr))
