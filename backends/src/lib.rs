@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::UnboundedReceiver;
+use weft_control::config::BackendConfig;
 use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
 use weft_engine::EngineError;
 
@@ -115,13 +116,15 @@ impl BackendKind {
         }
     }
 
-    /// The UDP port that its packets go to where the network config names none.
-    pub const fn default_port(self) -> Option<u16> {
-        match self {
-            Self::UdpTun => Some(udp_tun::DEFAULT_PORT),
-            Self::Vxlan => Some(vxlan::KERNEL_PORT),
-            Self::HostGw => None,
-        }
+    /// The UDP port that its packets go to, where they go to one: the configured or its own.
+    pub fn port(self, config: Option<&BackendConfig>) -> Option<u16> {
+        let own = match self {
+            Self::UdpTun => udp_tun::DEFAULT_PORT,
+            Self::Vxlan => vxlan::KERNEL_PORT,
+            Self::HostGw => return None,
+        };
+        let configured = config.and_then(|it| it.u16_option("Port").ok().flatten());
+        configured.filter(|port| *port != 0).or(Some(own))
     }
 }
 

@@ -97,7 +97,8 @@ impl Forwarding<'_> {
         let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks());
         // During an outage of the registry, peers cannot hear of another port.
         let port = last_known.load().and_then(|(known, _)| known.probe_port);
-        turn.prober = local.and_then(|local| Prober::start(local, port, self.started.mtu));
+        let (mtu, overlay_port) = (self.started.mtu, self.kind.port(Some(&config.backend)));
+        turn.prober = local.and_then(|local| Prober::start(local, port, mtu, overlay_port));
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
         let (mut slow, mut publish) = (interval(RECONCILE_INTERVAL), interval(NODE_INTERVAL));
         for timer in [&mut slow, &mut publish] {

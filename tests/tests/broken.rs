@@ -1,7 +1,11 @@
 //! A new operator breaks things, one a test, and learns within fifteen seconds what it is.
 
 use std::fs;
+use std::net::UdpSocket;
 use std::process::Command;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -88,7 +92,20 @@ fn a_port_that_is_blocked() -> Result<()> {
     let peer = &lab.host(1).netns;
     let rule = ["INPUT", "-p", "udp", "--dport", "8285", "-j", "DROP"];
     peer.tool("iptables-nft", &[&["-I"], &rule[..]].concat())?;
-    let found = named(&lab, "port", "FAIL", "10.168.0.95")?;
+    // Of another port, the peer says that nothing listens there.
+    let other = lab.host(0).netns.run(|| UdpSocket::bind("10.168.0.94:0"))??;
+    let ended = AtomicBool::new(false);
+    let found = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Relaxed) {
+                let _ = other.send_to(b"?", "10.168.0.95:9");
+                thread::sleep(Duration::from_millis(100));
+            }
+        });
+        let found = named(&lab, "port", "FAIL", "10.168.0.95");
+        ended.store(true, Relaxed);
+        found
+    })?;
     ensure!(found.cure.contains("--dport 8285 -j ACCEPT"), "{found:?}");
     peer.tool("iptables-nft", &[&["-D"], &rule[..]].concat())?;
     probed(&lab)

@@ -45,9 +45,8 @@ pub(super) fn port(seen: &Seen) -> Check {
         return Check::ok(NAME, "no peer's is blocked");
     };
     let backend = status.backend.as_deref().and_then(BackendKind::from_config);
-    let configured = seen.config().and_then(|it| it.backend.u16_option("Port").ok().flatten());
-    let configured = configured.filter(|port| *port != 0);
-    let port = configured.or_else(|| backend?.default_port()).unwrap_or_default();
+    let config = seen.config().map(|it| it.backend);
+    let port = backend.and_then(|it| it.port(config.as_ref())).unwrap_or_default();
     let cure =
         format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT   # on {}", peer.public_ip);
     Check::fail(NAME, describe(peer), cure)

@@ -68,14 +68,24 @@ pub(crate) struct Findings(Arc<Mutex<Known>>);
 
 impl Prober {
     /// Answers probes at `local` from now on, at `port` where that is free; `mtu`: bytes of the largest
-    /// packet that containers send. Without a socket weft works as well, and says that it does not
+    /// packet that containers send; `overlay_port`: where peers take the backend's. Without a socket weft works as well, and says that it does not
     /// probe.
-    pub(crate) fn start(local: IpAddr, port: Option<u16>, mtu: u32) -> Option<Self> {
-        let started = Self::try_start(local, port, mtu);
+    pub(crate) fn start(
+        local: IpAddr,
+        port: Option<u16>,
+        mtu: u32,
+        overlay_port: Option<u16>,
+    ) -> Option<Self> {
+        let started = Self::try_start(local, port, mtu, overlay_port);
         started.inspect_err(|error| tracing::warn!("peers are not probed: {error}")).ok()
     }
 
-    fn try_start(local: IpAddr, port: Option<u16>, mtu: u32) -> io::Result<Self> {
+    fn try_start(
+        local: IpAddr,
+        port: Option<u16>,
+        mtu: u32,
+        overlay_port: Option<u16>,
+    ) -> io::Result<Self> {
         let socket = ProbeSocket::bind(local, port)?;
         let port = socket.local()?.port();
         let icmp = Icmp::open(local.is_ipv6()).inspect_err(|error| {
@@ -89,6 +99,7 @@ impl Prober {
             socket,
             icmp: icmp.ok(),
             mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+            overlay_port,
             findings: findings.clone(),
             changed,
         };
@@ -148,6 +159,7 @@ struct Work {
     reader: UdpSocket,
     icmp: Option<Icmp>,
     mtu: u16,
+    overlay_port: Option<u16>,
     findings: Findings,
     changed: watch::Sender<u64>,
 }
@@ -270,8 +282,7 @@ impl Work {
                 for Peer { target, course, .. } in peers.values_mut() {
                     if target.inner == from && target.port == Some(port) {
                         course.probe_refused();
-                    // With host-gw it is the same address, and no port there carries the overlay.
-                    } else if target.outer == from && target.inner != from {
+                    } else if target.outer == from && self.overlay_port == Some(port) {
                         course.refused();
                     }
                 }
@@ -408,7 +419,7 @@ mod tests {
     fn strangers_get_no_answer() {
         let stranger = std::net::UdpSocket::bind((LOCAL, 0)).unwrap();
         runtime().block_on(async {
-            let prober = Prober::start(LOCAL, None, 1472).unwrap();
+            let prober = Prober::start(LOCAL, None, 1472, None).unwrap();
             stranger.send_to(&packet::probe(1, 100), (LOCAL, prober.port())).unwrap();
             stranger.set_nonblocking(true).unwrap();
             let stranger = UdpSocket::from_std(stranger).unwrap();
