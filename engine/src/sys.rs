@@ -31,7 +31,8 @@ pub(crate) fn open_tun_queue(name: &str) -> io::Result<(OwnedFd, String)> {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from.cast_signed();
+        // A c_char has a sign on some architectures, and none on others.
+        *to = libc::c_char::from_ne_bytes([from]);
     }
     #[expect(clippy::cast_possible_truncation, reason = "TUN flags are 16 bits by definition")]
     let flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR)
@@ -42,7 +43,7 @@ pub(crate) fn open_tun_queue(name: &str) -> io::Result<(OwnedFd, String)> {
     if answer < 0 {
         return Err(io::Error::last_os_error());
     }
-    let name = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| c.cast_unsigned());
+    let name = request.ifr_name.iter().take_while(|c| **c != 0).flat_map(|c| c.to_ne_bytes());
     let name = String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned();
     Ok((file.into(), name))
 }
