@@ -41,7 +41,7 @@ impl Surroundings {
         .await?
     }
 
-    /// The interface that the flags ask for.
+    /// The interface that the flags ask for; `held`: the addresses in use.
     ///
     /// # Errors
     /// None can be used.
@@ -49,9 +49,10 @@ impl Surroundings {
         &self,
         settings: &Settings,
         config: &NetworkConfig,
+        held: &[IpAddr],
     ) -> Result<Chosen, InterfaceError> {
         let families = Families { ipv4: config.ipv4.is_some(), ipv6: config.ipv6.is_some() };
-        interface::choose(&settings.wish, families, &self.links, &self.routes, self.way)
+        interface::choose(&settings.wish, families, &self.links, &self.routes, self.way, held)
     }
 
     /// What keeps packets from leaving by this interface, if anything does.
@@ -82,7 +83,9 @@ pub(crate) async fn changed(
 ) -> Result<Option<Chosen>, String> {
     let look = Surroundings::look(settings.wish.can_reach).await;
     let around = look.map_err(|error| format!("{error:#}"))?;
-    let chosen = around.choose(settings, config).map_err(|error| error.to_string())?;
+    let held = known.ipv4.map(IpAddr::V4).into_iter().chain(known.ipv6.map(IpAddr::V6));
+    let held: Vec<IpAddr> = held.collect();
+    let chosen = around.choose(settings, config, &held).map_err(|error| error.to_string())?;
     if chosen.interface == *known {
         return around.fault(known).map_or(Ok(None), Err);
     }

@@ -118,7 +118,8 @@ pub enum Miss {
 
 /// Chooses the interface: the first match of `--iface`, `--iface-regex` and `--iface-can-reach`, in
 /// this order; without any of them, the owner of the public address; without that too, the interface
-/// of the first default route. `way` is the one to the wish's `can_reach`.
+/// of the first default route. `way` is the one to the wish's `can_reach`; `held` are the addresses that
+/// are in use, which no further one displaces: a virtual router's, say, moves from host to host.
 ///
 /// # Errors
 /// No interface can be used, and why.
@@ -128,11 +129,12 @@ pub fn choose(
     links: &[Link],
     routes: &[KernelRoute],
     way: Way,
+    held: &[IpAddr],
 ) -> Result<Chosen, InterfaceError> {
     if !families.ipv4 && !families.ipv6 {
         return Err(InterfaceError::NoFamily);
     }
-    let chooser = Chooser { wish, families, links, routes, way };
+    let chooser = Chooser { wish, families, links, routes, way, held };
     let candidates = chooser.candidates();
     if !candidates.is_empty() {
         return chooser.first_of(candidates);
@@ -149,6 +151,7 @@ struct Chooser<'a> {
     links: &'a [Link],
     routes: &'a [KernelRoute],
     way: Way,
+    held: &'a [IpAddr],
 }
 
 /// What a flag asks for, and the link that is it, by which of its addresses.
@@ -194,8 +197,9 @@ impl<'a> Chooser<'a> {
                 usable.filter(|it| self.families.include(it.network.ip()) && is_usable(it));
             usable.map(move |address| (link, address.network.ip()))
         });
-        let mut matching = addresses.filter(|(_, ip)| pattern.0.is_match(&ip.to_string()));
-        let by_address = matching.next().map(|(link, ip)| (link, Some(ip)));
+        let matching = addresses.filter(|(_, ip)| pattern.0.is_match(&ip.to_string()));
+        let by_address = matching.min_by_key(|(_, ip)| !self.held.contains(ip));
+        let by_address = by_address.map(|(link, ip)| (link, Some(ip)));
         let named = || self.links.iter().find(|link| pattern.0.is_match(&link.name));
         by_address.or_else(|| named().map(|link| (link, None)))
     }
@@ -277,7 +281,7 @@ impl<'a> Chooser<'a> {
     /// Chooses the addresses of the link; `own`, which it has, comes before the best one of its
     /// family.
     fn take(&self, link: &Link, own: Option<IpAddr>, mut why: String) -> Result<Chosen, Miss> {
-        let [ipv4, ipv6] = addresses(link, self.families, own).ok_or_else(|| {
+        let [ipv4, ipv6] = addresses(link, self.families, own, self.held).ok_or_else(|| {
             let family = if self.families.ipv4 { Family::Ipv4 } else { Family::Ipv6 };
             Miss::NoAddress { family, interface: link.name.clone() }
         })?;

@@ -81,7 +81,7 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
         let (text, config, kind) =
             wait_for_config(registry.as_ref(), settings, board, &mut said).await?;
         let around = Surroundings::look(settings.wish.can_reach).await?;
-        let chosen = around.choose(settings, &config)?;
+        let chosen = around.choose(settings, &config, &[])?;
         if let Some(reason) = around.conflict(settings, &config, &chosen.interface) {
             said.error(&format!("waiting: {reason}"));
             tokio::time::sleep(CONFIG_INTERVAL).await;

@@ -58,10 +58,12 @@ pub(super) fn addresses(
     link: &Link,
     families: Families,
     own: Option<IpAddr>,
+    held: &[IpAddr],
 ) -> Option<[Option<IpAddr>; 2]> {
     let both = [Family::Ipv4, Family::Ipv6];
-    let any =
-        |family: Family| own.filter(|ip| family.holds(*ip)).or_else(|| best_address(link, family));
+    let any = |family: Family| {
+        own.filter(|ip| family.holds(*ip)).or_else(|| best_address(link, family, held))
+    };
     let global = |family| any(family).filter(|ip| own == Some(*ip) || !is_local(link, *ip));
     let choices = [
         both.map(|family| global(family).filter(|_| families.has(family))),
@@ -71,11 +73,13 @@ pub(super) fn addresses(
     choices.into_iter().find(|choice| choice.iter().any(Option::is_some))
 }
 
-/// Global before link-local, permanent before dynamic, lasting before temporary, else the kernel's
-/// order; deprecated ones not at all.
-fn best_address(link: &Link, family: Family) -> Option<IpAddr> {
+/// Global before link-local, lasting before temporary, the one that is held, permanent before dynamic,
+/// else the kernel's order; deprecated ones not at all.
+fn best_address(link: &Link, family: Family, held: &[IpAddr]) -> Option<IpAddr> {
     let usable = link.addresses.iter().filter(|it| family.holds(it.network.ip()) && is_usable(it));
-    let best = usable.min_by_key(|it| (is_link_local(it), !it.permanent, it.temporary));
+    let best = usable.min_by_key(|it| {
+        (is_link_local(it), it.temporary, !held.contains(&it.network.ip()), !it.permanent)
+    });
     best.map(|address| address.network.ip())
 }
 
