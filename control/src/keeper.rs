@@ -41,17 +41,21 @@ pub enum Plan {
     Remove(Lease),
     /// Nobody has this: create it.
     Create(LeaseKey),
+    /// The subnet of the last run has a lease that cannot be read. Another subnet would cost the
+    /// containers their addresses.
+    Unreadable(LeaseKey),
     OutOfSubnets,
 }
 
 /// flannel's order: the lease that is ours, then the subnet of the last run, then any. A subnet that
 /// somebody else holds is never taken. Of several that are ours, those that can be used come first, and
-/// of these a reservation.
+/// of these a reservation. `unreadable` leases are somebody's.
 pub fn plan(
     config: &NetworkConfig,
     identity: &Identity,
     previous: &Previous,
     leases: &[Lease],
+    unreadable: &[LeaseKey],
     rng: &mut fastrand::Rng,
 ) -> Plan {
     let fits = |lease: &Lease| is_compatible(config, &lease.key) && !came_second(lease, leases);
@@ -59,7 +63,8 @@ pub fn plan(
     if let Some(ours) = ours.min_by_key(|it| (!fits(it), it.expires != Expiry::Never)) {
         return if fits(ours) { Plan::Reuse(ours.clone()) } else { Plan::Remove(ours.clone()) };
     }
-    let taken: Vec<IpNetwork> = leases.iter().flat_map(|lease| lease.key.networks()).collect();
+    let keys = leases.iter().map(|lease| lease.key).chain(unreadable.iter().copied());
+    let taken: Vec<IpNetwork> = keys.flat_map(|key| key.networks()).collect();
     let mut key = LeaseKey::new(None, None);
     for family in config.families() {
         let former = if family.network.is_ipv6() {
@@ -68,9 +73,14 @@ pub fn plan(
             previous.ipv4.map(IpNetwork::V4)
         };
         // By family, so that a node whose overlay gains IPv6 keeps its IPv4 subnet.
-        let former = former.filter(|net| {
-            is_allowed(&family, *net) && !taken.iter().any(|other| overlap(*net, *other))
-        });
+        let former = former.filter(|net| is_allowed(&family, *net));
+        let has_former = |key: &&LeaseKey| {
+            former.is_some_and(|net| key.networks().any(|other| overlap(net, other)))
+        };
+        if let Some(key) = unreadable.iter().find(has_former) {
+            return Plan::Unreadable(*key);
+        }
+        let former = former.filter(|net| !taken.iter().any(|other| overlap(*net, *other)));
         match former.or_else(|| pick_subnet(&family, &taken, rng)) {
             Some(IpNetwork::V4(net)) => key.ipv4 = Some(net),
             Some(IpNetwork::V6(net)) => key.ipv6 = Some(net),
@@ -211,7 +221,7 @@ mod tests {
         let identity =
             Identity { node_id: "a".into(), attrs: lease("10.3.1.0-24", "192.0.2.9").attrs };
         let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
-        plan(&config(), &identity, &previous, leases, &mut fastrand::Rng::with_seed(7))
+        plan(&config(), &identity, &previous, leases, &[], &mut fastrand::Rng::with_seed(7))
     }
 
     #[test]
@@ -245,7 +255,7 @@ mod tests {
         let identity = Identity { node_id: "a".into(), attrs };
         let plan = |previous: &str, leases: &[Lease]| {
             let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
-            plan(&config(), &identity, &previous, leases, &mut fastrand::Rng::with_seed(7))
+            plan(&config(), &identity, &previous, leases, &[], &mut fastrand::Rng::with_seed(7))
         };
         assert_eq!(plan("10.3.4.0/24", std::slice::from_ref(&former)), Plan::Reuse(former.clone()));
         assert!(matches!(plan("10.3.5.0/24", std::slice::from_ref(&former)), Plan::Create(_)));
@@ -263,7 +273,7 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut leases = [ours.clone(), first];
         let mut next = |leases: &[Lease]| {
-            plan(&dual_stack(), &identity, &Previous::default(), leases, &mut rng)
+            plan(&dual_stack(), &identity, &Previous::default(), leases, &[], &mut rng)
         };
         assert_eq!(next(&leases), Plan::Remove(ours.clone()));
         // One of ours, from before the overlay had IPv6, is no rival.
@@ -285,6 +295,22 @@ mod tests {
     }
 
     #[test]
+    fn a_lease_that_cannot_be_read_is_somebodys() {
+        let identity =
+            Identity { node_id: "a".into(), attrs: lease("10.3.1.0-24", "192.0.2.9").attrs };
+        let next = |previous: &str, unreadable: &str| {
+            let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
+            let unreadable = [unreadable.parse().unwrap()];
+            let mut rng = fastrand::Rng::with_seed(7);
+            plan(&config(), &identity, &previous, &[], &unreadable, &mut rng)
+        };
+        let key = "10.3.7.0-24";
+        assert_eq!(next("10.3.7.0/24", key), Plan::Unreadable(key.parse().unwrap()));
+        assert_eq!(next("10.3.8.0/24", key), Plan::Create("10.3.8.0-24".parse().unwrap()));
+        assert_eq!(next("", "10.3.0.0-16"), Plan::OutOfSubnets);
+    }
+
+    #[test]
     fn a_full_network_is_said_so() {
         assert_eq!(next("", &[lease("10.3.0.0-16", "192.0.2.1")]), Plan::OutOfSubnets);
     }
@@ -294,7 +320,7 @@ mod tests {
         let identity = Identity { node_id: "a".into(), attrs: LeaseAttrs::default() };
         let v4_only = Previous { ipv4: "10.3.7.0/24".parse().ok(), ipv6: None };
         let mut rng = fastrand::Rng::with_seed(7);
-        let Plan::Create(key) = plan(&dual_stack(), &identity, &v4_only, &[], &mut rng) else {
+        let Plan::Create(key) = plan(&dual_stack(), &identity, &v4_only, &[], &[], &mut rng) else {
             panic!()
         };
         assert_eq!(key.ipv4, v4_only.ipv4);
@@ -423,7 +449,7 @@ mod tests {
                 None | Some(Own::Missing | Own::TakenBy(_)) => {
                     let ipv4 = former.and_then(|lease| lease.key.ipv4);
                     let previous = Previous { ipv4, ipv6: None };
-                    match plan(config, &self.identity, &previous, &self.seen, rng) {
+                    match plan(config, &self.identity, &previous, &self.seen, &[], rng) {
                         Plan::Reuse(seen) if model.is_as_seen(&seen) => {
                             self.held = Some(model.write(seen.key, &self.identity.attrs));
                         }
@@ -438,8 +464,11 @@ mod tests {
                         Plan::Remove(seen) if model.is_as_seen(&seen) => {
                             model.leases.retain(|lease| lease.key != seen.key);
                         }
-                        Plan::Reuse(_) | Plan::Create(_) | Plan::Remove(_) | Plan::OutOfSubnets => {
-                        }
+                        Plan::Reuse(_)
+                        | Plan::Create(_)
+                        | Plan::Remove(_)
+                        | Plan::Unreadable(_)
+                        | Plan::OutOfSubnets => {}
                     }
                 }
             }

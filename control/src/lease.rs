@@ -264,6 +264,16 @@ pub struct Snapshot {
     pub skipped: Vec<Skipped>,
 }
 
+impl Snapshot {
+    /// The leases that are there but cannot be read: somebody's, though nobody can tell whose.
+    pub fn unreadable(&self) -> impl Iterator<Item = (LeaseKey, &Skipped)> {
+        self.skipped.iter().filter_map(|it| {
+            let name = it.name.strip_prefix("subnets/").unwrap_or(&it.name);
+            name.parse().ok().map(|key| (key, it))
+        })
+    }
+}
+
 /// An entry that is there but cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Skipped {

@@ -37,7 +37,10 @@ impl Claim<'_> {
         loop {
             match self.attempt(registry, previous).await {
                 Ok(Attempt::Ours(lease)) => return *lease,
-                Ok(Attempt::Again) => {}
+                Ok(Attempt::Again) => said.warn(
+                    "cannot get a lease yet: each time it is tried, the registry changes meanwhile",
+                ),
+                Ok(Attempt::Unreadable(why)) => said.error(&why),
                 Ok(Attempt::Full) => said.warn(
                     "out of subnets: every subnet between SubnetMin and SubnetMax is leased; \
                      remove leases of nodes that are gone, or widen the range in the network config",
@@ -82,7 +85,9 @@ impl Claim<'_> {
         if let Some(other) = keeper::claimant(identity, &snapshot.nodes) {
             return Ok(Attempt::Claimed(Box::new(other.clone())));
         }
-        let lease = match keeper::plan(config, identity, previous, &snapshot.leases, rng) {
+        let unreadable: Vec<LeaseKey> = snapshot.unreadable().map(|(key, _)| key).collect();
+        let plan = keeper::plan(config, identity, previous, &snapshot.leases, &unreadable, rng);
+        let lease = match plan {
             Plan::Reuse(seen) => {
                 tracing::info!(subnet = %seen.key, "taking up the lease that is ours");
                 registry.renew(&seen, &identity.attrs, keeper::ttl(&seen, ttl)).await?
@@ -96,6 +101,14 @@ impl Claim<'_> {
                 );
                 registry.remove(&seen).await?;
                 None
+            }
+            Plan::Unreadable(key) => {
+                let why = snapshot.unreadable().find(|(it, _)| *it == key);
+                let why = why.map_or_else(String::new, |(_, it)| format!(" ({})", it.reason));
+                return Ok(Attempt::Unreadable(format!(
+                    "our subnet's lease {key} cannot be read{why}; correct or delete that entry of \
+                     the registry; until then we have no lease, and peers no way to us"
+                )));
             }
             Plan::OutOfSubnets => return Ok(Attempt::Full),
         };
@@ -137,6 +150,8 @@ enum Attempt {
     Ours(Box<Lease>),
     /// The registry changed meanwhile, by us or by others.
     Again,
+    /// What has our subnet cannot be read, and why.
+    Unreadable(String),
     Full,
     /// Another node lives with our address.
     Claimed(Box<NodeRecord>),

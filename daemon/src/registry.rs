@@ -59,7 +59,7 @@ pub(crate) async fn open_now(
                 EtcdApi::V3 => false,
                 EtcdApi::Auto => {
                     let (by_v3, by_v2) = tokio::join!(v3.snapshot(), v2.snapshot());
-                    !has_config(&by_v3) && has_config(&by_v2)
+                    !has_config(&by_v3) && !is_refused(&by_v3) && has_config(&by_v2)
                 }
             };
             Ok(if is_v2 { Box::new(v2) } else { Box::new(v3) })
@@ -71,13 +71,20 @@ fn has_config(found: &Result<Snapshot, RegistryError>) -> bool {
     found.as_ref().is_ok_and(|snapshot| snapshot.config.is_some())
 }
 
+/// Whether there may be a config all the same, which we are not let see.
+fn is_refused(found: &Result<Snapshot, RegistryError>) -> bool {
+    matches!(found, Err(RegistryError::Refused { .. }))
+}
+
 /// The config as it was last read from a registry.
 pub(crate) fn config_file(settings: &Settings, registry: &dyn Registry) -> StateFile<String> {
     StateFile::new(node::config_path(&settings.state_dir, &registry.identity()))
 }
 
-/// The API by which there is a network config, v3 before v2. While there is none: v3 if one is to be
-/// written, the one of the last run if nobody answers, and else both are asked again.
+/// The API by which there is a network config, v3 before v2. A config by v2 may be what a fleet left
+/// behind when it moved to v3: it does not count where v3 refuses us, or was used here before. While there
+/// is none: v3 if one is to be written, the one of the last run if nobody answers, and else both are asked
+/// again.
 async fn find_config(
     settings: &Settings,
     access: &Access,
@@ -100,8 +107,13 @@ async fn find_config(
                 }
                 return Box::new(v3);
             }
-            (false, true) => return Box::new(v2),
-            (false, false) => {}
+            (false, true)
+                if by_v3.is_ok()
+                    || !is_refused(&by_v3) && config_file(settings, &v3).load().is_none() =>
+            {
+                return Box::new(v2);
+            }
+            (false, _) => {}
         }
         let reason = match by_v3 {
             Ok(_) if settings.network.is_some() => return Box::new(v3),

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -18,7 +19,7 @@ use weft_control::{LeaseAttrs, NetworkConfig};
 use weft_daemon::lab::Lab;
 use weft_tests::etcd::{
     delete, get, get_one, hosts, inside, is_v2, keep_subnets_free, lease_path, next_event, put,
-    registry, weftd,
+    registry, wait_until_it_serves, weftd,
 };
 use weft_tests::{
     DEADLINE, Weftd, all_acquainted, bring_up, health, log, logs, pings, subnet, tells, until,
@@ -207,7 +208,8 @@ fn fifty_keepers_race_for_fifty_subnets() -> Result<()> {
                 let mut rng = fastrand_seeded(last);
                 loop {
                     let leases = registry.snapshot().await?.leases;
-                    let next = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
+                    let next =
+                        plan(&config, &identity, &Previous::default(), &leases, &[], &mut rng);
                     let Plan::Create(key) = next else { anyhow::bail!("{next:?}") };
                     if let Some(lease) = registry.create(&key, &identity.attrs, Some(DAY)).await? {
                         return Ok(lease.key);
@@ -257,6 +259,59 @@ fn garbage_is_skipped_and_named() -> Result<()> {
         until("it is forgotten", || Ok(lab.status(0)?.problems.is_empty()))?;
     }
     assert_eq!(lab.status(0)?.peers.len(), 1);
+    lab.remove()
+}
+
+/// etcd's grpc-proxy tells whoever joins a watch that it has less than the first.
+#[test]
+fn a_watch_through_a_proxy_lasts() -> Result<()> {
+    if is_v2() {
+        return Ok(());
+    }
+    let mut lab = hosts(2, 1)?;
+    wait_until_it_serves(&lab)?;
+    let mut proxy = Command::new("etcd");
+    proxy.args(["grpc-proxy", "start", "--endpoints=http://10.168.0.1:2379"]);
+    proxy.arg("--listen-addr=10.168.0.1:23790");
+    proxy.stdout(Stdio::null()).stderr(Stdio::null());
+    let _proxy = Killed(lab.etcd(0).netns.spawn(&mut proxy)?);
+    bring_up(&mut lab, &["--etcd-endpoints=http://10.168.0.1:23790", "--log-level=debug"])?;
+    all_acquainted(&lab)?;
+    for host in 0..2 {
+        assert!(lab.status(host)?.registry.contains("10.168.0.1:23790"));
+        let log = log(&lab, host)?;
+        assert!(!log.contains("listing etcd"), "{log}");
+    }
+    lab.remove()
+}
+
+/// Ends with its test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Both fail only for a process that has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Nobody can tell whose it is, so it is nobody's to overwrite; another subnet would cut containers off.
+#[test]
+fn a_lease_of_ours_that_cannot_be_read_is_told_and_waited_for() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let (before, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
+    put(&lab, &path, "reserved")?;
+    logs(&lab, 0, "cannot be read")?;
+    assert!(lab.status(0)?.state.contains("correct or delete that entry"));
+    assert_eq!((subnet(&lab, 0)?, get_one(&lab, &path)?.value), (before, "reserved".into()));
+    delete(&lab, &path)?;
+    until("the lease is back", || Ok(get_one(&lab, &path)?.value.contains("PublicIP")))?;
+    until("all is well", || Ok(lab.status(0)?.problems.is_empty()))?;
+    all_acquainted(&lab)?;
+    assert_eq!(subnet(&lab, 0)?, before);
+    pings(&lab)?;
     lab.remove()
 }
 

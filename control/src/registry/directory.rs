@@ -389,7 +389,8 @@ mod tests {
                 let mut rng = fastrand::Rng::new();
                 loop {
                     let leases = registry.snapshot().await.unwrap().leases;
-                    let plan = plan(&config, &identity, &Previous::default(), &leases, &mut rng);
+                    let plan =
+                        plan(&config, &identity, &Previous::default(), &leases, &[], &mut rng);
                     let Plan::Create(key) = plan else { panic!("{plan:?}") };
                     if let Some(lease) =
                         registry.create(&key, &identity.attrs, Some(DAY)).await.unwrap()

@@ -32,6 +32,11 @@ pub(super) trait Dial: Send + Sync + 'static {
     /// A client of this endpoint. It may connect later.
     async fn dial(&self, url: &str) -> Result<Self::Client, Failure>;
 
+    /// How long that may take.
+    fn deadline(&self) -> Duration {
+        DEADLINE
+    }
+
     /// What an error of a request means.
     fn failure(url: &str, error: &Self::Error) -> Failure;
 }
@@ -191,12 +196,14 @@ impl<D: Dial> Endpoints<D> {
     {
         let endpoint = &self.all[at];
         let url = &endpoint.url;
-        let answer = timeout(time, async {
-            let client = endpoint.client(&self.dial).await?;
-            request(client).await.map_err(|error| D::failure(url, &error))
-        });
-        let late = || Failure::Endpoint(format!("{url}: no answer in time"));
-        let answer = answer.await.unwrap_or_else(|_| Err(late()));
+        let late = |_| Failure::Endpoint(format!("{url}: no answer in time"));
+        let answer = async {
+            let client = timeout(self.dial.deadline(), endpoint.client(&self.dial));
+            let client = client.await.map_err(late)??;
+            let answer = timeout(time, request(client)).await.map_err(late)?;
+            answer.map_err(|error| D::failure(url, &error))
+        };
+        let answer = answer.await;
         if answer.is_err() {
             endpoint.forget();
         }

@@ -18,7 +18,7 @@ use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConf
 use super::access::{Access, Credentials, Secret};
 use super::endpoints::{CONNECT_TIMEOUT, DEADLINE, Dial, Endpoints, Failure, LIST_DEADLINE};
 use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean, json};
-use super::watching::{self, Publish, Source};
+use super::watching::{self, Broken, Publish, Source};
 use super::{Registry, RegistryError, View};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot};
 
@@ -508,7 +508,7 @@ impl Source for Shared {
         self.endpoints.probe(request).await
     }
 
-    async fn follow(&self, mut entries: Entries, mut mark: u64, publish: &Publish<'_>) -> String {
+    async fn follow(&self, entries: &mut Entries, mark: &mut u64, publish: &Publish<'_>) -> Broken {
         let index = AtomicU64::new(0);
         let gone = self.until_gone(&index);
         tokio::pin!(gone);
@@ -518,21 +518,23 @@ impl Source for Shared {
             let request = |client: Client| client.wait(path.clone());
             let answer = tokio::select! {
                 answer = self.endpoints.ask_within(POLL_DEADLINE, request) => answer,
-                why = &mut gone => return why,
+                why = &mut gone => return Broken::Doubt(why),
             };
             let answer = match answer {
                 Ok(answer) => answer,
-                Err(error) => return error.to_string(),
+                Err(error) => return Broken::Doubt(error.to_string()),
             };
             let node = &answer.node;
             match (answer.error_code, answer.action.as_str()) {
-                (EVENT_INDEX_CLEARED, _) => return "the index to wait for is cleared".into(),
+                (EVENT_INDEX_CLEARED, _) => {
+                    return Broken::Doubt("the index to wait for is cleared".into());
+                }
                 // No event, at least up to where the store was when the wait began.
                 _ if answer.says_nothing() => {
-                    mark = mark.max(begun + 1);
+                    *mark = (*mark).max(begun + 1);
                     continue;
                 }
-                _ if node.dir => return "a directory came or went".into(),
+                _ if node.dir => return Broken::Doubt("a directory came or went".into()),
                 (_, "delete" | "expire" | "compareAndDelete") => {
                     self.path(&node.key).into_iter().for_each(|path| entries.remove(path));
                 }
@@ -541,8 +543,8 @@ impl Source for Shared {
                     path.into_iter().for_each(|path| entries.put(path, entry(node)));
                 }
             }
-            mark = node.modified_index + 1;
-            publish(&entries);
+            *mark = node.modified_index + 1;
+            publish(entries);
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! One range is everything: the config, the leases and the nodes' records all lie below the prefix,
 //! so one list gives a consistent picture, and one watch tells what happens to it from the next
-//! revision on. Whenever the watch ends or is in doubt, everything is listed again and compared.
+//! revision on. Where it ends, another one goes on from there; where it is in doubt, everything is listed
+//! again and compared.
 
 use std::error::Error as _;
 use std::sync::Arc;
@@ -21,9 +22,9 @@ use tokio::sync::{Mutex, watch};
 use tonic::Code;
 
 use super::access::{Access, Secret};
-use super::endpoints::{CONNECT_TIMEOUT, Dial, Endpoints, Failure, LIST_DEADLINE};
+use super::endpoints::{CONNECT_TIMEOUT, DEADLINE, Dial, Endpoints, Failure, LIST_DEADLINE};
 use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean, json};
-use super::watching::{self, Publish, Source};
+use super::watching::{self, Broken, Publish, Source};
 use super::{Registry, RegistryError, View};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot, end_of};
 
@@ -55,14 +56,27 @@ impl Dial for Grpc {
             .with_keep_alive_while_idle(false)
             .with_require_leader(true)
             .with_auto_token_refresh(true);
-        if let Some((name, Secret(password))) = &self.0.user {
-            options = options.with_user(name, password);
-        }
         if url.starts_with("https://") {
             options = options.with_tls(self.tls().await.map_err(Failure::Final)?);
         }
-        let made = Client::connect([url], Some(options)).await;
+        let mut made = match &self.0.user {
+            Some((name, Secret(password))) => {
+                let options = options.clone().with_user(name, password);
+                Client::connect([url], Some(options)).await
+            }
+            None => Client::connect([url], Some(options.clone())).await,
+        };
+        if made.as_ref().is_err_and(asks_for_no_user) {
+            made = Client::connect([url], Some(options)).await;
+        }
         made.map_err(|error| Self::failure(url, &error))
+    }
+
+    /// To log in costs etcd some 75 ms of a core (bcrypt), and a fleet does so all at once when it is back.
+    /// Who asks again before the answer has come makes etcd begin anew. That a server hangs is noticed by
+    /// its pings.
+    fn deadline(&self) -> Duration {
+        if self.0.user.is_some() { LIST_DEADLINE } else { DEADLINE }
     }
 
     fn failure(url: &str, error: &Error) -> Failure {
@@ -84,6 +98,12 @@ impl Grpc {
         }
         Ok(tls)
     }
+}
+
+/// Whether etcd's authentication is switched off (ErrGRPCAuthNotEnabled): then anybody may do anything.
+fn asks_for_no_user(error: &Error) -> bool {
+    matches!(error, Error::GRpcStatus(status) if status.code() == Code::FailedPrecondition
+        && status.message().contains("authentication is not enabled"))
 }
 
 /// Whether the request or its sender is at fault, not the server.
@@ -436,10 +456,15 @@ impl Source for Shared {
         self.endpoints.probe(count).await
     }
 
-    async fn follow(&self, mut entries: Entries, mark: Mark, publish: &Publish<'_>) -> String {
+    async fn follow(
+        &self,
+        entries: &mut Entries,
+        mark: &mut Mark,
+        publish: &Publish<'_>,
+    ) -> Broken {
         let mut stream = match self.open_watch(mark.revision + 1).await {
             Ok(stream) => stream,
-            Err(error) => return error.to_string(),
+            Err(error) => return Broken::Doubt(error.to_string()),
         };
         let at = self.endpoints.current();
         loop {
@@ -447,25 +472,31 @@ impl Source for Shared {
             for response in next_ones(&mut stream).await {
                 let response = match response {
                     Ok(response) if response.compact_revision() > 0 => {
-                        return "the revision to watch from is compacted".into();
+                        return Broken::Doubt("the revision to watch from is compacted".into());
                     }
                     Ok(response) => response,
                     Err(why) => {
                         // What was heard before it counts, however long nobody answers now.
                         if has_changed {
-                            publish(&entries);
+                            publish(entries);
                         }
                         self.endpoints.leave(at);
-                        return why;
+                        return Broken::Off(why);
                     }
                 };
-                if response.header().is_some_and(|header| header.cluster_id() != mark.cluster) {
-                    return "it is another cluster now".into();
+                // etcd's grpc-proxy tells none to whoever joins a watch that it has.
+                let cluster = response.header().map_or(0, ResponseHeader::cluster_id);
+                if ![0, mark.cluster].contains(&cluster) {
+                    return Broken::Doubt("it is another cluster now".into());
                 }
-                has_changed |= self.apply(&mut entries, &response);
+                if response.created() && cluster != 0 && revision(&response) < mark.revision {
+                    return Broken::Doubt("its history is shorter now".into());
+                }
+                has_changed |= self.apply(entries, &response);
+                mark.move_on(&response);
             }
             if has_changed {
-                publish(&entries);
+                publish(entries);
             }
         }
     }
@@ -501,6 +532,25 @@ impl Shared {
         }
         !response.events().is_empty()
     }
+}
+
+impl Mark {
+    /// Takes in how far a watch has come. A revision may come in pieces, so that of the last event is not
+    /// over yet; and whoever catches up is told a later one than that of the events.
+    fn move_on(&mut self, response: &WatchResponse) {
+        let last =
+            response.events().iter().filter_map(|event| event.kv()).map(KeyValue::mod_revision);
+        match last.max() {
+            Some(last) => self.revision = self.revision.max(last - 1),
+            // Nothing has happened to our keys up to there (progress notification).
+            None if !response.created() => self.revision = self.revision.max(revision(response)),
+            None => {}
+        }
+    }
+}
+
+fn revision(response: &WatchResponse) -> i64 {
+    response.header().map_or(0, ResponseHeader::revision)
 }
 
 /// The next response, and those behind it that are there already: a fleet that starts makes more of

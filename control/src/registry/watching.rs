@@ -53,11 +53,25 @@ pub(super) trait Source: Send + Sync + 'static {
     async fn probe(&self) -> Result<(), RegistryError>;
 
     /// Takes in what has happened since the mark, and calls `publish` after each change, until it
-    /// is in doubt whether it sees everything; says why. Cancel safe.
-    async fn follow(&self, entries: Entries, mark: Self::Mark, publish: &Publish<'_>) -> String;
+    /// sees no more, or may not see everything. Cancel safe.
+    async fn follow(
+        &self,
+        entries: &mut Entries,
+        mark: &mut Self::Mark,
+        publish: &Publish<'_>,
+    ) -> Broken;
 
     /// Ends when the connections that there are must not be used any longer. Cancel safe.
     async fn reconnected(&self);
+}
+
+/// Why following came to its end.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// The server is gone. Entries and mark are as it last told, and one can go on from there.
+    Off(String),
+    /// Something may have been missed.
+    Doubt(String),
 }
 
 /// Follows a source in the background, until every receiver is dropped.
@@ -76,17 +90,24 @@ pub(super) fn watch<S: Source>(source: Arc<S>, last: Snapshot) -> watch::Receive
 async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
     let mut backoff = Backoff::default();
     let mut is_in_doubt = false;
+    let mut known = None;
     loop {
-        let (entries, mark) = list(source, sender, is_in_doubt).await;
+        let (mut entries, mut mark) = list(source, sender, is_in_doubt, known.take()).await;
         let begun = Instant::now();
         let publish = |entries: &Entries| View::publish(sender, entries.snapshot());
         publish(&entries);
         let mut is_forgotten = false;
         is_in_doubt = false;
         let why = tokio::select! {
-            why = source.follow(entries, mark, &publish) => {
+            broken = source.follow(&mut entries, &mut mark, &publish) => {
                 is_in_doubt = true;
-                why
+                match broken {
+                    Broken::Off(why) => {
+                        known = (begun.elapsed() > FOLLOWED_SHORTLY).then_some((entries, mark));
+                        why
+                    }
+                    Broken::Doubt(why) => why,
+                }
             }
             () = tokio::time::sleep(RELIST_INTERVAL.mul_f64(0.8 + 0.4 * fastrand::f64())) => {
                 "it is time to".into()
@@ -97,7 +118,8 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
                 "by another connection".into()
             }
         };
-        tracing::debug!("listing {} anew: {why}", source.describe());
+        let what = if known.is_some() { "following" } else { "listing" };
+        tracing::debug!("{what} {} anew: {why}", source.describe());
         if is_forgotten || begun.elapsed() > FOLLOWED_SHORTLY {
             backoff = Backoff::default();
         } else {
@@ -108,15 +130,18 @@ async fn follow_for_ever(source: &impl Source, sender: &watch::Sender<View>) {
 
 /// Lists everything, however long it takes: looks from time to time. Says once that nobody answers, when
 /// that is an outage, and when everything could be listed again. Where it is in doubt that a server is
-/// there, finds one first: a list may take a minute, and that of one that hangs takes no less.
+/// there, finds one first: a list may take a minute, and that of one that hangs takes no less. What is
+/// `known` serves for a list where another server is found soon: a whole fleet that lists everything at
+/// once, since one member of etcd is started anew, keeps the others busy for long.
 async fn list<S: Source>(
     source: &S,
     sender: &watch::Sender<View>,
     is_in_doubt: bool,
+    known: Option<(Entries, S::Mark)>,
 ) -> (Entries, S::Mark) {
     let (since, mut looks, mut backoff) = (Instant::now(), 0_u32, Backoff::default());
     let (mut begun, mut is_told, name) = (since, false, source.describe());
-    let mut outcome = if is_in_doubt { find(source).await } else { source.list().await };
+    let mut outcome = if is_in_doubt { find(source, known).await } else { source.list().await };
     loop {
         source.away().store(outcome.is_err(), Ordering::Relaxed);
         match outcome {
@@ -137,16 +162,22 @@ async fn list<S: Source>(
         backoff.wait_since(begun).await;
         begun = Instant::now();
         looks += 1;
-        outcome = find(source).await;
+        outcome = find(source, None).await;
     }
 }
 
-/// Lists everything, by a server that answers.
-async fn find<S: Source>(source: &S) -> Result<(Entries, S::Mark), RegistryError> {
+/// Lists everything, by a server that answers, unless it is known.
+async fn find<S: Source>(
+    source: &S,
+    known: Option<(Entries, S::Mark)>,
+) -> Result<(Entries, S::Mark), RegistryError> {
     source.probe().await?;
     // Others need not wait until the list has come.
     source.away().store(false, Ordering::Relaxed);
-    source.list().await
+    match known {
+        Some(known) => Ok(known),
+        None => source.list().await,
+    }
 }
 
 #[cfg(test)]
@@ -218,7 +249,7 @@ mod tests {
             Err(RegistryError::Away("no answer".into()))
         }
 
-        async fn follow(&self, _: Entries, (): (), _: &Publish<'_>) -> String {
+        async fn follow(&self, _: &mut Entries, (): &mut (), _: &Publish<'_>) -> Broken {
             std::future::pending().await
         }
 
