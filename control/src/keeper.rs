@@ -36,8 +36,8 @@ pub enum Plan {
     /// This one is ours and fits: write our attributes to it, with a fresh TTL unless it is a
     /// reservation.
     Reuse(Lease),
-    /// This one is ours, but not to be used any more: the config does not allow it, or another node had
-    /// part of it before. Remove it, and plan again.
+    /// This one is ours, but not to be used any more: the config does not allow it, another node had part
+    /// of it before, or there is a reservation. Remove it, and plan again.
     Remove(Lease),
     /// Nobody has this: create it.
     Create(LeaseKey),
@@ -49,7 +49,7 @@ pub enum Plan {
 
 /// flannel's order: the lease that is ours, then the subnet of the last run, then any. A subnet that
 /// somebody else holds is never taken. Of several that are ours, those that can be used come first, and
-/// of these a reservation. `unreadable` leases are somebody's.
+/// of these a reservation, for which the others are given up. `unreadable` leases are somebody's.
 pub fn plan(
     config: &NetworkConfig,
     identity: &Identity,
@@ -59,9 +59,15 @@ pub fn plan(
     rng: &mut fastrand::Rng,
 ) -> Plan {
     let fits = |lease: &Lease| is_compatible(config, &lease.key) && !came_second(lease, leases);
-    let ours = leases.iter().filter(|lease| is_ours(lease, identity, previous));
-    if let Some(ours) = ours.min_by_key(|it| (!fits(it), it.expires != Expiry::Never)) {
-        return if fits(ours) { Plan::Reuse(ours.clone()) } else { Plan::Remove(ours.clone()) };
+    let ours = || leases.iter().filter(|lease| is_ours(lease, identity, previous));
+    if let Some(best) = ours().min_by_key(|it| (!fits(it), it.expires != Expiry::Never)) {
+        let is_reserved = best.expires == Expiry::Never;
+        let superseded = ours().find(|it| is_reserved && it.expires != Expiry::Never);
+        return match superseded.filter(|_| fits(best)) {
+            Some(lease) => Plan::Remove(lease.clone()),
+            None if fits(best) => Plan::Reuse(best.clone()),
+            None => Plan::Remove(best.clone()),
+        };
     }
     let keys = leases.iter().map(|lease| lease.key).chain(unreadable.iter().copied());
     let taken: Vec<IpNetwork> = keys.flat_map(|key| key.networks()).collect();
@@ -240,7 +246,8 @@ mod tests {
         let reserved = lease("10.3.9.0-24", "192.0.2.9");
         let outside = lease("10.3.0.0-24", "192.0.2.9");
         let leases = [outside.clone(), leased.clone(), reserved.clone()];
-        assert_eq!(next("", &leases), Plan::Reuse(reserved));
+        assert_eq!(next("", &leases), Plan::Remove(leased.clone()));
+        assert_eq!(next("", &[outside.clone(), reserved.clone()]), Plan::Reuse(reserved));
         assert_eq!(next("", &leases[..2]), Plan::Reuse(leased));
         assert_eq!(next("", &leases[..1]), Plan::Remove(outside));
     }

@@ -387,7 +387,8 @@ fn refusal(
     None
 }
 
-fn is_unusable(address: IpAddr) -> bool {
+/// Whether nobody can be sent to by this address.
+pub fn is_unusable(address: IpAddr) -> bool {
     let broadcast = matches!(address, IpAddr::V4(ip) if ip.is_broadcast());
     broadcast || address.is_unspecified() || address.is_multicast() || address.is_loopback()
 }

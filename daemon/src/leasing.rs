@@ -97,7 +97,7 @@ impl Claim<'_> {
                 tracing::warn!(
                     subnet = %seen.key,
                     "giving up the lease that is ours: the network config does not allow it any \
-                     more, or another node had part of it before"
+                     more, another node had part of it before, or there is a reservation for us"
                 );
                 registry.remove(&seen).await?;
                 None

@@ -16,7 +16,7 @@ use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use weft_control::keeper;
-use weft_control::lease::{Expiry, NodeRecord, Snapshot};
+use weft_control::lease::{Expiry, NodeRecord, Snapshot, is_unusable};
 use weft_control::registry::minimal_config;
 use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 
@@ -168,6 +168,7 @@ impl Operator<'_> {
     }
 
     async fn reserve(&mut self, key: LeaseKey, public_ip: IpAddr) -> anyhow::Result<()> {
+        ensure!(!is_unusable(public_ip), "packets cannot be sent to {public_ip}");
         let snapshot = self.registry.snapshot().await?;
         let attrs = match public_ip {
             IpAddr::V4(ip) => LeaseAttrs { public_ip: Some(ip), ..LeaseAttrs::default() },
@@ -198,6 +199,16 @@ impl Operator<'_> {
         let snapshot = self.registry.snapshot().await?;
         let of_subnet = |lease: &&Lease| lease.key.networks().any(|network| network == subnet);
         let found = snapshot.leases.iter().find(of_subnet);
+        let mut unreadable = snapshot.unreadable();
+        if let Some((key, why)) = unreadable.find(|(key, _)| key.networks().any(|it| it == subnet))
+        {
+            bail!(
+                "the lease of {subnet} cannot be read ({}), so nobody can tell whose it is; to remove it, \
+                 delete subnets/{key} in {} by hand",
+                why.reason,
+                self.registry.describe()
+            );
+        }
         let found = found.with_context(|| format!("{subnet} is not leased"))?;
         ensure!(
             self.registry.remove(found).await?,

@@ -97,6 +97,10 @@ fn a_client_certificate_is_shown_and_its_lack_is_told() -> Result<()> {
         let ca = certificates.flag("etcd-cafile", "ca.pem");
         is_told(&mut lab, &[api, &ca], WAITING)?;
         let cert = certificates.flag("etcd-certfile", "client.pem");
+        // As in the middle of a rotation.
+        let other = certificates.flag("etcd-keyfile", "server-key.pem");
+        is_told(&mut lab, &[api, &ca, &cert, &other], "(--etcd-keyfile) cannot be used together")?;
+        assert!(!log(&lab, 0)?.contains("panicked"), "{}", log(&lab, 0)?);
         let key = certificates.flag("etcd-keyfile", "client-key.pem");
         bring_up(&mut lab, &[api, &ca, &cert, &key])?;
         assert!(lab.ping(0, 1, &PingOptions::default())?.complete());

@@ -79,6 +79,15 @@ fn an_operator_changes_a_registry_of_any_kind() -> Result<()> {
             let refused = target.refused(&["reserve", subnet, "192.0.2.8"])?;
             assert!(refused.contains(told), "{subnet}: {refused}");
         }
+        let nowhere = target.refused(&["reserve", "10.42.8.0/24", "0.0.0.0"])?;
+        assert!(nowhere.contains("packets cannot be sent to 0.0.0.0"), "{nowhere}");
+        if is_directory {
+            let file = directory.path().join("registry/subnets/10.42.9.0-24");
+            fs::write(&file, "?")?;
+            let refused = target.refused(&["release", "10.42.9.0/24"])?;
+            assert!(refused.contains("delete subnets/10.42.9.0-24 in "), "{refused}");
+            fs::remove_file(file)?;
+        }
         let table = target.run(&["show"])?;
         assert!(table.contains("10.42.7.0/24") && table.contains("never (reserved)"), "{table}");
         let shown = target.show()?;

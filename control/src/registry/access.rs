@@ -3,6 +3,11 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+
 use super::RegistryError;
 
 /// Where etcd is, and who asks.
@@ -61,10 +66,26 @@ impl Access {
             found.authority = Some(read("cafile", path).await?);
         }
         if let (Some(cert), Some(key)) = (&self.cert_file, &self.key_file) {
-            found.client = Some((read("certfile", cert).await?, read("keyfile", key).await?));
+            let pair = (read("certfile", cert).await?, read("keyfile", key).await?);
+            // ureq takes for granted that they are.
+            check_pair(&pair.0, &pair.1).map_err(|reason| {
+                let (cert, key) = (cert.clone(), key.clone());
+                RegistryError::ClientCertificate { cert, key, reason }
+            })?;
+            found.client = Some(pair);
         }
         Ok(found)
     }
+}
+
+/// Whether a certificate is that of a key, and both are such as TLS can use.
+fn check_pair(cert: &str, key: &str) -> Result<(), String> {
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(cert.as_bytes()).collect();
+    let chain = chain.map_err(|error| format!("the certificate: {error}"))?;
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes());
+    let key = key.map_err(|error| format!("the key: {error}"))?;
+    let pair = CertifiedKey::from_der(chain, key, &ring::default_provider());
+    pair.map(drop).map_err(|error| error.to_string())
 }
 
 async fn read(flag: &'static str, path: &Path) -> Result<String, RegistryError> {

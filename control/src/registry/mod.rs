@@ -143,4 +143,9 @@ pub enum RegistryError {
     Refused { endpoint: String, reason: String },
     #[error("cannot read {}, which --etcd-{flag} names: {source}", path.display())]
     Credentials { flag: &'static str, path: PathBuf, source: io::Error },
+    #[error(
+        "the certificate {} (--etcd-certfile) and the key {} (--etcd-keyfile) cannot be used together: \
+         {reason}", cert.display(), key.display()
+    )]
+    ClientCertificate { cert: PathBuf, key: PathBuf, reason: String },
 }
