@@ -28,9 +28,12 @@ use crate::firewall::Firewall;
 use crate::flags::Settings;
 use crate::health::Health;
 use crate::node;
+use crate::overlap;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Prober};
+use crate::repairs::REST_FOLD;
+use crate::run::choose_backend;
 use crate::state_file::{LastKnown, StateFile};
 use asleep::LastLook;
 use claiming::{Claiming, claimed};
@@ -47,9 +50,6 @@ const NODE_TTL: Duration = Duration::from_secs(60);
 /// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
 
-/// After a look at all that the kernel has, the daemon rests for so many times as long as that took,
-/// however much changes on a busy host: some tenth of a core, and not more than this behind.
-const REST_FOLD: u32 = 10;
 const REST_MAX: Duration = Duration::from_secs(5);
 
 /// What stays the same while one lease is forwarded under.
@@ -144,7 +144,7 @@ impl Forwarding<'_> {
                         publish.reset_immediately();
                     }
                     if is_back {
-                        remember(last_known, &turn, &snapshot);
+                        remember(last_known, &turn, &snapshot).await;
                     }
                 }
                 () = kernel_changed, if !turn.repairs.is_fight() => {
@@ -164,7 +164,7 @@ impl Forwarding<'_> {
                     let View { snapshot, readable } = watch.borrow().clone();
                     self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
                     if readable {
-                        remember(last_known, &turn, &snapshot);
+                        remember(last_known, &turn, &snapshot).await;
                     }
                 }
                 lease = claimed(claiming.as_mut()) => {
@@ -191,7 +191,8 @@ impl Forwarding<'_> {
                     let told = turn.renewals.problem().is_some();
                     let renewed = self.renew(&mut turn).await;
                     if matches!(renewed, Ok(true)) {
-                        remember(last_known, &turn, &watch.borrow().snapshot);
+                        let snapshot = watch.borrow().snapshot.clone();
+                        remember(last_known, &turn, &snapshot).await;
                     }
                     if turn.renewals.problem().is_some() != told {
                         slow.reset_immediately();
@@ -327,7 +328,7 @@ impl Forwarding<'_> {
         let (desired, mut problems) = desired(self.settings, snapshot, turn);
         let (kind, public_ip) = (self.kind, self.place.public_ip);
         let targets = probe::targets(kind, public_ip, &desired.peers, &snapshot.nodes);
-        turn.config_problem = follow_config(snapshot, turn);
+        turn.config_problem = follow_config(self.settings, snapshot, turn);
         turn.rival = Self::rival(snapshot, turn);
         problems.extend(turn.config_problem.iter().chain(&turn.rival).cloned());
         problems.extend(turn.renewals.problem().into_iter().chain(turn.records.problem()));
@@ -499,7 +500,7 @@ impl Forwarding<'_> {
 
 /// Goes by a network config that was changed, where a running daemon can: in which subnets are given
 /// out. Says what is wrong with it otherwise.
-fn follow_config(snapshot: &Snapshot, turn: &mut Turn) -> Option<String> {
+fn follow_config(settings: &Settings, snapshot: &Snapshot, turn: &mut Turn) -> Option<String> {
     let Some(text) = &snapshot.config else {
         return Some("the network config is gone; going on with what it was".into());
     };
@@ -513,16 +514,36 @@ fn follow_config(snapshot: &Snapshot, turn: &mut Turn) -> Option<String> {
             turn.config = config;
             None
         }
-        Ok(_) => Some("the network config has changed; restart weftd to go by it".into()),
+        Ok(config) => Some(match unusable(settings, &config, &turn.interface) {
+            Some(reason) => format!(
+                "the network config has become one that weftd would not start with ({reason}); going \
+                 on with what it was"
+            ),
+            None => "the network config has changed; restart weftd to go by it".into(),
+        }),
         Err(error) => Some(format!(
             "the network config is a bad one now ({error}); going on with what it was"
         )),
     }
 }
 
+/// What a start with this config would wait for, or end by.
+fn unusable(
+    settings: &Settings,
+    config: &NetworkConfig,
+    interface: &ExternalInterface,
+) -> Option<String> {
+    match choose_backend(config, settings) {
+        Err(error) => Some(error.to_string()),
+        Ok(Err(reason)) => Some(reason),
+        Ok(Ok(kind)) => overlap::conflict(config, interface, &[], &settings.registry)
+            .or_else(|| Some(external::open(settings, config, kind, interface).err()?.to_string())),
+    }
+}
+
 /// For a start while the registry is away. Without it weft works as well, until then. That others renew
 /// their leases, as one does each few seconds in a large fleet, is no reason to write it all anew.
-fn remember(file: &mut StateFile<LastKnown>, turn: &Turn, snapshot: &Snapshot) {
+async fn remember(file: &mut StateFile<LastKnown>, turn: &Turn, snapshot: &Snapshot) {
     let mut known = LastKnown {
         lease: turn.lease.clone(),
         snapshot: snapshot.clone(),
@@ -534,7 +555,7 @@ fn remember(file: &mut StateFile<LastKnown>, turn: &Turn, snapshot: &Snapshot) {
             lease.expires = Expiry::Unknown;
         }
     }
-    if let Err(error) = file.save(&known) {
+    if let Err(error) = file.save(&known).await {
         tracing::warn!("cannot remember what the registry said: {error:#}");
     }
 }

@@ -28,19 +28,21 @@ impl Made {
     ///
     /// # Errors
     /// The state directory cannot be written to.
-    pub(crate) fn record(
+    pub(crate) async fn record(
         config: &NetworkConfig,
         settings: &Settings,
         files: &NodeFiles,
     ) -> anyhow::Result<()> {
         // Whoever reads it may be elsewhere.
         let full = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        StateFile::new(files.made.clone()).save(&Self {
-            networks: config.families().map(|family| family.network).collect(),
-            subnet_file: full(&settings.subnet_file),
-            lock: full(&files.lock),
-            socket: full(&files.socket),
-        })
+        StateFile::new(files.made.clone())
+            .save(&Self {
+                networks: config.families().map(|family| family.network).collect(),
+                subnet_file: full(&settings.subnet_file),
+                lock: full(&files.lock),
+                socket: full(&files.socket),
+            })
+            .await
     }
 
     /// What all daemons have written down that keep their state in this directory.

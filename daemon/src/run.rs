@@ -41,6 +41,9 @@ use crate::state_file::{LastKnown, StateFile};
 /// How often a missing config is looked for, as flannel does.
 pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How often who waits for a lease looks whether it still asks for the right one.
+const OUTDATED_INTERVAL: Duration = Duration::from_secs(5);
+
 /// A backend that breaks sooner starts again after a pause: another program may take its device away
 /// again and again.
 const STEADY: Duration = Duration::from_secs(10);
@@ -69,7 +72,7 @@ pub async fn run(flags: Flags, log: Log, shutdown: impl Future<Output = ()>) -> 
 
 async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::Result<()> {
     require_net_admin()?;
-    let socket = Socket::open(&settings.run_dir, board.clone())?;
+    let mut socket = Socket::open(&settings.run_dir, board.clone())?;
     if let Some(address) = settings.health {
         http::serve(address, board.clone()).await?;
     }
@@ -77,6 +80,7 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
     board.update(|status| status.registry = registry.describe());
     let mut said = Repeats::told_to(health);
     let mut backoff = Backoff::default();
+    let mut told = None;
     loop {
         let (text, config, kind) =
             wait_for_config(registry.as_ref(), settings, board, &mut said).await?;
@@ -87,7 +91,14 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
             tokio::time::sleep(CONFIG_INTERVAL).await;
             continue;
         }
-        tracing::info!(interface = chosen.interface.name, why = chosen.why, "external interface");
+        if told.as_ref() != Some(&chosen) {
+            tracing::info!(
+                interface = chosen.interface.name,
+                why = chosen.why,
+                "external interface"
+            );
+            told = Some(chosen.clone());
+        }
         board.update(|status| {
             status.backend = Some(kind.to_string());
             status.networks = config.families().map(|family| family.network).collect();
@@ -105,7 +116,10 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
             Ok(prepared) => {
                 let registry = registry.as_ref();
                 let daemon = Daemon { settings, registry, health, board, text, config, kind };
-                return daemon.serve(node, prepared, socket).await;
+                let why = daemon.serve(node, prepared, socket).await?;
+                tracing::warn!("there is no lease yet, and {why}; beginning anew");
+                socket = Socket::open(&settings.run_dir, board.clone())?;
+                continue;
             }
             Err(error) => end_or_warn(error, &mut said)?,
         }
@@ -133,7 +147,14 @@ struct Station {
 }
 
 impl Daemon<'_> {
-    async fn serve(&self, node: Node, prepared: Prepared, socket: Socket) -> anyhow::Result<()> {
+    /// Serves under one lease after the other. Comes back only before the first one, where something else
+    /// is to be asked for, and says why.
+    async fn serve(
+        &self,
+        node: Node,
+        prepared: Prepared,
+        socket: Socket,
+    ) -> anyhow::Result<&'static str> {
         let (settings, registry, health) = (self.settings, self.registry, self.health);
         let mut station = self.take_station(node, prepared, socket)?;
         let claim = Claim {
@@ -143,9 +164,12 @@ impl Daemon<'_> {
             health,
             board: self.board,
         };
-        let (lease, last) = self.first_lease(&claim, &station.last_known).await;
+        let (lease, last) = tokio::select! {
+            first = self.first_lease(&claim, &station.last_known) => first,
+            why = self.outdated(&station.place.interface) => return Ok(why),
+        };
         let mut tenure = Tenure::of(lease);
-        if let Err(error) = config_file(settings, registry).save(&self.text) {
+        if let Err(error) = config_file(settings, registry).save(&self.text).await {
             tracing::warn!("cannot remember the network config: {error:#}");
         }
         let mut watch = registry.watch(last);
@@ -153,7 +177,7 @@ impl Daemon<'_> {
         let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         self.board.firewall(firewall.watch());
-        self.record_made(&station);
+        self.record_made(&station).await;
         let mut pauses = Backoff::default();
         loop {
             let lease = &tenure.lease;
@@ -238,16 +262,16 @@ impl Daemon<'_> {
         );
         let registry = self.registry.identity();
         station.place.move_to(self.settings, &registry, interface, attrs)?;
-        self.record_made(station);
+        self.record_made(station).await;
         self.tell_place(&station.place, why);
         station.last_known = StateFile::new(station.place.node.files.last_known.clone());
         Ok(())
     }
 
     /// Writes down what `weft cleanup` is to find. Packets move without it, as on a full disk.
-    fn record_made(&self, station: &Station) {
+    async fn record_made(&self, station: &Station) {
         let files = &station.place.node.files;
-        if let Err(error) = Made::record(&self.config, self.settings, files) {
+        if let Err(error) = Made::record(&self.config, self.settings, files).await {
             tracing::warn!("`weft cleanup` would not find all that this daemon makes: {error:#}");
         }
     }
@@ -287,6 +311,22 @@ impl Daemon<'_> {
             match Prepared::open(settings, config, kind, next, node_id).await? {
                 Ok(prepared) => self.move_station(station, prepared).await?,
                 Err(error) => said.warn(&format!("waiting: {error}")),
+            }
+        }
+    }
+
+    /// Ends when what a lease is asked for with is not what it was, and says what: another config or another
+    /// interface may be what the wait for one is to end by.
+    async fn outdated(&self, known: &ExternalInterface) -> &'static str {
+        loop {
+            tokio::time::sleep(OUTDATED_INTERVAL).await;
+            let found = self.registry.snapshot().await.ok().and_then(|found| found.config);
+            let config = found.and_then(|text| text.parse().ok());
+            if config.is_some_and(|config: NetworkConfig| config != self.config) {
+                return "the network config has changed";
+            }
+            if let Ok(Some(_)) = external::changed(self.settings, &self.config, known).await {
+                return "the external interface has changed";
             }
         }
     }
@@ -375,7 +415,7 @@ async fn wait_for_config(
         match parsed {
             Ok((text, config)) => match choose_backend(&config, settings)? {
                 Ok(kind) => return Ok((text, config, kind)),
-                Err(reason) => said.warn(&reason),
+                Err(reason) => said.warn(&format!("waiting: {reason}")),
             },
             Err(reason) => said.warn(&format!("waiting for the network config: {reason}")),
         }
@@ -416,7 +456,7 @@ async fn read_config(
 }
 
 /// The inner error is the registry's and is waited out; the outer one is the command line's.
-fn choose_backend(
+pub(crate) fn choose_backend(
     config: &NetworkConfig,
     settings: &Settings,
 ) -> anyhow::Result<Result<BackendKind, String>> {
@@ -424,7 +464,9 @@ fn choose_backend(
         return Ok(Ok(settings.backend.unwrap_or(BackendKind::UdpTun)));
     };
     let Some(kind) = BackendKind::from_config(name) else {
-        return Ok(Err(format!("waiting: unknown backend type in the network config: {name:?}")));
+        return Ok(Err(format!(
+            "unknown backend type in the network config: {name:?}; there are udp, vxlan and host-gw"
+        )));
     };
     match settings.backend {
         Some(wanted) if wanted != kind => bail!(

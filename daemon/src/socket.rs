@@ -23,6 +23,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use socket2::{Domain, SockAddr, Type};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
 use tokio::task::spawn_blocking;
 
 use crate::board::Board;
@@ -189,10 +190,11 @@ pub fn is_gone(error: &anyhow::Error) -> bool {
 #[derive(Debug)]
 pub(crate) struct Socket {
     path: PathBuf,
+    task: Option<JoinHandle<()>>,
 }
 
 impl Socket {
-    /// Answers from now on, until the runtime ends, by what is on the board; under a name of its own
+    /// Answers from now on, until it is dropped, by what is on the board; under a name of its own
     /// until [`Socket::move_to`] gives it the node's.
     ///
     /// # Errors
@@ -206,11 +208,11 @@ impl Socket {
         let new = run_dir.join(format!("weftd-starting-{name}.new"));
         let listener = UnixListener::bind(&new)
             .with_context(|| format!("cannot listen at {}; see --run-dir", new.display()))?;
-        let mut socket = Self { path: new };
+        let mut socket = Self { path: new, task: None };
         restrict(&socket.path)
             .with_context(|| format!("cannot restrict {}", socket.path.display()))?;
         socket.move_to(&socket.path.with_extension("sock"))?;
-        tokio::spawn(serve(listener, board));
+        socket.task = Some(tokio::spawn(serve(listener, board)));
         Ok(socket)
     }
 
@@ -231,6 +233,7 @@ impl Drop for Socket {
     fn drop(&mut self) {
         // Left behind, it is removed by the next start.
         let _ = fs::remove_file(&self.path);
+        self.task.iter().for_each(JoinHandle::abort);
     }
 }
 

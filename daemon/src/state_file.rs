@@ -9,6 +9,7 @@ use anyhow::Context;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
 use weft_control::Lease;
 use weft_control::file::{self, PRIVATE};
 use weft_control::lease::Snapshot;
@@ -49,19 +50,20 @@ impl<T: Serialize + DeserializeOwned> StateFile<T> {
         Some((value.ok()?, since.try_into().ok()?))
     }
 
-    /// Writes it, unless it is what the file has.
+    /// Writes it, unless it is what the file has. A busy disk takes its time, and keeps nobody else waiting.
     ///
     /// # Errors
     /// The directory cannot be written to.
-    pub(crate) fn save(&mut self, value: &T) -> anyhow::Result<()> {
+    pub(crate) async fn save(&mut self, value: &T) -> anyhow::Result<()> {
         let text = serde_json::to_vec(value)?;
         if self.written.is_empty() {
             self.written = fs::read(&self.path).unwrap_or_default();
         }
         if text != self.written {
+            let path = self.path.clone();
+            let write = move || file::replace(&path, &text, PRIVATE).map(|()| text);
             let context = || format!("cannot write {}; see --state-dir", self.path.display());
-            file::replace(&self.path, &text, PRIVATE).with_context(context)?;
-            self.written = text;
+            self.written = spawn_blocking(write).await?.with_context(context)?;
         }
         Ok(())
     }
@@ -71,8 +73,8 @@ impl<T: Serialize + DeserializeOwned> StateFile<T> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_was_saved_comes_back_and_garbage_does_not() {
+    #[tokio::test]
+    async fn what_was_saved_comes_back_and_garbage_does_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state/last-known.json");
         let mut file: StateFile<LastKnown> = StateFile::new(path.clone());
@@ -86,11 +88,11 @@ mod tests {
             snapshot: Snapshot { leases: vec![lease], ..Snapshot::default() },
             probe_port: Some(4711),
         };
-        file.save(&known).unwrap();
+        file.save(&known).await.unwrap();
         assert_eq!(file.load().unwrap().0, known);
         fs::write(&path, "{").unwrap();
         assert!(file.load().is_none());
-        file.save(&known).unwrap();
+        file.save(&known).await.unwrap();
         assert!(file.load().is_none(), "what has not changed is not written again");
     }
 }

@@ -176,6 +176,26 @@ fn a_reservation_stays_one() -> Result<()> {
     lab.remove()
 }
 
+/// Two leases of one node would be two peers to all others, of which one never answers.
+#[test]
+fn who_takes_up_a_reservation_gives_up_the_lease() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let former = lease_path(&lab, 0)?;
+    let held = [former.clone(), lease_path(&lab, 1)?];
+    let mut free = (7..10).map(|at| format!("subnets/10.42.{at}.0-24"));
+    let reserved = free.find(|path| !held.contains(path)).context("three are more than two")?;
+    put(&lab, &reserved, format!(r#"{{"PublicIP":"{}"}}"#, lab.host(0).address))?;
+    lab.stop_daemon(0)?;
+    lab.start_daemon(0, &[])?;
+    until("it has the reservation", || {
+        Ok(lab.status(0)?.lease_reserved && lease_path(&lab, 0)? == reserved)
+    })?;
+    assert!(get(&lab, &former)?.is_empty());
+    all_acquainted(&lab)?;
+    lab.remove()
+}
+
 /// What is told of it; that a lease is renewed when it is due, the case above shows.
 #[test]
 fn a_lease_is_renewed_by_the_margin_before_it_ends() -> Result<()> {
@@ -522,6 +542,18 @@ fn a_changed_config_is_gone_by_where_it_can_be() -> Result<()> {
     put(&lab, "config", r#"{"Network":"10.44.0.0/16"}"#)?;
     for host in 0..2 {
         tells(&lab, host, "restart weftd to go by it")?;
+    }
+    for (config, why) in [
+        (
+            r#"{"Network":"10.42.0.0/16","Backend":{"Type":"ipip"}}"#,
+            "there are udp, vxlan and host-gw",
+        ),
+        (r#"{"Network":"10.42.0.0/16","Backend":{"Type":"udp","Port":"x"}}"#, "Port must be"),
+        (r#"{"Network":"10.0.0.0/8"}"#, "choose another Network"),
+    ] {
+        put(&lab, "config", config)?;
+        tells(&lab, 0, "has become one that weftd would not start with")?;
+        tells(&lab, 0, why)?;
     }
     lab.remove()
 }

@@ -162,7 +162,10 @@ pub(super) fn overlap(seen: &Seen) -> Check {
     }
     let device = status.device.as_deref().unwrap_or_default();
     let subnets = seen.subnets();
-    if let (Some(config), Some(subnet @ IpNetwork::V4(_))) = (seen.config(), subnets.first()) {
+    // Before there is a device, nothing is known to be anywhere.
+    if let (Some(config), Some(subnet @ IpNetwork::V4(_)), false) =
+        (seen.config(), subnets.first(), device.is_empty())
+    {
         let strays = overlap::strays(&config, &(*subnet).into(), &seen.links, device);
         if let Some(stray) = strays.into_iter().next() {
             return Check::warn(NAME, stray, restart("docker0"));

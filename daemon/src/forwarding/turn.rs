@@ -63,12 +63,14 @@ pub(crate) struct Tenure {
     /// got lost.
     former: Vec<LeaseAttrs>,
     lost: Option<Lost>,
+    /// When it is due, as worked out once: the clock may have been set since.
+    renewal: Option<Instant>,
 }
 
 impl Tenure {
     /// The beginning.
     pub(crate) fn of(lease: Lease) -> Self {
-        Self { lease, former: Vec::new(), lost: None }
+        Self { lease, former: Vec::new(), lost: None, renewal: None }
     }
 }
 
@@ -87,14 +89,15 @@ impl Turn {
         place: &Place,
         margin: Duration,
     ) -> Self {
-        let Tenure { lease, mut former, lost } = tenure;
+        let Tenure { lease, mut former, lost, renewal: due } = tenure;
         let attrs = &place.identity.attrs;
         for ours in [&lease.attrs, attrs] {
             if !former.contains(ours) {
                 former.push(ours.clone());
             }
         }
-        let renewal = renewal(&lease, attrs, margin);
+        let due = due.filter(|_| lease.attrs == *attrs);
+        let renewal = due.or_else(|| renewal(&lease, attrs, margin));
         Self {
             config,
             interface: place.interface.clone(),
@@ -123,7 +126,8 @@ impl Turn {
 
     /// What the next turn goes on with.
     pub(super) fn tenure(&self) -> Tenure {
-        Tenure { lease: self.lease.clone(), former: self.former.clone(), lost: self.lost }
+        let Self { lost, renewal, .. } = *self;
+        Tenure { lease: self.lease.clone(), former: self.former.clone(), lost, renewal }
     }
 
     /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes

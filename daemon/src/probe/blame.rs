@@ -17,16 +17,22 @@ impl Found {
     }
 }
 
-/// The same of all peers, each with a peer on the way to which packets are lost.
+/// The same of all peers, each with a peer on the way to which packets are lost. Where checksums go wrong
+/// here, no peer answers: one that does tells that those which do not hang, or are firewalled.
 pub(super) fn blamed<'a>(
     findings: impl Iterator<Item = (&'a Target, &'a Found)>,
 ) -> BTreeMap<Offload, IpAddr> {
     let mut blamed = BTreeMap::new();
+    let mut is_any_reachable = false;
     for (target, found) in findings {
+        is_any_reachable |= found.reach == Reach::Reachable;
         for offload in found.blamed() {
             let peer = blamed.entry(offload).or_insert(target.outer);
             *peer = target.outer.min(*peer);
         }
+    }
+    if is_any_reachable {
+        blamed.remove(&Offload::Checksum);
     }
     blamed
 }
@@ -49,13 +55,15 @@ mod tests {
         let findings = [
             (target(3), found(Reach::EchoOnly, Path::Unknown)),
             (target(2), found(Reach::EchoOnly, Path::NoOffload)),
-            (target(1), found(Reach::Reachable, Path::Full)),
+            (target(1), found(Reach::Silent, Path::Full)),
+            (target(4), found(Reach::Reachable, Path::Full)),
         ];
         let of = |last| IpAddr::from([192, 0, 2, last]);
         let wanted = [(Offload::Segmentation, of(2)), (Offload::Checksum, of(2))];
         let of_all =
             |findings: &[(Target, Found)]| blamed(findings.iter().map(|(at, it)| (at, it)));
-        assert_eq!(of_all(&findings), BTreeMap::from(wanted));
+        assert_eq!(of_all(&findings[..3]), BTreeMap::from(wanted));
+        assert_eq!(of_all(&findings), BTreeMap::from([wanted[0]]), "one gets them right");
         assert!(of_all(&findings[2..]).is_empty());
     }
 }
