@@ -18,6 +18,7 @@ use crate::direct::Direct;
 use crate::netlink::{GatewayRoute, Netlink};
 use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
+use crate::vxlan;
 use crate::{
     Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
     ExternalInterface, Opened, PeerWay, Report, Started, Way,
@@ -81,6 +82,7 @@ impl Backend for HostGw {
     }
 
     fn start(&mut self, _: &Lease) -> Result<Started, BackendError> {
+        vxlan::remove_stale(&self.netlink, &self.networks, &[])?;
         let device = self.interface.name.clone();
         Ok(Started { device, other_devices: Vec::new(), mtu: self.interface.mtu })
     }
@@ -143,10 +145,7 @@ impl HostGw {
     /// To one of the subnets of a lease.
     fn route_to(&self, destination: IpNetwork, peer: &DesiredPeer) -> Result<GatewayRoute, String> {
         let Lease { key, attrs, .. } = &peer.lease;
-        if attrs.backend_type != BackendKind::HostGw.to_string() {
-            let kind = if attrs.backend_type.is_empty() { "udp" } else { &attrs.backend_type };
-            return Err(format!("the node of {key} is of the backend {kind}, not host-gw"));
-        }
+        BackendKind::HostGw.require(&peer.lease)?;
         let link = self.interface.index;
         if destination.is_ipv6() && self.is_doubtful(attrs) {
             let gateway = IpAddr::V6(self.neighbour(peer)?);

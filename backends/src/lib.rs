@@ -116,6 +116,23 @@ impl BackendKind {
         }
     }
 
+    /// Whether a lease is of a node with this backend. flannel's udp writes no type.
+    pub fn is_of(self, attrs: &LeaseAttrs) -> bool {
+        let name = if attrs.backend_type.is_empty() { "udp" } else { &attrs.backend_type };
+        Self::from_config(name) == Some(self)
+    }
+
+    /// # Errors
+    /// The lease is of a node with another backend; the text says which.
+    fn require(self, lease: &Lease) -> Result<(), String> {
+        if self.is_of(&lease.attrs) {
+            return Ok(());
+        }
+        let (key, other) = (&lease.key, &lease.attrs.backend_type);
+        let other = if other.is_empty() { "udp" } else { other };
+        Err(format!("the node of {key} is of the backend {other}, not {self}"))
+    }
+
     /// The UDP port that its packets go to, where they go to one: the configured or its own.
     pub fn port(self, config: Option<&BackendConfig>) -> Option<u16> {
         let own = match self {

@@ -23,8 +23,9 @@ use crate::netlink::{Link, LinkSettings, Netlink, ROUTE_PROTOCOL};
 use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
 use crate::{
-    Backend, BackendError, BackendEvent, BackendStatus, Basis, Desired, DesiredPeer,
+    Backend, BackendError, BackendEvent, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
     ExternalInterface, GivenUp, Offload, Opened, Options, PeerWay, Report, Started, Way, mtu_min,
+    vxlan,
 };
 
 /// The name that flannel's device has; the kernel puts the next free number.
@@ -33,7 +34,7 @@ const DEVICE: &str = "flannel%d";
 pub(crate) const DEFAULT_PORT: u16 = 8285;
 /// As many packets may wait in the device for the engine: flannel's 500 lose bursts of a single TCP
 /// stream.
-const SETTINGS: LinkSettings = LinkSettings { mtu: None, queue_len: Some(10_000) };
+const QUEUE_LEN: u32 = 10_000;
 
 /// The udp-tun backend.
 #[derive(Debug)]
@@ -115,6 +116,8 @@ impl Backend for UdpTun {
             tuning: self.options.tuning.clone(),
         })?;
         let device = engine.device().to_owned();
+        let networks: Vec<IpNetwork> = self.config.families().map(|it| it.network).collect();
+        vxlan::remove_stale(&self.netlink, &networks, &[])?;
         self.configure(&device, lease)?;
         self.running = Some(Running {
             opened: Some(engine),
@@ -143,6 +146,10 @@ impl Backend for UdpTun {
         let (mut peers, mut problems) = (Vec::new(), Vec::new());
         let known = std::mem::take(&mut self.traffic);
         for desired in &desired.peers {
+            if let Err(problem) = BackendKind::UdpTun.require(&desired.lease) {
+                problems.push(problem);
+                continue;
+            }
             let key = desired.lease.key;
             let traffic = known.get(&key).map(Arc::clone).unwrap_or_default();
             self.traffic.insert(key, Arc::clone(&traffic));
@@ -301,7 +308,9 @@ impl UdpTun {
     /// Address, route, queue length and sysctls of our device. Says whether anything had to be done.
     fn configure(&self, device: &str, lease: &Lease) -> Result<bool, BackendError> {
         let link = self.link(device)?;
-        let mut changed = self.netlink.claim_link(&link, SETTINGS)?;
+        let mtu = Some(self.mtu(self.underlay()?)?.into());
+        let settings = LinkSettings { mtu, queue_len: Some(QUEUE_LEN) };
+        let mut changed = self.netlink.claim_link(&link, settings)?;
         accept_own_address(device);
         if self.direct.is_some() {
             loosen_filter(device);

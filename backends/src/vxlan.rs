@@ -28,7 +28,7 @@ use crate::{
 use devices::{Device, devices};
 use ways::Ways;
 
-pub(crate) use devices::KERNEL_PORT;
+pub(crate) use devices::{KERNEL_PORT, remove_stale};
 
 /// Checksums of inner packets are left to the network card, and some fill in wrong ones.
 const TX_CHECKSUM: &str = "tx-checksum-ip-generic";

@@ -12,7 +12,7 @@ use weft_daemon::lab::{Lab, LabOptions, PingOptions};
 use weft_tests::load::{ends, loses_nothing_while};
 use weft_tests::{
     DEADLINE, SUBNETS_KEPT_FREE, all_acquainted, bring_up, counter, free_subnet, has_device, hosts,
-    log, overlay, pings, subnet, tells, until, write_config,
+    log, logs, overlay, pings, subnet, tells, until, write_config,
 };
 
 /// The file of a host's lease.
@@ -187,6 +187,17 @@ fn a_deleted_device_comes_back() -> Result<()> {
     lab.remove()
 }
 
+/// It would pass for a path that swallows large packets.
+#[test]
+fn an_mtu_that_somebody_changes_is_put_right() -> Result<()> {
+    let lab = overlay(2)?;
+    let netns = &lab.host(0).netns;
+    netns.ip(&["link", "set", "flannel0", "mtu", "1300"])?;
+    let link = || netns.tool("ip", &["link", "show", "flannel0"]);
+    until("it is as before", || Ok(link()?.contains("mtu 1472")))?;
+    lab.remove()
+}
+
 /// Containers that send while it starts: who is told that there is no way gives up.
 #[test]
 fn before_the_peers_are_known_nobody_is_told_that_there_are_none() -> Result<()> {
@@ -229,6 +240,60 @@ fn a_device_that_is_deleted_again_and_again_comes_back_more_and_more_slowly() ->
     assert!((1..=8).contains(&broken), "{broken}");
     until("it is there again", || has_device(netns, "flannel0"))
         .with_context(|| log(&lab, 0).unwrap_or_default())?;
+    lab.remove()
+}
+
+#[test]
+fn who_waits_for_a_lease_goes_by_another_config() -> Result<()> {
+    let mut lab = hosts(2)?;
+    let config = |max: u8| {
+        format!(
+            r#"{{"Network":"10.42.0.0/16","SubnetMin":"10.42.5.0","SubnetMax":"10.42.{max}.0"}}"#
+        )
+    };
+    write_config(&lab, &config(5))?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    lab.start_daemon(1, &[])?;
+    logs(&lab, 1, "out of subnets")?;
+    write_config(&lab, &config(6))?;
+    lab.wait_ready(1, DEADLINE)?;
+    assert_eq!(subnet(&lab, 1)?.to_string(), "10.42.6.0/24");
+    all_acquainted(&lab)?;
+    lab.remove()
+}
+
+/// Where the overlay gets another backend, vxlan's device would go on letting in what strangers send, past
+/// the guard of the next one. A node that has the former one still is told of.
+#[test]
+fn the_device_of_a_former_backend_goes() -> Result<()> {
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &["--backend=vxlan"])?;
+    for backend in ["udp-tun", "host-gw"] {
+        lab.stop_daemon(0)?;
+        let netns = &lab.host(0).netns;
+        if !has_device(netns, "flannel.1")? {
+            netns.ip(&[
+                "link",
+                "add",
+                "flannel.1",
+                "type",
+                "vxlan",
+                "id",
+                "1",
+                "dstport",
+                "8472",
+            ])?;
+            netns.ip(&["link", "set", "flannel.1", "alias", "weft"])?;
+            let base = format!("{}/32", subnet(&lab, 1)?.network());
+            netns.ip(&["address", "add", &base, "dev", "flannel.1"])?;
+        }
+        lab.start_daemon(0, &[&format!("--backend={backend}")])?;
+        lab.wait_ready(0, DEADLINE)?;
+        assert!(!has_device(&lab.host(0).netns, "flannel.1")?, "{backend}");
+        tells(&lab, 0, &format!("is of the backend vxlan, not {backend}"))?;
+        assert!(lab.status(0)?.peers.is_empty());
+    }
     lab.remove()
 }
 

@@ -10,7 +10,7 @@ use weft_control::{ConfigError, Lease, NetworkConfig};
 use super::{MTU_MAX, Vxlan};
 use crate::direct;
 use crate::mac::Mac;
-use crate::netlink::{LINK_ALIAS, Link, LinkSettings, VxlanShape};
+use crate::netlink::{LINK_ALIAS, Link, LinkSettings, Netlink, VxlanShape};
 use crate::{BackendError, ExternalInterface, mtu_min};
 
 /// What the wrapping takes: Ethernet, VXLAN, UDP and an IPv4 header.
@@ -79,7 +79,11 @@ impl Vxlan {
     ) -> Result<bool, BackendError> {
         let mut changed = false;
         let mut links = self.netlink.links()?;
-        self.remove_obsolete(&mut links)?;
+        let names: Vec<&str> = self.devices.iter().map(|device| device.name.as_str()).collect();
+        let networks: Vec<IpNetwork> = self.config.families().map(|it| it.network).collect();
+        if remove_stale(&self.netlink, &networks, &names)? {
+            links = self.netlink.links()?;
+        }
         for number in 0..self.devices.len() {
             changed |= self.make_or_adopt(&self.devices[number], &links)?;
         }
@@ -163,22 +167,6 @@ impl Vxlan {
             })
     }
 
-    /// Where a family has gone, from the config or from the interface, its device is in the way of
-    /// what is left.
-    fn remove_obsolete(&self, links: &mut Vec<Link>) -> Result<(), BackendError> {
-        let is_obsolete = |link: &mut Link| {
-            let names = [false, true].map(|ipv6| device_name(self.options.vni, ipv6));
-            names.contains(&link.name)
-                && link.alias.as_deref() == Some(LINK_ALIAS)
-                && self.devices.iter().all(|device| device.name != link.name)
-        };
-        for link in links.extract_if(.., is_obsolete) {
-            tracing::info!(device = link.name, "removing the device of a family that is gone");
-            self.netlink.remove_link(&link)?;
-        }
-        Ok(())
-    }
-
     /// The base of each of our subnets, and no other address of the overlay.
     fn set_addresses(
         &self,
@@ -202,6 +190,29 @@ impl Vxlan {
         }
         Ok(changed)
     }
+}
+
+/// Removes the devices of this overlay but those in use, and says whether there were any. Where the VNI, the
+/// backend, or a family has changed, they would go on letting in what strangers send.
+pub(crate) fn remove_stale(
+    netlink: &Netlink,
+    networks: &[IpNetwork],
+    in_use: &[&str],
+) -> Result<bool, BackendError> {
+    let is_ours = |link: &&Link| {
+        let mut ips = link.addresses.iter().map(|address| address.network.ip());
+        link.vxlan.is_some()
+            && link.alias.as_deref() == Some(LINK_ALIAS)
+            && !in_use.contains(&link.name.as_str())
+            && ips.any(|ip| networks.iter().any(|network| network.contains(ip)))
+    };
+    let links = netlink.links()?;
+    let stale: Vec<&Link> = links.iter().filter(is_ours).collect();
+    for link in &stale {
+        tracing::info!(device = link.name, "removing a device that is no longer in use");
+        netlink.remove_link(link)?;
+    }
+    Ok(!stale.is_empty())
 }
 
 /// The devices of an overlay: one for each family, over the underlay of the same family, as

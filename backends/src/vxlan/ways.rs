@@ -11,7 +11,7 @@ use weft_control::{Lease, LeaseKey};
 use super::Vxlan;
 use crate::mac::Mac;
 use crate::netlink::{FdbEntry, GatewayRoute, Neighbour, NetlinkError};
-use crate::{Desired, DesiredPeer, PeerWay, Way};
+use crate::{BackendKind, Desired, DesiredPeer, PeerWay, Way};
 
 /// The way to one subnet through the tunnel.
 #[derive(Debug, Clone, Copy)]
@@ -68,10 +68,7 @@ impl Ways {
         subnet: IpNetwork,
     ) -> Result<Way, String> {
         let Lease { key, attrs, .. } = &peer.lease;
-        if attrs.backend_type != "vxlan" {
-            let kind = if attrs.backend_type.is_empty() { "udp" } else { &attrs.backend_type };
-            return Err(format!("the node of {key} is of the backend {kind}, not vxlan"));
-        }
+        BackendKind::Vxlan.require(&peer.lease)?;
         if let Some(route) = backend.direct.as_ref().and_then(|direct| direct.route(subnet, attrs))
         {
             self.direct.push(route);

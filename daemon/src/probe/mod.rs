@@ -384,7 +384,7 @@ pub(crate) fn targets(
         let inner = local(kind, outer, peer.lease.key.networks())?;
         Some(Target { inner, outer, port: ports.get(&outer).copied().flatten() })
     };
-    peers.iter().filter_map(target).collect()
+    peers.iter().filter(|peer| kind.is_of(&peer.lease.attrs)).filter_map(target).collect()
 }
 
 #[cfg(test)]
