@@ -18,6 +18,7 @@ use clap::Args;
 use ipnetwork::IpNetwork;
 use tokio::runtime::{Builder, Runtime};
 use weft_backends::netlink::{KernelRoute, LINK_ALIAS, Link, Netlink, ROUTE_PROTOCOL};
+use weft_control::NetworkConfig;
 use weft_control::firewall::FirewallError;
 use weft_control::firewall::iptables::{Iptables, OwnChain};
 use weft_control::firewall::nftables::{self, Nftables};
@@ -101,6 +102,9 @@ impl Scope {
         let Directories { state_dir, run_dir } = directories;
         let whole_host = state_dir == Path::new(STATE_DIR);
         let made = Made::read_all(state_dir)?;
+        let mut networks: Vec<IpNetwork> =
+            made.iter().flat_map(|made| made.networks.clone()).collect();
+        networks.extend(known_networks(state_dir)?);
         let is_state = |name: &str| STATE_FILES.iter().any(|start| name.starts_with(start));
         let mut files = files_of(state_dir, is_state)?;
         let mut locks: Vec<PathBuf> = made.iter().map(|made| made.lock.clone()).collect();
@@ -124,14 +128,7 @@ impl Scope {
         // The last to go are those that tell what there is.
         files.sort_by_key(|path| path.starts_with(state_dir));
         let directories = emptied.into_iter().filter(|path| holds_only(path, &files)).collect();
-        Ok(Self {
-            whole_host,
-            networks: made.into_iter().flat_map(|made| made.networks).collect(),
-            locks,
-            files,
-            directories,
-            left: left(state_dir)?,
-        })
+        Ok(Self { whole_host, networks, locks, files, directories, left: left(state_dir)? })
     }
 
     /// # Errors
@@ -165,6 +162,17 @@ impl Scope {
 fn holds_only(directory: &Path, files: &[PathBuf]) -> bool {
     files_of(directory, |_| true)
         .is_ok_and(|found| directory.is_dir() && found.iter().all(|path| files.contains(path)))
+}
+
+/// The overlays that daemons here were last in: the notes of what they made may be gone.
+fn known_networks(state_dir: &Path) -> anyhow::Result<Vec<IpNetwork>> {
+    let mut networks = Vec::new();
+    for path in files_of(state_dir, |name| name.starts_with("last-known-"))? {
+        let known: Option<(LastKnown, _)> = StateFile::new(path).load();
+        let config = known.and_then(|(known, _)| known.snapshot.config?.parse().ok());
+        networks.extend(config.iter().flat_map(NetworkConfig::families).map(|it| it.network));
+    }
+    Ok(networks)
 }
 
 /// What lies in a registry, which is not this host's alone.

@@ -52,7 +52,10 @@ impl Made {
     pub(crate) fn read_all(state_dir: &Path) -> anyhow::Result<Vec<Self>> {
         let mut all = Vec::new();
         for path in files_of(state_dir, |name| name.starts_with("made-"))? {
-            all.extend(StateFile::new(path).load().map(|(made, _)| made));
+            let (made, _) = StateFile::new(path.clone()).load().with_context(|| {
+                format!("{} does not tell what weftd has made; remove it", path.display())
+            })?;
+            all.push(made);
         }
         Ok(all)
     }

@@ -1,6 +1,7 @@
 //! Which way a packet would take, found without sending one: from what the daemon knows and what the
 //! kernel would do. `weft trace` asks for it.
 
+use std::fs;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::process::ExitCode;
@@ -135,7 +136,18 @@ pub(crate) fn trace(
         // Not even a default route.
         Ok((None, _)) | Err(_) => None,
     };
-    Ok(follow(status, rules, to, from, device))
+    let mut trace = follow(status, rules, to, from, device);
+    if trace.target != Target::Outside && !forwards(to) {
+        trace.problems.push("this host does not forward packets; see `weft doctor`".into());
+    }
+    Ok(trace)
+}
+
+/// Whether the kernel forwards packets of this family, which containers' are to it.
+fn forwards(to: IpAddr) -> bool {
+    let name = if to.is_ipv6() { "ipv6/conf/all/forwarding" } else { "ipv4/ip_forward" };
+    // What cannot be read is not held against it.
+    !fs::read_to_string(format!("/proc/sys/net/{name}")).is_ok_and(|it| it.trim() == "0")
 }
 
 /// `device` is what the kernel would send the packet out of.

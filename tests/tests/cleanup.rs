@@ -212,6 +212,34 @@ fn after_vxlan_of_both_families_nothing_is_left() -> Result<()> {
     leaves_nothing("vxlan", BOTH_FAMILIES, data, &["--firewall=iptables"], &made)
 }
 
+/// The note of what was made may be gone, or torn.
+#[test]
+fn without_the_note_the_last_known_network_counts() -> Result<()> {
+    let mut lab = host_of_its_own("host-gw", IPV4, r#","BackendType":"host-gw""#)?;
+    lab.start_daemon(0, &["--firewall=iptables"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let state_dir = lab.host(0).state_dir.clone();
+    let file = |start: &str| -> Result<Option<PathBuf>> {
+        let mut paths = fs::read_dir(&state_dir)?.filter_map(|entry| Some(entry.ok()?.path()));
+        Ok(paths.find(|path| {
+            path.file_name().is_some_and(|it| it.to_string_lossy().starts_with(start))
+        }))
+    };
+    until("what is known is written down", || Ok(file("last-known-")?.is_some()))?;
+    lab.stop_daemon(0)?;
+    let note = file("made-")?.context("no note")?;
+    fs::write(&note, "")?;
+    let scope = ["--state-dir", &state_dir.display().to_string()];
+    let (code, text) = cleanup(&lab.host(0).netns, &scope)?;
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("does not tell what weftd has made; remove it"), "{text}");
+    fs::remove_file(note)?;
+    let (code, text) = cleanup(&lab.host(0).netns, &scope)?;
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("removed chain FLANNEL-FWD"), "{text}");
+    lab.remove()
+}
+
 /// A firewall's program that fails keeps nothing from being removed but the records of what there is.
 #[test]
 fn what_a_failing_program_hides_is_left_for_another_try() -> Result<()> {

@@ -10,7 +10,7 @@ use weft_daemon::lab::{
     Bytes, EtcdOptions, Lab, LabOptions, Patience, PingOptions, Underlay, ping, transfer,
 };
 use weft_daemon::netns::NetNs;
-use weft_tests::{DEADLINE, bring_up, dual_stack, etcd, reaches, until, write_config};
+use weft_tests::{DEADLINE, bring_up, dual_stack, etcd, reaches, tells, until, write_config};
 
 const IPV4: &str = "10.42.0.0/16";
 const IPV6: &str = "fd00:42::/48";
@@ -193,6 +193,9 @@ fn a_family_that_comes_or_goes_brings_or_takes_its_device() -> Result<()> {
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, DEADLINE)?;
     assert_eq!(locals(&lab, 0)?, [format!("flannel.1 {}", ipv4[0])]);
+    // Each kernel takes what bears a device's own MAC only.
+    tells(&lab, 0, "has a device for each family, and we have one for both")?;
+    tells(&lab, 1, "publishes no address of")?;
     lab.remove()
 }
 

@@ -79,7 +79,13 @@ fn ways(lab: &Lab) -> Result<()> {
         "{text}"
     );
     netns.ip(&["route", "del", &to])?;
-    Ok(())
+    let forward = |value: &'static str| {
+        netns.run(move || fs::write("/proc/sys/net/ipv4/ip_forward", value))?.context("a sysctl")
+    };
+    forward("0")?;
+    let (ok, text) = weft(lab, &["trace", &to])?;
+    assert!(!ok && text.contains("PROBLEM  this host does not forward packets"), "{text}");
+    forward("1")
 }
 
 fn rates(lab: &Lab) -> Result<()> {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use serde_json::Value;
-use weft_control::{Lease, LeaseKey};
+use weft_control::{Lease, LeaseAttrs, LeaseKey};
 
 use super::Vxlan;
 use crate::mac::Mac;
@@ -80,6 +80,14 @@ impl Ways {
             .find(|device| device.carries(subnet.is_ipv6()))
             .ok_or_else(|| format!("no device carries {subnet}"))?;
         let data = if subnet.is_ipv6() { &attrs.backend_v6_data } else { &attrs.backend_data };
+        if subnet.is_ipv6() && device.carries(false) && has_two_devices(attrs) {
+            return Err(format!(
+                "the node of {key} has a device for each family, and we have one for both, {} having \
+                 addresses of one family only: give both hosts addresses of the same families, and \
+                 start weftd again",
+                backend.interface.name
+            ));
+        }
         let mac = vtep_mac(data.as_ref(), backend.options.vni)
             .map_err(|reason| format!("the node of {key} cannot be sent to: {reason}"))?;
         let destination = attrs.public_addresses().find(|ip| same_family(*ip, device.local));
@@ -161,6 +169,16 @@ fn established_first<'a>(backend: &Vxlan, desired: &'a Desired) -> Vec<&'a Desir
     let (mut first, then): (Vec<_>, Vec<_>) = desired.peers.iter().partition(is_known);
     first.extend(then);
     first
+}
+
+/// Whether a node's IPv6 frames go to another device than its IPv4 frames, which one device cannot
+/// send to: each takes what bears its own MAC only.
+fn has_two_devices(attrs: &LeaseAttrs) -> bool {
+    let mac = |data: &Option<Value>| data.as_ref().map(|data| data["VtepMAC"].clone());
+    match (mac(&attrs.backend_data), mac(&attrs.backend_v6_data)) {
+        (Some(ipv4), Some(ipv6)) => ipv4 != ipv6,
+        (None, _) | (_, None) => false,
+    }
 }
 
 /// The MAC that a lease tells of.
