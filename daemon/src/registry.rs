@@ -121,7 +121,8 @@ async fn find_config(
                 format!("there is none in {}; write one, or start with --network", v3.describe())
             }
             Err(error) => {
-                if by_v2.is_err() && config_file(settings, &v3).load().is_some() {
+                let is_v2_left_behind = by_v2.is_err() || has_config(&by_v2);
+                if is_v2_left_behind && config_file(settings, &v3).load().is_some() {
                     return Box::new(v3);
                 }
                 if by_v2.is_err() && config_file(settings, &v2).load().is_some() {

@@ -143,7 +143,7 @@ pub(crate) fn trace(
     Ok(trace)
 }
 
-/// Whether the kernel forwards packets of this family, which containers' are to it.
+/// Whether the kernel forwards packets of this family, as it has to for containers.
 fn forwards(to: IpAddr) -> bool {
     let name = if to.is_ipv6() { "ipv6/conf/all/forwarding" } else { "ipv4/ip_forward" };
     // What cannot be read is not held against it.
