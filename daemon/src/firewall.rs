@@ -8,14 +8,14 @@ use anyhow::Context;
 use clap::ValueEnum;
 use ipnetwork::IpNetwork;
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval};
 use weft_backends::KernelEvents;
 use weft_backends::netlink::Netlink;
 use weft_control::firewall::iptables::Iptables;
 use weft_control::firewall::nftables::Nftables;
 use weft_control::firewall::{FirewallError, Rules};
 
-use crate::repairs::{REST_FOLD, Repairs};
+use crate::repairs::Repairs;
 use crate::retry::Repeats;
 
 /// By what program rules come into the kernel.
@@ -199,7 +199,6 @@ impl Keeper {
             .ok();
         let mut timer = interval(resync);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut rest_until = Instant::now();
         loop {
             tokio::select! {
                 changed = wanted.changed() => {
@@ -208,13 +207,11 @@ impl Keeper {
                     }
                 }
                 _ = timer.tick() => {}
-                () = next(events.as_ref(), rest_until), if !self.repairs.is_fight() => {}
+                () = next(events.as_ref()), if !self.repairs.is_fight() => {}
             }
             let now = wanted.borrow_and_update().clone();
             if let Some(now) = now {
-                let begun = Instant::now();
                 self.once(now).await;
-                rest_until = Instant::now() + (begun.elapsed() * REST_FOLD).min(resync);
             }
         }
     }
@@ -302,9 +299,8 @@ impl Keeper {
     }
 }
 
-/// The next group of changes, after a rest; none for ever where the kernel does not tell.
-async fn next(events: Option<&KernelEvents>, rest_until: Instant) {
-    tokio::time::sleep_until(rest_until).await;
+/// The next group of changes; none for ever where the kernel does not tell.
+async fn next(events: Option<&KernelEvents>) {
     match events {
         Some(events) => events.changed().await,
         None => std::future::pending().await,

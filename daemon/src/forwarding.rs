@@ -32,7 +32,6 @@ use crate::overlap;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Prober};
-use crate::repairs::REST_FOLD;
 use crate::run::choose_backend;
 use crate::state_file::{LastKnown, StateFile};
 use asleep::LastLook;
@@ -50,6 +49,9 @@ const NODE_TTL: Duration = Duration::from_secs(60);
 /// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
 
+/// After a look at all that the kernel has, the daemon rests for so many times as long as that took,
+/// however much changes on a busy host: some tenth of a core, and not more than this behind.
+const REST_FOLD: u32 = 10;
 const REST_MAX: Duration = Duration::from_secs(5);
 
 /// What stays the same while one lease is forwarded under.

@@ -8,10 +8,6 @@ use tokio::time::Instant;
 const A_MINUTE_MAX: u32 = 10;
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// After a look at all that the kernel has, the daemon rests for so many times as long as that took,
-/// however much changes on a busy host: some tenth of a core, and not more than this behind.
-pub(crate) const REST_FOLD: u32 = 10;
-
 /// Counts repairs, and knows a fight.
 #[derive(Debug)]
 pub(crate) struct Repairs {
