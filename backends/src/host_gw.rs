@@ -82,7 +82,7 @@ impl Backend for HostGw {
     }
 
     fn start(&mut self, _: &Lease) -> Result<Started, BackendError> {
-        vxlan::remove_stale(&self.netlink, &self.networks, &[])?;
+        vxlan::remove_stale(&self.netlink, &mut self.netlink.links()?, &self.networks, &[])?;
         let device = self.interface.name.clone();
         Ok(Started { device, other_devices: Vec::new(), mtu: self.interface.mtu })
     }

@@ -117,7 +117,7 @@ impl Backend for UdpTun {
         })?;
         let device = engine.device().to_owned();
         let networks: Vec<IpNetwork> = self.config.families().map(|it| it.network).collect();
-        vxlan::remove_stale(&self.netlink, &networks, &[])?;
+        vxlan::remove_stale(&self.netlink, &mut self.netlink.links()?, &networks, &[])?;
         self.configure(&device, lease)?;
         self.running = Some(Running {
             opened: Some(engine),

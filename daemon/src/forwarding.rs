@@ -3,6 +3,7 @@
 
 mod asleep;
 mod claiming;
+mod config;
 mod desired;
 mod turn;
 
@@ -28,14 +29,13 @@ use crate::firewall::Firewall;
 use crate::flags::Settings;
 use crate::health::Health;
 use crate::node;
-use crate::overlap;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Prober};
-use crate::run::choose_backend;
 use crate::state_file::{LastKnown, StateFile};
 use asleep::LastLook;
 use claiming::{Claiming, claimed};
+use config::follow_config;
 use desired::desired;
 use turn::{Lost, Turn};
 
@@ -497,49 +497,6 @@ impl Forwarding<'_> {
             status.lease_reserved = turn.lease.expires == Expiry::Never;
             status.lease_renewal = turn.renewal.and_then(on_the_clock);
         });
-    }
-}
-
-/// Goes by a network config that was changed, where a running daemon can: in which subnets are given
-/// out. Says what is wrong with it otherwise.
-fn follow_config(settings: &Settings, snapshot: &Snapshot, turn: &mut Turn) -> Option<String> {
-    let Some(text) = &snapshot.config else {
-        return Some("the network config is gone; going on with what it was".into());
-    };
-    match text.parse::<NetworkConfig>() {
-        Ok(config) if config == turn.config => None,
-        Ok(config)
-            if config.differs_in_bounds_only(&turn.config)
-                && keeper::is_compatible(&config, &turn.lease.key) =>
-        {
-            tracing::info!("the range of subnets in the network config has changed; going by it");
-            turn.config = config;
-            None
-        }
-        Ok(config) => Some(match unusable(settings, &config, &turn.interface) {
-            Some(reason) => format!(
-                "the network config has become one that weftd would not start with ({reason}); going \
-                 on with what it was"
-            ),
-            None => "the network config has changed; restart weftd to go by it".into(),
-        }),
-        Err(error) => Some(format!(
-            "the network config is a bad one now ({error}); going on with what it was"
-        )),
-    }
-}
-
-/// What a start with this config would wait for, or end by.
-fn unusable(
-    settings: &Settings,
-    config: &NetworkConfig,
-    interface: &ExternalInterface,
-) -> Option<String> {
-    match choose_backend(config, settings) {
-        Err(error) => Some(error.to_string()),
-        Ok(Err(reason)) => Some(reason),
-        Ok(Ok(kind)) => overlap::conflict(config, interface, &[], &settings.registry)
-            .or_else(|| Some(external::open(settings, config, kind, interface).err()?.to_string())),
     }
 }
 

@@ -382,6 +382,18 @@ impl Drop for Weftd {
     }
 }
 
+/// A process that is killed when this is dropped.
+#[derive(Debug)]
+pub struct Killed(pub Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Both fail only for a process that has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// An IP packet with a UDP datagram in it, valid in every field.
 pub fn udp_packet(from: IpAddr, to: IpAddr, port: u16, ttl: u8, payload: &[u8]) -> Result<Vec<u8>> {
     let builder = match (from, to) {

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -22,7 +22,8 @@ use weft_tests::etcd::{
     registry, wait_until_it_serves, weftd,
 };
 use weft_tests::{
-    DEADLINE, Weftd, all_acquainted, bring_up, health, log, logs, pings, subnet, tells, until,
+    DEADLINE, Killed, Weftd, all_acquainted, bring_up, health, log, logs, pings, subnet, tells,
+    until,
 };
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -303,17 +304,6 @@ fn a_watch_through_a_proxy_lasts() -> Result<()> {
         assert!(!log.contains("listing etcd"), "{log}");
     }
     lab.remove()
-}
-
-/// Ends with its test.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        // Both fail only for a process that has ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Nobody can tell whose it is, so it is nobody's to overwrite; another subnet would cut containers off.

@@ -3,13 +3,13 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use weft_daemon::lab::Lab;
 use weft_tests::etcd::hosts;
-use weft_tests::{output_of, program};
+use weft_tests::{Killed, output_of, program};
 
 /// The flags that name one registry, and a command against it from the first host.
 struct Target<'a> {
@@ -146,16 +146,6 @@ fn a_watch_of_what_cannot_be_read_ends() -> Result<()> {
     lab.remove()
 }
 
-/// Ends when it is dropped.
-struct Watch(Child);
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn a_watch_shows_what_changes() -> Result<()> {
     let (lab, directory) = (hosts(1, 1)?, tempfile::tempdir()?);
@@ -163,7 +153,7 @@ fn a_watch_shows_what_changes() -> Result<()> {
         target.run(&["init", "10.42.0.0/16"])?;
         target.run(&["reserve", "10.42.1.0/24", "192.0.2.1"])?;
         let mut command = target.command(&["watch"])?;
-        let mut watching = Watch(lab.host(0).netns.spawn(command.stdout(Stdio::piped()))?);
+        let mut watching = Killed(lab.host(0).netns.spawn(command.stdout(Stdio::piped()))?);
         let mut lines = BufReader::new(watching.0.stdout.take().context("no output")?).lines();
         let mut next = || lines.next().context("it ended")?.context("no line");
         assert_eq!(next()?, "added 10.42.1.0-24 192.0.2.1");

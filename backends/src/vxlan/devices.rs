@@ -81,9 +81,7 @@ impl Vxlan {
         let mut links = self.netlink.links()?;
         let names: Vec<&str> = self.devices.iter().map(|device| device.name.as_str()).collect();
         let networks: Vec<IpNetwork> = self.config.families().map(|it| it.network).collect();
-        if remove_stale(&self.netlink, &networks, &names)? {
-            links = self.netlink.links()?;
-        }
+        remove_stale(&self.netlink, &mut links, &networks, &names)?;
         for number in 0..self.devices.len() {
             changed |= self.make_or_adopt(&self.devices[number], &links)?;
         }
@@ -192,27 +190,26 @@ impl Vxlan {
     }
 }
 
-/// Removes the devices of this overlay but those in use, and says whether there were any. Where the VNI, the
-/// backend, or a family has changed, they would go on letting in what strangers send.
+/// Removes the devices of this overlay but those in use. Where the VNI, the backend, or a family has changed,
+/// they would go on letting in what strangers send.
 pub(crate) fn remove_stale(
     netlink: &Netlink,
+    links: &mut Vec<Link>,
     networks: &[IpNetwork],
     in_use: &[&str],
-) -> Result<bool, BackendError> {
-    let is_ours = |link: &&Link| {
+) -> Result<(), BackendError> {
+    let is_stale = |link: &mut Link| {
         let mut ips = link.addresses.iter().map(|address| address.network.ip());
         link.vxlan.is_some()
             && link.alias.as_deref() == Some(LINK_ALIAS)
             && !in_use.contains(&link.name.as_str())
             && ips.any(|ip| networks.iter().any(|network| network.contains(ip)))
     };
-    let links = netlink.links()?;
-    let stale: Vec<&Link> = links.iter().filter(is_ours).collect();
-    for link in &stale {
+    for link in links.extract_if(.., is_stale) {
         tracing::info!(device = link.name, "removing a device that is no longer in use");
-        netlink.remove_link(link)?;
+        netlink.remove_link(&link)?;
     }
-    Ok(!stale.is_empty())
+    Ok(())
 }
 
 /// The devices of an overlay: one for each family, over the underlay of the same family, as

@@ -42,6 +42,8 @@ pub(super) struct Turn {
     /// Of those, another node at our address, and a network config that is not gone by.
     pub(super) rival: Option<String>,
     pub(super) config_problem: Option<String>,
+    /// Another config, by which we do not go, and what is said of it.
+    pub(super) judged: Option<(NetworkConfig, String)>,
     /// What came of the last try to write subnet.env; and whether it has said once what it should.
     pub(super) subnet_file: Option<Result<(), String>>,
     pub(super) is_announced: bool,
@@ -114,6 +116,7 @@ impl Turn {
             problems: BTreeSet::new(),
             rival: None,
             config_problem: None,
+            judged: None,
             subnet_file: None,
             is_announced: false,
             repairs: Repairs::new(),
