@@ -10,6 +10,7 @@ pub mod doctor;
 mod external;
 pub mod firewall;
 pub mod flags;
+mod former;
 mod forwarding;
 pub mod generate;
 mod handed;

@@ -45,6 +45,13 @@ impl Made {
             .await
     }
 
+    /// The networks that the daemon with these files was in when it last wrote them.
+    pub(crate) fn last_networks(files: &NodeFiles) -> Vec<IpNetwork> {
+        StateFile::new(files.made.clone())
+            .load()
+            .map_or_else(Vec::new, |(made, _): (Self, _)| made.networks)
+    }
+
     /// What all daemons have written down that keep their state in this directory.
     ///
     /// # Errors

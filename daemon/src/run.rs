@@ -8,7 +8,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use ipnetwork::IpNetwork;
 use rustix::thread::{CapabilitySet, capabilities};
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use weft_backends::{BackendError, BackendKind, ExternalInterface, KernelEvents, Started};
 use weft_control::firewall::Rules;
@@ -22,6 +24,7 @@ use crate::board::Board;
 use crate::external::{self, Prepared, Surroundings};
 use crate::firewall::{Firewall, Wanted};
 use crate::flags::{Flags, Note, Settings};
+use crate::former;
 use crate::forwarding::{Ended, Forwarding, Tenure, expiry};
 use crate::health::Health;
 use crate::http;
@@ -177,6 +180,7 @@ impl Daemon<'_> {
         let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
         self.board.firewall(firewall.watch());
+        self.remove_former(&station).await;
         self.record_made(&station).await;
         let mut pauses = Backoff::default();
         loop {
@@ -266,6 +270,16 @@ impl Daemon<'_> {
         self.tell_place(&station.place, why);
         station.last_known = StateFile::new(station.place.node.files.last_known.clone());
         Ok(())
+    }
+
+    /// Removes what this node made for another Network. It is in nobody's way, so packets move without.
+    async fn remove_former(&self, station: &Station) {
+        let former = Made::last_networks(&station.place.node.files);
+        let kept: Vec<IpNetwork> = self.config.families().map(|family| family.network).collect();
+        let removed = spawn_blocking(move || former::remove(&former, &kept)).await;
+        if let Err(error) = removed.unwrap_or_else(|panicked| Err(panicked.into())) {
+            tracing::warn!("cannot remove what was made for a former Network: {error:#}");
+        }
     }
 
     /// Writes down what `weft cleanup` is to find. Packets move without it, as on a full disk.

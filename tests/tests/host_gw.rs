@@ -183,6 +183,29 @@ fn a_restart_loses_nothing_and_cleans_up_what_is_gone() -> Result<()> {
     lab.remove()
 }
 
+/// Nobody else would ever remove them.
+#[test]
+fn routes_into_a_former_network_go() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    are_as_wanted(&lab, 0)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    // Of another daemon beside this one.
+    host.ip(&["route", "add", "10.99.1.0/24", "via", "10.168.0.250", "proto", "119"])?;
+    write_config(&lab, r#"{"Network":"10.43.0.0/16","Backend":{"Type":"host-gw"}}"#)?;
+    for number in 0..2 {
+        lab.stop_daemon(number)?;
+        lab.start_daemon(number, &[])?;
+        lab.wait_ready(number, DEADLINE)?;
+    }
+    let another = ("10.99.1.0/24".to_owned(), "10.168.0.250".to_owned());
+    let wanted = [wanted(&lab, 0)?, vec![another]].concat();
+    assert!(wanted[0].0.starts_with("10.43."), "{wanted:?}");
+    until("only routes of this overlay are left", || Ok(routes(&host, "-4")? == wanted))
+        .with_context(|| format!("{:?}, not {wanted:?}", routes(&host, "-4")))?;
+    lab.remove()
+}
+
 /// Leases that cannot be served are told, each with the reason; the others go on.
 #[test]
 fn peers_that_cannot_be_reached_are_told() -> Result<()> {
