@@ -1,6 +1,5 @@
 //! The registry that the flags name.
 
-use weft_control::lease::Snapshot;
 use weft_control::{
     Access, DirectoryRegistry, Etcd2Registry, Etcd3Registry, Registry, RegistryError,
 };
@@ -58,7 +57,7 @@ pub(crate) async fn open_now(
                 EtcdApi::V2 => true,
                 EtcdApi::V3 => false,
                 EtcdApi::Auto => {
-                    let (by_v3, by_v2) = tokio::join!(v3.snapshot(), v2.snapshot());
+                    let (by_v3, by_v2) = tokio::join!(v3.config(), v2.config());
                     !has_config(&by_v3) && !is_refused(&by_v3) && has_config(&by_v2)
                 }
             };
@@ -67,12 +66,15 @@ pub(crate) async fn open_now(
     }
 }
 
-fn has_config(found: &Result<Snapshot, RegistryError>) -> bool {
-    found.as_ref().is_ok_and(|snapshot| snapshot.config.is_some())
+/// What a registry says of its network config.
+type Found = Result<Option<String>, RegistryError>;
+
+fn has_config(found: &Found) -> bool {
+    matches!(found, Ok(Some(_)))
 }
 
 /// Whether there may be a config all the same, which we are not let see.
-fn is_refused(found: &Result<Snapshot, RegistryError>) -> bool {
+fn is_refused(found: &Found) -> bool {
     matches!(found, Err(RegistryError::Refused { .. }))
 }
 
@@ -95,7 +97,7 @@ async fn find_config(
     loop {
         let v3 = Etcd3Registry::new(access, prefix);
         let v2 = Etcd2Registry::new(access, prefix);
-        let (by_v3, by_v2) = tokio::join!(v3.snapshot(), v2.snapshot());
+        let (by_v3, by_v2) = tokio::join!(v3.config(), v2.config());
         board.registry(by_v3.is_ok() || by_v2.is_ok());
         match (has_config(&by_v3), has_config(&by_v2)) {
             (true, both) => {

@@ -140,7 +140,7 @@ impl Operator<'_> {
         if self.registry.init_config(&text).await? {
             return Ok(writeln!(self.out, "wrote {text}")?);
         }
-        let found = self.registry.snapshot().await?.config.unwrap_or_default();
+        let found = self.registry.config().await?.unwrap_or_default();
         bail!("there is a network config already: {found}");
     }
 

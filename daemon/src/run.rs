@@ -334,7 +334,7 @@ impl Daemon<'_> {
     async fn outdated(&self, known: &ExternalInterface) -> &'static str {
         loop {
             tokio::time::sleep(OUTDATED_INTERVAL).await;
-            let found = self.registry.snapshot().await.ok().and_then(|found| found.config);
+            let found = self.registry.config().await.ok().flatten();
             let config = found.and_then(|text| text.parse().ok());
             if config.is_some_and(|config: NetworkConfig| config != self.config) {
                 return "the network config has changed";
@@ -361,7 +361,7 @@ impl Daemon<'_> {
         file: &StateFile<LastKnown>,
     ) -> (Lease, Snapshot) {
         let previous = read_previous(&self.settings.subnet_file);
-        if let Err(error) = self.registry.snapshot().await
+        if let Err(error) = self.registry.config().await
             && let Some((known, since)) = file.load()
             && known.lease.attrs.same_node(&claim.identity.attrs)
             && keeper::is_compatible(claim.config, &known.lease.key)
@@ -445,10 +445,10 @@ async fn read_config(
     file: &StateFile<String>,
     board: &Board,
 ) -> Result<String, String> {
-    let snapshot = registry.snapshot().await;
-    board.registry(snapshot.is_ok());
-    let found = match snapshot {
-        Ok(snapshot) => snapshot.config,
+    let found = registry.config().await;
+    board.registry(found.is_ok());
+    let found = match found {
+        Ok(found) => found,
         Err(error) => {
             let (text, since) = file.load().ok_or_else(|| error.to_string())?;
             tracing::warn!("{error}; starting with the network config known at {since}");
@@ -465,7 +465,7 @@ async fn read_config(
         tracing::info!("wrote the network config, there being none: {wanted}");
     }
     // It may be somebody else's, who was faster.
-    let found = registry.snapshot().await.map_err(|error| error.to_string())?.config;
+    let found = registry.config().await.map_err(|error| error.to_string())?;
     found.ok_or_else(|| "it was there for a moment only".into())
 }
 

@@ -408,6 +408,13 @@ impl Registry for Etcd2Registry {
         Ok(self.shared.list().await?.0.snapshot())
     }
 
+    async fn config(&self) -> Result<Option<String>, RegistryError> {
+        let path = format!("{CONFIG}?quorum=true");
+        let answer = self.shared.ask_if_there(Method::Get, &path).await?;
+        let is_there = answer.error_code == 0 && !answer.node.dir;
+        Ok(is_there.then_some(answer.node.value))
+    }
+
     async fn init_config(&self, text: &str) -> Result<bool, RegistryError> {
         let written = self.shared.put_if("prevExist=false", CONFIG, text.to_owned(), None);
         Ok(written.await?.is_some())

@@ -318,6 +318,15 @@ impl Registry for Etcd3Registry {
         Ok(self.shared.list().await?.0.snapshot())
     }
 
+    async fn config(&self) -> Result<Option<String>, RegistryError> {
+        let key = self.shared.key(CONFIG);
+        let found = self.shared.ask(|mut client| {
+            let key = key.clone();
+            async move { client.get(key, None).await }
+        });
+        Ok(found.await?.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned()))
+    }
+
     async fn init_config(&self, text: &str) -> Result<bool, RegistryError> {
         let key = self.shared.key(CONFIG);
         let free = Compare::version(key.as_str(), CompareOp::Equal, 0);

@@ -37,6 +37,11 @@ pub trait Registry: Send + Sync + 'static {
     /// Everything at this moment.
     async fn snapshot(&self) -> Result<Snapshot, RegistryError>;
 
+    /// The text of the network config, if there is one: of a large fleet a small part.
+    async fn config(&self) -> Result<Option<String>, RegistryError> {
+        Ok(self.snapshot().await?.config)
+    }
+
     /// Writes a network config unless there is one, and says whether it did.
     async fn init_config(&self, text: &str) -> Result<bool, RegistryError>;
 
