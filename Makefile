@@ -18,20 +18,21 @@ build: build-packages
 
 # Programs to PREFIX/bin, the unit to PREFIX/lib/systemd/system, man pages and completions to where
 # shells and man look, what Docker's unit may need, dashboard and alerts to PREFIX/share/weft, all
-# below DESTDIR. Nothing that is installed changes what runs already.
+# below DESTDIR, for everybody to read. Nothing that is installed changes what runs already.
 TO = $(DESTDIR)$(PREFIX)
 install: build
+	umask 022; set -e; \
 	install -D --mode 755 --target-directory $(TO)/bin $(BIN)/weftd $(BIN)/weft \
-		packaging/mk-docker-opts.sh
-	install -d $(TO)/lib/systemd/system $(TO)/share/weft
+		packaging/mk-docker-opts.sh; \
+	install -d $(TO)/lib/systemd/system $(TO)/share/weft; \
 	sed 's|/usr/local/bin/weft|$(PREFIX)/bin/weft|' packaging/systemd/weftd.service \
-		> $(TO)/lib/systemd/system/weftd.service
-	install --mode 644 packaging/metrics/* $(TO)/share/weft
+		> $(TO)/lib/systemd/system/weftd.service; \
+	install --mode 644 packaging/metrics/* $(TO)/share/weft; \
 	sed 's|/usr/local/bin/weft|$(PREFIX)/bin/weft|' packaging/systemd/docker-weft.conf \
-		> $(TO)/share/weft/docker-weft.conf
-	$(BIN)/weft generate man $(TO)/share/man
-	$(BIN)/weft generate completions bash $(TO)/share/bash-completion/completions
-	$(BIN)/weft generate completions fish $(TO)/share/fish/vendor_completions.d
+		> $(TO)/share/weft/docker-weft.conf; \
+	$(BIN)/weft generate man $(TO)/share/man; \
+	$(BIN)/weft generate completions bash $(TO)/share/bash-completion/completions; \
+	$(BIN)/weft generate completions fish $(TO)/share/fish/vendor_completions.d; \
 	$(BIN)/weft generate completions zsh $(TO)/share/zsh/site-functions
 
 # Three hosts in network namespaces, a weftd in each, traffic between all pairs.
@@ -68,9 +69,9 @@ FUZZ_FLAGS = --cfg fuzzing -Cpasses=sancov-module -Ccodegen-units=1 \
 	-Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-pc-table \
 	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
 	-Cllvm-args=-sanitizer-coverage-trace-compares
-fuzz:
+fuzz: build-packages
 	cd tests/fuzz && RUSTFLAGS='$(strip $(FUZZ_FLAGS))' \
-		$(CARGO) run --release --target $(HOST) --bin $(TARGET) -- \
+		$(CARGO) run --release --locked --target $(HOST) --bin $(TARGET) -- \
 		-max_total_time=$(SECONDS) -max_len=16384 corpus/$(TARGET)
 
 lint: build-packages
@@ -78,6 +79,7 @@ lint: build-packages
 	$(CARGO) clippy --release --locked --workspace --all-targets -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --release --locked --workspace --no-deps \
 		--document-private-items
+	$(CARGO) tree --locked --quiet --manifest-path tests/fuzz/Cargo.toml > /dev/null
 
 # Debian packages, only where missing: what etcd's API is built with, what lab and bench run, and
 # what tests run besides.

@@ -12,6 +12,9 @@ pub const PRIVATE: u32 = 0o600;
 /// For everybody to read.
 pub const PUBLIC: u32 = 0o644;
 
+/// For everybody to enter.
+const OPEN: u32 = 0o755;
+
 /// Writes a file with these permission bits, in place of the one that was there. Its directory is
 /// made if missing. Names that begin with `.new-` are temporary.
 ///
@@ -55,10 +58,20 @@ fn temporary(path: &Path, bytes: &[u8], mode: u32) -> io::Result<(NamedTempFile,
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
-    fs::create_dir_all(dir)?;
+    make_dir(dir, mode)?;
     let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
     file.write_all(bytes)?;
     file.as_file().set_permissions(Permissions::from_mode(mode))?;
     file.as_file().sync_all()?;
     Ok((file, File::open(dir)?))
+}
+
+/// Makes what is missing of a directory. Whoever may read a file has to get to it, whatever the umask is.
+fn make_dir(dir: &Path, mode: u32) -> io::Result<()> {
+    let Some(parent) = dir.parent().filter(|_| mode == PUBLIC && !dir.is_dir()) else {
+        return fs::create_dir_all(dir);
+    };
+    make_dir(parent, mode)?;
+    fs::create_dir_all(dir)?;
+    fs::set_permissions(dir, Permissions::from_mode(OPEN))
 }

@@ -1,5 +1,8 @@
 //! `weft docker-opts`: what docker is started with, from subnet.env; flannel's mk-docker-opts.sh.
 
+use std::collections::BTreeMap;
+use std::env;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,7 +15,8 @@ use crate::handed::Handed;
 
 /// Write docker's options for this node's subnet to a file for docker's unit (EnvironmentFile=).
 ///
-/// Without -i and -c both forms are written.
+/// Without -i and -c both forms are written. What the environment has in DOCKER_OPT_... and in the variable
+/// of -k is kept.
 #[derive(Debug, Args)]
 pub struct DockerOptsArgs {
     /// subnet.env, as weftd or flanneld writes it.
@@ -46,7 +50,10 @@ pub fn run(arguments: &DockerOptsArgs) -> anyhow::Result<()> {
         "{:?} is no name of a variable: give -k letters, digits and underscores",
         arguments.key
     );
-    let text = text(&handed, arguments)?;
+    // What is no text is no option either.
+    let texts =
+        |(name, value): (OsString, OsString)| name.into_string().ok().zip(value.into_string().ok());
+    let text = text(&handed, arguments, env::vars_os().filter_map(texts).collect())?;
     // Where a link leads to; and a terminal or a pipe, as /dev/stdout, stays what it is.
     let path = &arguments.docker_file;
     let target = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
@@ -66,19 +73,27 @@ fn is_variable(name: &str) -> bool {
 }
 
 /// In the order of the variables' names, as the shell lists them for flannel.
-fn text(handed: &Handed, arguments: &DockerOptsArgs) -> anyhow::Result<String> {
+fn text(
+    handed: &Handed,
+    arguments: &DockerOptsArgs,
+    mut environment: BTreeMap<String, String>,
+) -> anyhow::Result<String> {
     let Some(subnet) = handed.gateways.iter().find(|gateway| gateway.is_ipv4()) else {
         bail!(
             "{} names no IPv4 subnet, which docker's --bip needs",
             arguments.subnet_file.display()
         );
     };
-    let mut options = vec![("DOCKER_OPT_BIP", format!("--bip={subnet}"))];
+    let before =
+        environment.remove(&arguments.key).map(|options| options + " ").unwrap_or_default();
+    let mut options = environment;
+    options.retain(|name, _| name.starts_with("DOCKER_OPT_"));
+    options.insert("DOCKER_OPT_BIP".into(), format!("--bip={subnet}"));
     // Who masquerades: weftd or docker, not both.
     if !arguments.no_ip_masq {
-        options.push(("DOCKER_OPT_IPMASQ", format!("--ip-masq={}", !handed.ip_masq)));
+        options.insert("DOCKER_OPT_IPMASQ".into(), format!("--ip-masq={}", !handed.ip_masq));
     }
-    options.push(("DOCKER_OPT_MTU", format!("--mtu={}", handed.mtu)));
+    options.insert("DOCKER_OPT_MTU".into(), format!("--mtu={}", handed.mtu));
     let both = arguments.individual == arguments.combined;
     let mut text = String::new();
     if arguments.individual || both {
@@ -86,8 +101,8 @@ fn text(handed: &Handed, arguments: &DockerOptsArgs) -> anyhow::Result<String> {
         text.extend(lines);
     }
     if arguments.combined || both {
-        let all: String = options.iter().map(|(_, option)| format!(" {option}")).collect();
-        text += &format!("{}=\"{all}\"\n", arguments.key);
+        let all: String = options.values().map(|option| format!(" {option}")).collect();
+        text += &format!("{}=\"{before}{all}\"\n", arguments.key);
     }
     Ok(text)
 }
@@ -132,6 +147,29 @@ mod tests {
             made(&["-m"]),
             "DOCKER_OPT_BIP=\"--bip=10.1.74.1/24\"\nDOCKER_OPT_MTU=\"--mtu=1472\"\n\
              DOCKER_OPTS=\" --bip=10.1.74.1/24 --mtu=1472\"\n"
+        );
+    }
+
+    /// As flannel's own script printed it.
+    #[test]
+    fn what_the_environment_has_is_kept() {
+        let environment = [
+            ("DOCKER_OPTS", "--insecure-registry=10.0.0.0/8"),
+            ("DOCKER_OPT_LOG", "--log-level=warn"),
+            ("DOCKER_HOST", "unix:///run/docker.sock"),
+        ];
+        let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let handed = Handed {
+            networks: Vec::new(),
+            gateways: vec!["10.1.74.1/24".parse().unwrap()],
+            mtu: 1472,
+            ip_masq: false,
+        };
+        let arguments = Cli::try_parse_from(["weft", "-c"]).unwrap().arguments;
+        assert_eq!(
+            text(&handed, &arguments, environment.into()).unwrap(),
+            "DOCKER_OPTS=\"--insecure-registry=10.0.0.0/8  --bip=10.1.74.1/24 --ip-masq=true \
+             --log-level=warn --mtu=1472\"\n"
         );
     }
 

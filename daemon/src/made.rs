@@ -33,8 +33,6 @@ impl Made {
         settings: &Settings,
         files: &NodeFiles,
     ) -> anyhow::Result<()> {
-        // Whoever reads it may be elsewhere.
-        let full = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         StateFile::new(files.made.clone())
             .save(&Self {
                 networks: config.families().map(|family| family.network).collect(),
@@ -45,11 +43,21 @@ impl Made {
             .await
     }
 
-    /// The networks that the daemon with these files was in when it last wrote them.
-    pub(crate) fn last_networks(files: &NodeFiles) -> Vec<IpNetwork> {
-        StateFile::new(files.made.clone())
-            .load()
-            .map_or_else(Vec::new, |(made, _): (Self, _)| made.networks)
+    /// The networks that the daemon with these files was in when it last wrote them, and those that others
+    /// are in.
+    ///
+    /// # Errors
+    /// As for [`Made::read_all`].
+    pub(crate) fn networks(
+        state_dir: &Path,
+        files: &NodeFiles,
+    ) -> anyhow::Result<(Vec<IpNetwork>, Vec<IpNetwork>)> {
+        let (mut ours, mut others) = (Vec::new(), Vec::new());
+        for made in Self::read_all(state_dir)? {
+            let side = if made.lock == full(&files.lock) { &mut ours } else { &mut others };
+            side.extend(made.networks);
+        }
+        Ok((ours, others))
     }
 
     /// What all daemons have written down that keep their state in this directory.
@@ -66,6 +74,11 @@ impl Made {
         }
         Ok(all)
     }
+}
+
+/// For whoever reads it elsewhere.
+fn full(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// The files in a directory whose names are as wanted; none if there is no such directory.

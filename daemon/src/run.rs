@@ -274,9 +274,14 @@ impl Daemon<'_> {
 
     /// Removes what this node made for another Network. It is in nobody's way, so packets move without.
     async fn remove_former(&self, station: &Station) {
-        let former = Made::last_networks(&station.place.node.files);
-        let kept: Vec<IpNetwork> = self.config.families().map(|family| family.network).collect();
-        let removed = spawn_blocking(move || former::remove(&former, &kept)).await;
+        let (state_dir, files) = (&self.settings.state_dir, &station.place.node.files);
+        let networks = Made::networks(state_dir, files);
+        let ours: Vec<IpNetwork> = self.config.families().map(|family| family.network).collect();
+        let remove = move || {
+            let (former, others) = networks?;
+            former::remove(&former, &[ours, others].concat())
+        };
+        let removed = spawn_blocking(remove).await;
         if let Err(error) = removed.unwrap_or_else(|panicked| Err(panicked.into())) {
             tracing::warn!("cannot remove what was made for a former Network: {error:#}");
         }

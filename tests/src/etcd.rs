@@ -329,11 +329,29 @@ pub fn next_event(lab: &Lab, path: &str, after: u64) -> Result<Entry> {
         ensure!(found.revision > after, "nothing has happened to it");
         return Ok(found);
     }
-    let query = format!("wait=true&waitIndex={}", after + 1);
-    let answer = v2(lab, |agent, url| json(agent.get(format!("{url}/{path}?{query}")).call()?))?;
+    let answer = next_change(lab, path, after)?;
     let mut found = Vec::new();
     collect(&answer["node"], &mut found);
     found.pop().with_context(|| format!("no value in {answer}"))
+}
+
+/// The same as the v2 API tells it.
+fn next_change(lab: &Lab, path: &str, after: u64) -> Result<Value> {
+    let query = format!("wait=true&waitIndex={}", after + 1);
+    v2(lab, |agent, url| json(agent.get(format!("{url}/{path}?{query}")).call()?))
+}
+
+/// What the v2 API calls all that happened to a key after a revision, up to its end.
+pub fn actions(lab: &Lab, path: &str, mut after: u64) -> Result<Vec<String>> {
+    let mut actions = Vec::new();
+    loop {
+        let change = next_change(lab, path, after)?;
+        actions.push(change["action"].as_str().context("no action")?.to_owned());
+        if change["node"]["value"].is_null() {
+            return Ok(actions);
+        }
+        after = change["node"]["modifiedIndex"].as_u64().context("no index")?;
+    }
 }
 
 /// The one key below the prefix and `path`.

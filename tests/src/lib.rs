@@ -278,7 +278,9 @@ pub fn program(name: &str) -> Result<PathBuf> {
 pub fn install(root: &Path, prefix: &str) -> Result<()> {
     let programs = program("weft")?;
     let programs = programs.parent().context("no directory")?.display();
-    let mut make = Command::new("make");
+    // As careful as some administrators' is.
+    let mut make = Command::new("sh");
+    make.args(["-c", "umask 077; exec make \"$@\"", "make"]);
     make.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).env_remove("MAKEFLAGS");
     make.args(["--old-file=build", "install"]).arg(format!("PREFIX={prefix}"));
     make.arg(format!("DESTDIR={}", root.display())).arg(format!("BIN={programs}"));

@@ -18,8 +18,8 @@ use weft_control::subnet_env::Previous;
 use weft_control::{LeaseAttrs, NetworkConfig};
 use weft_daemon::lab::Lab;
 use weft_tests::etcd::{
-    delete, get, get_one, hosts, inside, is_v2, keep_subnets_free, lease_path, next_event, put,
-    registry, wait_until_it_serves, weftd,
+    actions, delete, get, get_one, hosts, inside, is_v2, keep_subnets_free, lease_path, next_event,
+    put, registry, wait_until_it_serves, weftd,
 };
 use weft_tests::{
     DEADLINE, Killed, Weftd, all_acquainted, bring_up, health, log, logs, pings, subnet, tells,
@@ -110,6 +110,25 @@ fn writes_are_conditional() -> Result<()> {
         assert_eq!(registry.snapshot().await?.config.as_deref(), Some("{}"));
         Ok(())
     })?;
+    lab.remove()
+}
+
+/// By the v2 API, flannel understands "delete" and "expire", and takes anything else for a lease.
+#[test]
+fn flannel_understands_that_a_lease_is_removed() -> Result<()> {
+    if !is_v2() {
+        return Ok(());
+    }
+    let lab = hosts(1, 1)?;
+    let registry = registry(&lab);
+    let lease = inside(&lab.host(0).netns, || async {
+        let lease = registry.create(&"10.3.1.0-24".parse()?, &attrs(1), Some(DAY)).await?;
+        let lease = lease.context("it is free")?;
+        assert!(registry.remove(&lease).await?);
+        Ok(lease)
+    })?;
+    let actions = actions(&lab, "subnets/10.3.1.0-24", lease.revision)?;
+    assert_eq!(actions, ["compareAndSwap", "expire"]);
     lab.remove()
 }
 

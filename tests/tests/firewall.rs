@@ -485,6 +485,9 @@ fn without_the_program_the_overlay_goes_on_and_says_so() -> Result<()> {
     lab.remove()
 }
 
+/// So that whatever bridge comes later is before it.
+const LAST_METRIC: u64 = u32::MAX as u64 - 1;
+
 /// The route that discards is there for whatever no bridge takes, and goes with the flag.
 #[test]
 fn a_blackhole_takes_what_no_bridge_does() -> Result<()> {
@@ -495,17 +498,25 @@ fn a_blackhole_takes_what_no_bridge_does() -> Result<()> {
     let subnets = lab.status(0)?.subnets;
     assert_eq!(subnets.len(), 2);
     let family = |subnet: &IpNetwork| if subnet.is_ipv6() { "-6" } else { "-4" };
-    let there = |subnet: &IpNetwork| -> Result<bool> {
+    let metrics = |subnet: &IpNetwork| -> Result<Vec<u64>> {
         let routes = host.ip_json(&[family(subnet), "route", "show", "type", "blackhole"])?;
         let routes = routes.as_array().context("no list of routes")?;
-        Ok(routes.iter().any(|route| route["dst"] == subnet.to_string()))
+        let to_it = routes.iter().filter(|route| route["dst"] == subnet.to_string());
+        Ok(to_it.map(|route| route["metric"].as_u64().unwrap_or(0)).collect())
     };
+    let there = |subnet: &IpNetwork| Ok(!metrics(subnet)?.is_empty());
     pings(&lab)?;
     for subnet in &subnets {
         assert!(there(subnet)?);
         host.ip(&[family(subnet), "route", "del", "blackhole", &subnet.to_string()])?;
         until("it is back", || there(subnet))?;
+        // As flannel leaves it, before any bridge that is made later.
+        host.ip(&[family(subnet), "route", "append", "blackhole", &subnet.to_string()])?;
     }
+    until("flannel's is gone", || {
+        let metrics = subnets.iter().map(&metrics);
+        Ok(metrics.collect::<Result<Vec<_>>>()?.concat() == [LAST_METRIC; 2])
+    })?;
     restart(&mut lab, 0, &[])?;
     for subnet in &subnets {
         assert!(!there(subnet)?);

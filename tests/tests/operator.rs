@@ -211,9 +211,11 @@ fn make_install_puts_everything_in_place() -> Result<()> {
         ("share/weft/docker-weft.conf", 0o644),
         ("share/weft/weft-dashboard.json", 0o644),
         ("share/weft/weft-alerts.yml", 0o644),
+        ("share/man/man8/weftd.8", 0o644),
+        ("share/man", 0o755),
     ] {
         let found = fs::metadata(usr.join(file)).with_context(|| format!("no {file}"))?;
-        assert_eq!(found.permissions().mode() & 0o755, mode, "{file}");
+        assert_eq!(found.permissions().mode() & 0o777, mode, "{file}");
     }
     for file in ["lib/systemd/system/weftd.service", "share/weft/docker-weft.conf"] {
         let text = fs::read_to_string(usr.join(file))?;
@@ -233,6 +235,25 @@ fn make_install_puts_everything_in_place() -> Result<()> {
     let zsh = "fpath=($PWD/share/zsh/site-functions $fpath); autoload -U compinit; compinit -D -u
         echo ${_comps[weft]} ${_comps[weftd]}; autoload +X _weft && echo loads";
     assert_eq!(shell("zsh", zsh, &usr)?, "_weft _weftd\nloads\n");
+    Ok(())
+}
+
+/// weftd's unit has the umask 0077.
+#[test]
+fn what_others_read_they_get_to() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let at = directory.path().display();
+    fs::write(
+        directory.path().join("subnet.env"),
+        "FLANNEL_SUBNET=10.1.7.1/24\nFLANNEL_MTU=1472\n",
+    )?;
+    let weft = program("weft")?;
+    let files = format!("-f {at}/subnet.env -d {at}/new/inner/docker.env");
+    shell("sh", &format!("umask 077; {} docker-opts {files}", weft.display()), directory.path())?;
+    for (path, mode) in [("new", 0o755), ("new/inner", 0o755), ("new/inner/docker.env", 0o644)] {
+        let found = fs::metadata(directory.path().join(path))?.permissions().mode();
+        assert_eq!(found & 0o777, mode, "{path}");
+    }
     Ok(())
 }
 

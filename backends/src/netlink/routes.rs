@@ -12,6 +12,10 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::{Link, Netlink, NetlinkError, ROUTE_PROTOCOL, is_gone};
 
+/// Whose a route is: weft's, or flannel's and whatever is made by hand.
+const OURS: RouteProtocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+const FLANNELS: RouteProtocol = RouteProtocol::Boot;
+
 /// A route with this metric comes after whatever else leads to the same network, such as a bridge
 /// with the containers.
 const LAST_METRIC: u32 = u32::MAX - 1;
@@ -82,7 +86,7 @@ impl Netlink {
                 .destination_prefix(destination.network(), destination.prefix())
                 .map_err(|_| rtnetlink::Error::RequestFailed)?
                 .output_interface(link.index)
-                .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+                .protocol(OURS)
                 .build();
             self.handle.route().add(message).replace().execute().await
         })
@@ -115,21 +119,33 @@ impl Netlink {
 
     /// The networks that weft has had discarded where no better route takes them.
     pub fn blackholes(&self) -> Result<Vec<IpNetwork>, NetlinkError> {
-        self.dump_routes("route show type blackhole", own_blackhole)
+        let mut found = self.all_blackholes()?;
+        found.retain(|(_, protocol)| *protocol == OURS);
+        Ok(found.into_iter().map(|(network, _)| network).collect())
+    }
+
+    fn all_blackholes(&self) -> Result<Vec<(IpNetwork, RouteProtocol)>, NetlinkError> {
+        self.dump_routes("route show type blackhole", main_blackhole)
     }
 
     /// Makes these networks, and no others of weft's, be discarded where no better route takes them.
+    /// flannel's route for the same, which comes before any bridge that is made later, goes.
     pub fn keep_blackholes(&self, networks: &[IpNetwork]) -> Result<(), NetlinkError> {
-        let found = self.blackholes()?;
-        for network in networks.iter().filter(|network| !found.contains(network)) {
+        let found = self.all_blackholes()?;
+        for network in networks.iter().filter(|network| !found.contains(&(**network, OURS))) {
             let message = blackhole(*network);
             self.call(&format!("route add blackhole {network} metric {LAST_METRIC}"), async {
                 self.handle.route().add(message?).execute().await
             })?;
         }
-        for network in found.iter().filter(|network| !networks.contains(network)) {
-            let message = blackhole(*network);
-            self.call(&format!("route del blackhole {network} metric {LAST_METRIC}"), async {
+        for (network, protocol) in found {
+            let message = match (protocol, networks.contains(&network)) {
+                (OURS, false) => blackhole(network),
+                (FLANNELS, true) => flannels_blackhole(network),
+                _ => continue,
+            };
+            let protocol = u8::from(protocol);
+            self.call(&format!("route del blackhole {network} proto {protocol}"), async {
                 self.handle.route().del(message?).execute().await
             })?;
         }
@@ -231,7 +247,7 @@ fn gateway_route(route: &GatewayRoute) -> Result<RouteMessage, rtnetlink::Error>
         .destination_prefix(route.destination.network(), route.destination.prefix())
         .and_then(|message| message.gateway(route.gateway))
         .map(|message| message.output_interface(route.link))
-        .map(|message| message.protocol(RouteProtocol::Other(ROUTE_PROTOCOL)))
+        .map(|message| message.protocol(OURS))
         .map(|message| if route.onlink { message.onlink() } else { message }.build())
         .map_err(|_| rtnetlink::Error::RequestFailed)
 }
@@ -254,25 +270,32 @@ fn kernel_route(route: &KernelRoute) -> Result<RouteMessage, rtnetlink::Error> {
 }
 
 fn blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Error> {
+    let mut message = flannels_blackhole(network)?;
+    message.header.protocol = OURS;
+    message.attributes.push(RouteAttribute::Priority(LAST_METRIC));
+    Ok(message)
+}
+
+/// Of the kernel's own metric.
+fn flannels_blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Error> {
     Ok(RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(network.network(), network.prefix())
         .map_err(|_| rtnetlink::Error::RequestFailed)?
         .kind(RouteType::BlackHole)
-        .priority(LAST_METRIC)
-        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
+        .protocol(FLANNELS)
         .build())
 }
 
-fn own_blackhole(message: &RouteMessage) -> Option<IpNetwork> {
+fn main_blackhole(message: &RouteMessage) -> Option<(IpNetwork, RouteProtocol)> {
     let header = &message.header;
-    let is_own = header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL);
-    if header.kind != RouteType::BlackHole || !is_own {
+    if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::BlackHole {
         return None;
     }
     let destination = message.attributes.iter().find_map(|attribute| {
         if let RouteAttribute::Destination(address) = attribute { ip(address) } else { None }
     });
-    IpNetwork::new(destination?, header.destination_prefix_length).ok()
+    let network = IpNetwork::new(destination?, header.destination_prefix_length).ok()?;
+    Some((network, header.protocol))
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {

@@ -184,9 +184,9 @@ fn has_two_devices(attrs: &LeaseAttrs) -> bool {
 /// The MAC that a lease tells of.
 fn vtep_mac(data: Option<&Value>, vni: u32) -> Result<Mac, String> {
     let data = data.ok_or("its lease has no BackendData for that family")?;
-    let theirs = data["VNI"].as_u64().ok_or("its lease tells no VNI")?;
-    // flannel 0.17 writes no more than 16 bits of it.
-    if ![vni, vni & 0xffff].map(u64::from).contains(&theirs) {
+    // flannel up to 0.13 writes none, and 0.17 no more than 16 bits of it.
+    let theirs = data.get("VNI").unwrap_or(&Value::Null);
+    if !theirs.is_null() && ![vni, vni & 0xffff].iter().any(|ours| theirs == ours) {
         return Err(format!("its VNI is {theirs}, ours {vni}; restart it with the same config"));
     }
     let text = data["VtepMAC"].as_str().ok_or("its lease tells no VtepMAC")?;
@@ -210,6 +210,7 @@ mod tests {
         let good = json!({"VNI": 70_000, "VtepMAC": "c6:d2:32:6f:8f:44"});
         assert_eq!(mac(good).unwrap().to_string(), "c6:d2:32:6f:8f:44");
         assert!(mac(json!({"VNI": 4464, "VtepMAC": "c6:d2:32:6f:8f:44"})).is_ok(), "flannel 0.17");
+        assert!(mac(json!({"VtepMAC": "c6:d2:32:6f:8f:44"})).is_ok(), "flannel 0.13");
         for (data, told) in [
             (
                 json!({"VNI": 135_536, "VtepMAC": "c6:d2:32:6f:8f:44"}),
@@ -219,7 +220,8 @@ mod tests {
             (json!({"VNI": 70_000, "VtepMAC": "01:00:5e:00:00:01"}), "no device's MAC"),
             (json!({"VNI": 70_000, "VtepMAC": "x"}), "not a MAC address"),
             (json!({"VNI": 70_000}), "no VtepMAC"),
-            (json!("x"), "no VNI"),
+            (json!({"VNI": "70000", "VtepMAC": "c6:d2:32:6f:8f:44"}), "its VNI is \"70000\""),
+            (json!("x"), "no VtepMAC"),
         ] {
             assert!(mac(data.clone()).unwrap_err().contains(told), "{data}");
         }

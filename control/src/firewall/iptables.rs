@@ -15,6 +15,10 @@ const MASQUERADE: Chain =
 const FORWARD: Chain =
     Chain { table: "filter", hook: "FORWARD", name: "FLANNEL-FWD", comment: "flanneld forward" };
 
+/// As flannel 0.16.2 and 0.16.3 spell that of one rule: left there, it masquerades what containers send to
+/// each other.
+const MISSPELT: &str = "flannel masq";
+
 /// The first version that knows `--random-fully`, and `--wait` for iptables-restore.
 const RANDOM_FULLY_SINCE: (u32, u32, u32) = (1, 6, 2);
 
@@ -308,7 +312,7 @@ impl Found {
         let (own_head, own) = (format!(":{} ", chain.name), format!("-A {} ", chain.name));
         let hook = format!("-A {} ", chain.hook);
         let jump = format!("-A {}", chain.jump());
-        let comment = format!("--comment \"{}\"", chain.comment);
+        let comments = [chain.comment, MISSPELT].map(|it| format!("--comment \"{it}\""));
         let mut found = Self {
             rules: None,
             jumps: Vec::new(),
@@ -325,7 +329,7 @@ impl Found {
             } else if line.starts_with(&hook) {
                 if line == jump {
                     found.jumps.push(number);
-                } else if line.contains(&comment) {
+                } else if comments.iter().any(|it| line.contains(it)) {
                     found.of_flannel.push(line.trim_start_matches("-A ").to_owned());
                     found.adopted_before_end += usize::from(found.end == usize::MAX);
                 } else if ends_all(line, &hook) {
@@ -453,6 +457,10 @@ mod tests {
         assert_eq!(script(FORWARD, &saved, false), None);
         let wanted = format!("*filter\n{}COMMIT\n", old.replacen("-A", "-D", 1));
         assert_eq!(script(FORWARD, &saved, true).as_deref(), Some(wanted.as_str()));
+        let misspelt = "POSTROUTING -s 172.22.0.0/16 ! -d 224.0.0.0/4 -m comment --comment \"flannel masq\" \
+             -j MASQUERADE --random-fully\n";
+        let found = script(MASQUERADE, &format!("*nat\n-A {misspelt}COMMIT\n"), true).unwrap();
+        assert!(found.contains(&format!("-D {misspelt}")), "{found}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 use tokio::sync::{Mutex, oneshot, watch};
+use tokio::time::Instant;
 use ureq::Agent;
 use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
 
@@ -32,6 +33,9 @@ const POLL_DEADLINE: Duration = Duration::from_secs(15 + 5);
 const CHECK_INTERVAL: Duration = Duration::from_secs(4);
 /// A server that hangs is noticed soon.
 const _: () = assert!(CHECK_INTERVAL.as_secs() + DEADLINE.as_secs() < 10);
+/// The shortest time that a key may live, and how often is looked whether it has ended.
+const TTL_MIN: Duration = Duration::from_secs(1);
+const ENDING_INTERVAL: Duration = Duration::from_millis(100);
 
 /// etcd's error codes (etcd v2 errorcode.md).
 const KEY_NOT_FOUND: u32 = 100;
@@ -447,8 +451,28 @@ impl Registry for Etcd2Registry {
         Ok(revision.map(lease))
     }
 
+    /// flannel does not know what a conditional delete is: up to 0.13 it learns of nothing any more, later
+    /// it keeps the routes (parseSubnetWatchResponse in subnet/etcdv2/registry.go). So the lease is made to
+    /// end, and deleted only where it does not, since servers' clocks differ.
     async fn remove(&self, seen: &Lease) -> Result<bool, RegistryError> {
-        let path = format!("{SUBNETS}{}?prevIndex={}", seen.key, seen.revision);
+        let Some(ending) = self.renew(seen, &seen.attrs, Some(TTL_MIN)).await? else {
+            return Ok(false);
+        };
+        let path = format!("{SUBNETS}{}", seen.key);
+        let begun = Instant::now();
+        while begun.elapsed() < DEADLINE {
+            let found =
+                self.shared.ask_if_there(Method::Get, &format!("{path}?quorum=true")).await?;
+            if found.error_code != 0 {
+                return Ok(true);
+            }
+            // Renewed by its owner.
+            if found.node.modified_index != ending.revision {
+                return Ok(false);
+            }
+            tokio::time::sleep(ENDING_INTERVAL).await;
+        }
+        let path = format!("{path}?prevIndex={}", ending.revision);
         Ok(self.shared.ask_if_there(Method::Delete, &path).await?.error_code == 0)
     }
 
