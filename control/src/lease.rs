@@ -1,6 +1,6 @@
 //! A lease: which node owns a subnet, in the registry's own form.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -133,12 +133,26 @@ pub struct LeaseAttrs {
     #[serde(rename = "PublicIPv6", default)]
     pub public_ipv6: Option<Ipv6Addr>,
     /// Empty, and left out, for flannel's udp backend.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[serde(default, skip_serializing_if = "String::is_empty", deserialize_with = "short_text")]
     pub backend_type: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backend_data: Option<Value>,
     #[serde(rename = "BackendV6Data", default, skip_serializing_if = "Option::is_none")]
     pub backend_v6_data: Option<Value>,
+}
+
+/// Bytes of a text from the registry that people are shown.
+pub(crate) const TEXT_LEN_MAX: usize = 256;
+
+/// Whether a text from the registry may go to logs and terminals.
+pub(crate) fn is_fit_to_be_shown(text: &str) -> bool {
+    text.len() <= TEXT_LEN_MAX && !text.contains(char::is_control)
+}
+
+fn short_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let wrong = || D::Error::custom("its BackendType is none that is fit to be shown");
+    if is_fit_to_be_shown(&text) { Ok(text) } else { Err(wrong()) }
 }
 
 impl LeaseAttrs {
@@ -306,7 +320,7 @@ pub enum Refusal {
     #[error("it has our own address {0}: a second lease of this node, or a node with our address")]
     OurAddress(IpAddr),
     #[error("the lease {other} has {subnet} too; remove one of them")]
-    SameSubnet { subnet: IpNetwork, other: LeaseKey },
+    Overlaps { subnet: IpNetwork, other: LeaseKey },
 }
 
 /// Sorts everybody else's leases; our own is in neither list, nor as it was `former`ly.
@@ -325,28 +339,50 @@ pub fn peers(
             None => peers.accepted.push(lease.clone()),
         }
     }
-    // With one family alone, a key is a subnet.
-    if config.families().count() > 1 {
-        refuse_doubles(&mut peers);
-    }
+    refuse_overlaps(config, &mut peers);
     peers
 }
 
-/// Of leases that share a subnet with another one, the first key's stays: packets cannot go both ways.
-fn refuse_doubles(peers: &mut Peers) {
-    let mut holders: HashMap<IpNetwork, LeaseKey> = HashMap::new();
-    for key in peers.accepted.iter().map(|lease| lease.key) {
-        for subnet in key.networks() {
-            holders.entry(subnet).and_modify(|holder| *holder = key.min(*holder)).or_insert(key);
+/// Of two leases that share addresses one stays, since packets cannot go both ways: the one whose subnet is as
+/// large as those that are given out, else the larger one, of equal ones the first key's. So nobody takes over
+/// a part of another node's subnet, and nobody has all others refused. One node may have both.
+fn refuse_overlaps(config: &NetworkConfig, peers: &mut Peers) {
+    let is_usual = |subnet: IpNetwork| {
+        config.family(subnet.is_ipv6()).is_some_and(|family| family.subnet_len == subnet.prefix())
+    };
+    let leases = &peers.accepted;
+    let subnets = leases
+        .iter()
+        .enumerate()
+        .flat_map(|(at, lease)| lease.key.networks().map(move |subnet| (subnet, lease.key, at)));
+    let mut subnets: Vec<_> = subnets.collect();
+    // Whatever has a subnet inside comes before it.
+    subnets.sort_unstable();
+    let mut lost: BTreeMap<usize, (IpNetwork, LeaseKey)> = BTreeMap::new();
+    let mut outer: Vec<(IpNetwork, LeaseKey, usize)> = Vec::new();
+    for inner in subnets {
+        outer.retain(|(network, ..)| contains(*network, inner.0));
+        for outer in &outer {
+            let is_same = outer.0 == inner.0;
+            if outer.1 == inner.1
+                || !is_same && leases[outer.2].attrs.same_node(&leases[inner.2].attrs)
+            {
+                continue;
+            }
+            let outer_loses = !is_same && is_usual(inner.0) && !is_usual(outer.0);
+            let (winner, loser) = if outer_loses { (inner, *outer) } else { (*outer, inner) };
+            let found = (inner.0, winner.1);
+            lost.entry(loser.2).and_modify(|first| *first = found.min(*first)).or_insert(found);
         }
+        outer.push(inner);
     }
+    let mut number = 0..;
     peers.accepted.retain(|lease| {
-        let holder = |subnet| holders.get(&subnet).map(|holder| (subnet, *holder));
-        let mut taken = lease.key.networks().filter_map(holder).filter(|it| it.1 != lease.key);
-        let double = taken.next().map(|(subnet, other)| Refusal::SameSubnet { subnet, other });
-        let is_double = double.is_some();
-        peers.refused.extend(double.map(|refusal| (lease.key, refusal)));
-        !is_double
+        let lost = number.next().and_then(|number| lost.remove(&number));
+        let refusal = lost.map(|(subnet, other)| Refusal::Overlaps { subnet, other });
+        let is_accepted = refusal.is_none();
+        peers.refused.extend(refusal.map(|refusal| (lease.key, refusal)));
+        is_accepted
     });
 }
 
@@ -545,6 +581,37 @@ mod tests {
             );
             leases.reverse();
         }
+    }
+
+    #[test]
+    fn nobody_takes_a_part_of_anothers_subnet_or_has_all_others_refused() {
+        let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
+        let own = lease("10.3.4.0-24", "192.0.2.4");
+        let leases = [
+            lease("10.3.1.0-24", "192.0.2.1"),
+            lease("10.3.1.64-26", "192.0.2.66"),
+            lease("10.3.1.128-26", "192.0.2.1"),
+            lease("10.3.2.0-24", "192.0.2.2"),
+            lease("10.3.2.0-23", "192.0.2.66"),
+            lease("10.3.8.0-22", "192.0.2.8"),
+            lease("10.3.9.0-25", "192.0.2.9"),
+        ];
+        let found = peers(&config, &own, &[], &leases);
+        let accepted: Vec<String> = found.accepted.iter().map(|it| it.key.to_string()).collect();
+        assert_eq!(accepted, ["10.3.1.0-24", "10.3.1.128-26", "10.3.2.0-24", "10.3.8.0-22"]);
+        let told: Vec<String> =
+            found.refused.iter().map(|(key, why)| format!("{key}: {why}")).collect();
+        let too = |lease: &str, other: &str, subnet: &str| {
+            format!("{lease}: the lease {other} has {subnet} too; remove one of them")
+        };
+        assert_eq!(
+            told,
+            [
+                too("10.3.1.64-26", "10.3.1.0-24", "10.3.1.64/26"),
+                too("10.3.2.0-23", "10.3.2.0-24", "10.3.2.0/24"),
+                too("10.3.9.0-25", "10.3.8.0-22", "10.3.9.0/25"),
+            ]
+        );
     }
 
     proptest! {

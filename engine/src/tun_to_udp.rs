@@ -89,7 +89,9 @@ impl TunToUdp {
                     out.copy_from_slice(packet);
                 });
             }
-            Ok(Some(cut)) => {
+            // The kernel hands over none that is larger; with many headers in front, which it does not
+            // count, each would cost its own copy, an error and a look for the path's MTU.
+            Ok(Some(cut)) if cut.len_of(0) <= self.context.guard.mtu => {
                 self.context.stats.add(Counter::TunToUdpSuperPackets, 1);
                 for number in 0..cut.count() {
                     let len = cut.len_of(number);
@@ -98,7 +100,7 @@ impl TunToUdp {
                     });
                 }
             }
-            Ok(None) | Err(_) => self.context.stats.add(Counter::TunToUdpMalformed, 1),
+            _ => self.context.stats.add(Counter::TunToUdpMalformed, 1),
         }
     }
 

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 
 use super::RegistryError;
-use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
+use crate::lease::{
+    Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot, TEXT_LEN_MAX,
+    is_fit_to_be_shown,
+};
 
 /// The network config, below the prefix.
 pub(super) const CONFIG: &str = "config";
@@ -16,8 +19,6 @@ pub(super) const NODES: &str = "weft/nodes/";
 
 /// No entry is longer; one that is was not meant for us.
 const VALUE_LEN_MAX: usize = 64 * 1024;
-/// Bytes of a name or a version, as people are shown it: a host's name has at most 64 (hostname(7)).
-const TEXT_LEN_MAX: usize = 256;
 
 /// A prefix as Go's path.Join cleans it, which flannel makes its keys with; a slash follows. That of
 /// everything is empty.
@@ -56,7 +57,8 @@ impl Entries {
     pub(super) fn put(&mut self, path: &str, entry: Entry<'_>) {
         self.remove(path);
         if let Err(reason) = self.try_put(path, entry) {
-            self.skipped.insert(path.to_owned(), reason);
+            // It may quote all of the value.
+            self.skipped.insert(path.to_owned(), shown(&reason));
         }
     }
 
@@ -109,17 +111,16 @@ pub(super) fn check_record(record: &NodeRecord, id: &str) -> Result<(), &'static
     if record.id != id {
         return Err("it is the record of another node id");
     }
-    // They go to logs and terminals.
-    let texts = [&record.name, &record.version];
-    if texts.iter().any(|text| text.len() > TEXT_LEN_MAX || text.contains(char::is_control)) {
-        return Err("its name or version is none that is fit to be shown");
+    let mut texts = [&record.id, &record.name, &record.version].into_iter();
+    if !texts.all(|text| is_fit_to_be_shown(text)) {
+        return Err("its id, name or version is none that is fit to be shown");
     }
     Ok(())
 }
 
-/// The name of an entry that is not to be trusted, fit to be shown.
-pub(super) fn shown(name: &str) -> String {
-    name.escape_debug().to_string()
+/// What is not to be trusted, fit to be shown.
+pub(super) fn shown(text: &str) -> String {
+    text.chars().take(TEXT_LEN_MAX).flat_map(char::escape_debug).collect()
 }
 
 fn parse<T: DeserializeOwned>(value: &[u8]) -> Result<T, String> {

@@ -95,7 +95,7 @@ impl Store {
                     scan.snapshot.leases.push(Lease { key, attrs, expires, revision: 0 });
                 }
                 Ok(_) => {}
-                Err(reason) => scan.skip(&name, reason),
+                Err(reason) => scan.skip(&name, &reason),
             }
         }
         for (name, loaded) in self.look_at_nodes()? {
@@ -106,7 +106,7 @@ impl Store {
             match checked {
                 Ok((node, end)) if scan.lives(end, now) => scan.snapshot.nodes.push(node),
                 Ok(_) => {}
-                Err(reason) => scan.skip(&name, reason),
+                Err(reason) => scan.skip(&name, &reason),
             }
         }
         scan.snapshot.leases.sort_unstable_by_key(|lease| lease.key);
@@ -147,8 +147,8 @@ impl Scan {
         end > now
     }
 
-    fn skip(&mut self, name: &str, reason: String) {
-        self.snapshot.skipped.push(Skipped { name: shown(name), reason });
+    fn skip(&mut self, name: &str, reason: &str) {
+        self.snapshot.skipped.push(Skipped { name: shown(name), reason: shown(reason) });
     }
 }
 

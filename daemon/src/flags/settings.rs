@@ -41,6 +41,12 @@ pub enum FlagError {
     /// Half of a client certificate, or of a user's name and password.
     #[error("{given} goes with {missing}: give both or none")]
     Half { given: &'static str, missing: &'static str },
+    /// A user's name, and perhaps the password, where it would be shown.
+    #[error(
+        "--etcd-endpoints: there is a user in one of them, which logs and status would show; leave it \
+         out, and give --etcd-username and --etcd-password-file"
+    )]
+    UserInUrl,
     /// Two flags say the same thing in two ways.
     #[error("--etcd-password and --etcd-password-file: give one of them")]
     TwoPasswords,
@@ -193,7 +199,7 @@ impl RegistryFlags {
     /// What these flags alone name.
     ///
     /// # Errors
-    /// Half of a certificate or a user is given, or a password twice, or its file cannot be read.
+    /// Half of a certificate or a user is given, or a user in an endpoint, or a password twice, or its file cannot be read.
     pub fn settings(&self) -> Result<RegistrySettings, FlagError> {
         match &self.registry {
             Some(path) => Ok(RegistrySettings::Directory(path.clone())),
@@ -221,6 +227,10 @@ fn etcd(flags: &RegistryFlags) -> Result<RegistrySettings, FlagError> {
     let mut endpoints: Vec<String> = given.filter(|url| !url.is_empty()).collect();
     if endpoints.is_empty() {
         endpoints = ETCD_ENDPOINTS.map(str::to_owned).to_vec();
+    }
+    // Endpoints are told in logs and status.
+    if endpoints.iter().any(|url| url.contains('@')) {
+        return Err(FlagError::UserInUrl);
     }
     let prefix = flags.etcd_prefix.clone().unwrap_or_else(|| ETCD_PREFIX.to_owned());
     let access = Access {
@@ -340,6 +350,13 @@ mod tests {
         let RegistrySettings::Etcd { access, prefix, .. } = found else { panic!() };
         assert_eq!(access.endpoints, ["a:1", "b:2"]);
         assert_eq!(prefix, "/x");
+    }
+
+    #[test]
+    fn a_user_in_an_endpoint_is_refused() {
+        let refused = settings(&["--etcd-endpoints=http://a:1,http://me:pw@b:1"]).unwrap_err();
+        assert_eq!(refused, FlagError::UserInUrl);
+        assert!(!refused.to_string().contains("pw"));
     }
 
     #[test]
