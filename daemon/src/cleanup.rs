@@ -296,9 +296,7 @@ impl Cleaner {
                 refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))?;
             }
             Trace::Blackhole(network) => {
-                let mut others = self.netlink.blackholes()?;
-                others.retain(|other| other != network);
-                self.netlink.keep_blackholes(&others)?;
+                self.netlink.remove_blackhole(*network)?;
             }
             Trace::Chain(iptables, chain) => {
                 self.runtime.block_on(iptables.remove_chain(*chain))?;

@@ -30,8 +30,10 @@ pub enum FirewallKind {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) rules: Rules,
-    /// Subnets whose packets are discarded where no route of a container's takes them.
+    /// Networks whose packets are discarded where no better route takes them.
     pub(crate) blackholes: Vec<IpNetwork>,
+    /// The overlay's, in which there are no others.
+    pub(crate) networks: Vec<IpNetwork>,
 }
 
 /// How the firewall is.
@@ -235,10 +237,10 @@ impl Keeper {
         let first = self.kept.is_none();
         // With nothing wanted, what there is of an earlier run goes once; later it is another's.
         if first || !wanted.blackholes.is_empty() {
-            let blackholes = wanted.blackholes.clone();
+            let Wanted { blackholes, networks, .. } = wanted.clone();
             tokio::task::spawn_blocking(move || {
                 let netlink = Netlink::open().context("cannot open a netlink socket")?;
-                anyhow::Ok(netlink.keep_blackholes(&blackholes)?)
+                anyhow::Ok(netlink.keep_blackholes(&blackholes, &networks)?)
             })
             .await??;
         }

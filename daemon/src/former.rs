@@ -25,6 +25,9 @@ pub(crate) fn remove(former: &[IpNetwork], kept: &[IpNetwork]) -> anyhow::Result
             netlink.remove_link(&link)?;
         }
     }
+    for network in netlink.blackholes()?.into_iter().filter(|network| is_left(*network)) {
+        netlink.remove_blackhole(network)?;
+    }
     let mut routes = netlink.routes()?;
     routes.retain(|route| route.protocol == ROUTE_PROTOCOL && is_left(route.destination));
     if routes.is_empty() {

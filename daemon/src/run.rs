@@ -12,7 +12,9 @@ use ipnetwork::IpNetwork;
 use rustix::thread::{CapabilitySet, capabilities};
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
-use weft_backends::{BackendError, BackendKind, ExternalInterface, KernelEvents, Started};
+use weft_backends::{
+    BackendError, BackendKind, ExternalInterface, GuardMode, KernelEvents, Started,
+};
 use weft_control::firewall::Rules;
 use weft_control::keeper;
 use weft_control::lease::{Expiry, Snapshot};
@@ -200,7 +202,7 @@ impl Daemon<'_> {
             for stray in overlap::strays(&self.config, &lease.key, &links, &started.device) {
                 tracing::warn!("{stray}");
             }
-            firewall.want(self.wanted(&lease.key)).await;
+            firewall.want(self.wanted(&lease.key, &station.place.interface)?).await;
             let Station { place, overlay, last_known } = &mut station;
             let forwarding = Forwarding {
                 settings,
@@ -350,12 +352,19 @@ impl Daemon<'_> {
         }
     }
 
-    /// What the firewall is to do for this lease.
-    fn wanted(&self, key: &LeaseKey) -> Wanted {
-        Wanted {
-            rules: Rules::new(&self.config, key, self.settings.switches),
-            blackholes: key.networks().filter(|_| self.settings.blackhole).collect(),
-        }
+    /// What the firewall is to do for this lease. What the guard is there for, nobody gets around by sending
+    /// packets unwrapped; and while udp-tun's device is away, none leave by the default route.
+    fn wanted(&self, key: &LeaseKey, interface: &ExternalInterface) -> anyhow::Result<Wanted> {
+        let Self { settings, config, .. } = self;
+        let is_tunnel = self.kind == BackendKind::UdpTun;
+        let is_direct = config.backend.bool_option("DirectRouting")?.unwrap_or(false);
+        let is_guarded = is_tunnel && !is_direct && settings.guard == GuardMode::Strict;
+        let outside = is_guarded.then_some(interface.name.as_str());
+        let networks: Vec<IpNetwork> = config.families().map(|it| it.network).collect();
+        let subnets = key.networks().filter(|_| settings.blackhole);
+        let blackholes = networks.iter().copied().filter(|_| is_tunnel).chain(subnets).collect();
+        let rules = Rules::new(config, key, settings.switches, outside);
+        Ok(Wanted { rules, blackholes, networks })
     }
 
     /// The lease to begin with, and what else is known of the registry. While that is away: what it

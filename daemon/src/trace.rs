@@ -280,7 +280,7 @@ mod tests {
         let config: NetworkConfig = r#"{"Network":"10.42.0.0/16"}"#.parse().unwrap();
         let key: LeaseKey = "10.42.1.0-24".parse().unwrap();
         let switches = Switches { masquerade: true, forward: true, random_fully: true };
-        let rules = Rules::new(&config, &key, switches);
+        let rules = Rules::new(&config, &key, switches, None);
         let device = (!device.is_empty()).then(|| device.to_owned());
         follow(&status(), Some(&rules), to.parse().unwrap(), None, device)
     }

@@ -115,6 +115,59 @@ fn nothing_invalid_comes_out_and_the_valid_does() -> Result<()> {
     lab.remove()
 }
 
+/// Who is on the link may route to us what claims to come from a peer's container.
+#[test]
+fn what_comes_unwrapped_does_not_pass_for_a_containers() -> Result<()> {
+    let mut lab = hosts(3)?;
+    for host in 0..2 {
+        lab.start_daemon(host, &[])?;
+    }
+    for host in 0..2 {
+        lab.wait_ready(host, weft_tests::DEADLINE)?;
+        lab.attach_container(host)?;
+    }
+    until("the two know each other", || Ok(lab.status(0)?.peers.len() == 1))?;
+    let (us, them) = (lab.container(0)?.address()?, lab.container(1)?.address()?);
+    let ear = Ear::open(&lab)?;
+    let stranger = &lab.host(2).netns;
+    stranger.ip(&["address", "add", &format!("{them}/32"), "dev", "lo"])?;
+    stranger.ip(&["route", "add", &format!("{us}/32"), "via", &lab.host(0).address.to_string()])?;
+    let send = |from: IpAddr, text: &[u8]| -> Result<usize> {
+        let to = SocketAddr::new(us, PORT);
+        Ok(stranger.run(|| UdpSocket::bind((from, 0))?.send_to(text, to))??)
+    };
+    let dropped = || -> Result<bool> {
+        let rules = lab.host(0).netns.tool("iptables", &["-vxnL", "FLANNEL-FWD"])?;
+        let drops = rules.lines().filter(|line| line.contains(" DROP "));
+        Ok(drops.filter_map(|line| line.split_whitespace().next()).any(|packets| packets != "0"))
+    };
+    assert!(!dropped()?);
+    send(them, b"forged")?;
+    until("it is dropped", dropped)?;
+    // As itself it may, as by flannel.
+    send(lab.host(2).address, b"honest")?;
+    assert_eq!(ear.next()?, b"honest");
+    lab.remove()
+}
+
+/// By the default route they would leave as they are.
+#[test]
+fn no_packet_leaves_in_clear_while_weftd_is_away() -> Result<()> {
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &[])?;
+    let them = lab.container(1)?.address()?.to_string();
+    let gateway = lab.host(1).address.to_string();
+    lab.host(0).netns.ip(&["route", "replace", "default", "via", &gateway])?;
+    lab.host(0).netns.ip(&["route", "get", &them])?;
+    lab.stop_daemon(0)?;
+    assert!(lab.host(0).netns.ip(&["route", "get", &them]).is_err());
+    lab.host(0).netns.ip(&["route", "get", "192.0.2.1"])?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, weft_tests::DEADLINE)?;
+    weft_tests::reaches(&lab, 0, 1)?;
+    lab.remove()
+}
+
 #[test]
 fn a_peer_may_be_given_another_address() -> Result<()> {
     let mut lab = hosts(3)?;
@@ -177,7 +230,8 @@ fn a_nodes_further_addresses_are_its_own() -> Result<()> {
 fn what_it_makes_bears_its_mark() -> Result<()> {
     let lab = overlay(2)?;
     let routes = lab.host(0).netns.ip_json(&["route", "show", "proto", "119"])?;
-    assert_eq!(routes.as_array().map(Vec::len), Some(1), "{routes}");
+    // Into the device, and for when that is away.
+    assert_eq!(routes.as_array().map(Vec::len), Some(2), "{routes}");
     let links = lab.host(0).netns.ip_json(&["link", "show", "flannel0"])?;
     assert_eq!(links[0]["ifalias"], "weft");
     lab.remove()

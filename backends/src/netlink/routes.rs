@@ -9,6 +9,7 @@ use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType, RouteVia,
 };
 use rtnetlink::{Handle, RouteMessageBuilder};
+use weft_control::lease::contains;
 
 use super::{Link, Netlink, NetlinkError, ROUTE_PROTOCOL, is_gone};
 
@@ -128,28 +129,44 @@ impl Netlink {
         self.dump_routes("route show type blackhole", main_blackhole)
     }
 
-    /// Makes these networks, and no others of weft's, be discarded where no better route takes them.
-    /// flannel's route for the same, which comes before any bridge that is made later, goes.
-    pub fn keep_blackholes(&self, networks: &[IpNetwork]) -> Result<(), NetlinkError> {
+    /// Makes these networks, and no others that weft has in the `territory`, be discarded where no better
+    /// route takes them. flannel's route for the same, which comes before any bridge that is made later, goes.
+    pub fn keep_blackholes(
+        &self,
+        wanted: &[IpNetwork],
+        territory: &[IpNetwork],
+    ) -> Result<(), NetlinkError> {
         let found = self.all_blackholes()?;
-        for network in networks.iter().filter(|network| !found.contains(&(**network, OURS))) {
+        for network in wanted.iter().filter(|network| !found.contains(&(**network, OURS))) {
             let message = blackhole(*network);
             self.call(&format!("route add blackhole {network} metric {LAST_METRIC}"), async {
                 self.handle.route().add(message?).execute().await
             })?;
         }
         for (network, protocol) in found {
-            let message = match (protocol, networks.contains(&network)) {
-                (OURS, false) => blackhole(network),
-                (FLANNELS, true) => flannels_blackhole(network),
-                _ => continue,
-            };
-            let protocol = u8::from(protocol);
-            self.call(&format!("route del blackhole {network} proto {protocol}"), async {
-                self.handle.route().del(message?).execute().await
-            })?;
+            let is_inside = territory.iter().any(|territory| contains(*territory, network));
+            match (protocol, wanted.contains(&network)) {
+                (OURS, false) if is_inside => self.remove_blackhole(network)?,
+                (FLANNELS, true) => self.delete_blackhole(network, flannels_blackhole(network))?,
+                _ => {}
+            }
         }
         Ok(())
+    }
+
+    /// Removes one of weft's.
+    pub fn remove_blackhole(&self, network: IpNetwork) -> Result<(), NetlinkError> {
+        self.delete_blackhole(network, blackhole(network))
+    }
+
+    fn delete_blackhole(
+        &self,
+        network: IpNetwork,
+        message: Result<RouteMessage, rtnetlink::Error>,
+    ) -> Result<(), NetlinkError> {
+        self.call(&format!("route del blackhole {network}"), async {
+            self.handle.route().del(message?).execute().await
+        })
     }
 
     /// The link that packets to `ip` leave by, and the address that they leave from.

@@ -227,6 +227,9 @@ impl Chain {
                 Some(Side::Out(network)) => write!(line, " ! {flag} {network}"),
             };
         }
+        if let Some(input) = &rule.input {
+            let _ = write!(line, " -i {input}");
+        }
         if let Some(mark) = rule.mark {
             let _ = write!(line, " -m mark --mark {mark:#x}/{mark:#x}");
         }
@@ -234,6 +237,7 @@ impl Chain {
             Verdict::Return => "RETURN",
             Verdict::Masquerade => "MASQUERADE",
             Verdict::Accept => "ACCEPT",
+            Verdict::Drop => "DROP",
         });
         if rule.verdict == Verdict::Masquerade && random_fully {
             line += " --random-fully";
@@ -352,11 +356,12 @@ fn ends_all(line: &str, hook: &str) -> bool {
 mod tests {
     use super::super::rules::{FamilyRules, Switches};
     use super::*;
+    use crate::config::NetworkConfig;
 
     const ALL: Switches = Switches { masquerade: true, forward: true, random_fully: true };
 
     fn rules(config: &str, key: &str, switches: Switches) -> Rules {
-        Rules::new(&config.parse().unwrap(), &key.parse().unwrap(), switches)
+        Rules::new(&config.parse().unwrap(), &key.parse().unwrap(), switches, None)
     }
 
     fn lines(chain: Chain, family: &FamilyRules) -> Vec<String> {
@@ -394,6 +399,20 @@ mod tests {
             .map(|rule| format!("-A FLANNEL-FWD {rule}"))
         );
         assert_eq!(found.ipv6, FamilyRules::default());
+    }
+
+    #[test]
+    fn what_comes_unwrapped_from_outside_is_dropped_first() {
+        let config: NetworkConfig = r#"{"Network":"172.22.0.0/16"}"#.parse().unwrap();
+        let key = "172.22.82.0-24".parse().unwrap();
+        let forward = |outside| lines(FORWARD, &Rules::new(&config, &key, ALL, outside).ipv4);
+        assert_eq!(
+            forward(Some("eth0.7"))[0],
+            "-A FLANNEL-FWD -s 172.22.0.0/16 -d 172.22.0.0/16 -i eth0.7 -m comment --comment \
+             \"flanneld forward\" -j DROP"
+        );
+        assert_eq!(forward(Some("eth0.7"))[1..], forward(None));
+        assert_eq!(forward(Some("x\" accept")), forward(None));
     }
 
     #[test]

@@ -113,7 +113,7 @@ async fn show(table: &str) -> Result<Option<String>, FirewallError> {
 fn script(rules: &Rules) -> String {
     let mut script = format!("add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
     let families = [&rules.ipv4, &rules.ipv6];
-    let all = |of: fn(&FamilyRules) -> &Vec<Rule>| families.into_iter().flat_map(of).copied();
+    let all = |of: fn(&FamilyRules) -> &Vec<Rule>| families.into_iter().flat_map(of).cloned();
     let (postrouting, forward): (Vec<Rule>, Vec<Rule>) =
         (all(|it| &it.postrouting).collect(), all(|it| &it.forward).collect());
     for (name, hook, comment, rules_of_chain) in [
@@ -135,7 +135,8 @@ fn script(rules: &Rules) -> String {
 }
 
 fn statement(rule: &Rule, random_fully: bool) -> String {
-    let mut parts = Vec::new();
+    let mut parts: Vec<String> =
+        rule.input.iter().map(|input| format!("iifname \"{input}\"")).collect();
     for (field, side) in [("saddr", rule.from), ("daddr", rule.to)] {
         let (network, not) = match side {
             None => continue,
@@ -151,6 +152,7 @@ fn statement(rule: &Rule, random_fully: bool) -> String {
         Verdict::Masquerade if random_fully => "masquerade fully-random".into(),
         Verdict::Masquerade => "masquerade".into(),
         Verdict::Accept => "accept".into(),
+        Verdict::Drop => "drop".into(),
     });
     parts.join(" ")
 }
@@ -166,7 +168,7 @@ mod tests {
             r#"{"EnableIPv6":true,"Network":"172.22.0.0/16","IPv6Network":"fd00:22::/48"}"#;
         let switches = Switches { masquerade: true, forward: true, random_fully: true };
         let key = "172.22.82.0-24&fd00:22:0:7::-64".parse().unwrap();
-        let found = script(&Rules::new(&config.parse().unwrap(), &key, switches));
+        let found = script(&Rules::new(&config.parse().unwrap(), &key, switches, Some("eth0")));
         let masq = |rule: &str| format!("\t\t{rule} comment \"flanneld masq\"\n");
         let pass = |rule: &str| format!("\t\t{rule} comment \"flanneld forward\"\n");
         let postrouting = [
@@ -184,8 +186,10 @@ mod tests {
             "ip6 saddr != fd00:22::/48 ip6 daddr fd00:22::/48 masquerade fully-random",
         ];
         let forward = [
+            "iifname \"eth0\" ip saddr 172.22.0.0/16 ip daddr 172.22.0.0/16 drop",
             "ip saddr 172.22.0.0/16 accept",
             "ip daddr 172.22.0.0/16 accept",
+            "iifname \"eth0\" ip6 saddr fd00:22::/48 ip6 daddr fd00:22::/48 drop",
             "ip6 saddr fd00:22::/48 accept",
             "ip6 daddr fd00:22::/48 accept",
         ];

@@ -31,8 +31,10 @@ pub struct FamilyRules {
 }
 
 /// One rule: packets that are all of this get the verdict.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rule {
+    /// The interface that they come in by.
+    pub input: Option<String>,
     pub from: Option<Side>,
     pub to: Option<Side>,
     /// Bits that are all set in the packet's mark.
@@ -41,14 +43,14 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether it takes a packet that nobody has marked.
+    /// Whether it takes a packet of a container's that nobody has marked.
     pub fn takes(&self, from: IpAddr, to: IpAddr) -> bool {
         let is = |side: Option<Side>, ip: IpAddr| match side {
             None => true,
             Some(Side::In(network)) => network.contains(ip),
             Some(Side::Out(network)) => !network.contains(ip),
         };
-        self.mark.is_none() && is(self.from, from) && is(self.to, to)
+        self.mark.is_none() && self.input.is_none() && is(self.from, from) && is(self.to, to)
     }
 }
 
@@ -58,7 +60,11 @@ impl fmt::Display for Rule {
             Verdict::Return => "leave alone",
             Verdict::Masquerade => "masquerade",
             Verdict::Accept => "accept",
+            Verdict::Drop => "drop",
         })?;
+        if let Some(input) = &self.input {
+            write!(f, " by {input}")?;
+        }
         for (side, word) in [(self.from, "from"), (self.to, "to")] {
             match side {
                 None => {}
@@ -81,12 +87,14 @@ pub enum Side {
 }
 
 /// What becomes of a packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Verdict {
     /// As if our rules were not there.
+    #[default]
     Return,
     Masquerade,
     Accept,
+    Drop,
 }
 
 /// What an operator switches.
@@ -101,8 +109,14 @@ pub struct Switches {
 }
 
 impl Rules {
-    /// For a node with this lease.
-    pub fn new(config: &NetworkConfig, lease: &LeaseKey, switches: Switches) -> Self {
+    /// For a node with this lease. `outside`: the interface by which packets between containers come wrapped
+    /// only, if there is one.
+    pub fn new(
+        config: &NetworkConfig,
+        lease: &LeaseKey,
+        switches: Switches,
+        outside: Option<&str>,
+    ) -> Self {
         let mut rules = Self { random_fully: switches.random_fully, ..Self::default() };
         for subnet in lease.networks() {
             let Some(family) = config.family(subnet.is_ipv6()) else { continue };
@@ -111,7 +125,7 @@ impl Rules {
                 own.postrouting = postrouting(family.network, subnet);
             }
             if switches.forward {
-                own.forward = forward(family.network);
+                own.forward = forward(family.network, outside);
             }
         }
         rules
@@ -133,7 +147,7 @@ impl Rules {
 }
 
 fn rule(from: Side, to: Side, verdict: Verdict) -> Rule {
-    Rule { from: Some(from), to: Some(to), mark: None, verdict }
+    Rule { from: Some(from), to: Some(to), verdict, ..Rule::default() }
 }
 
 /// Containers of the overlay see each other's own addresses; the world outside sees the host's.
@@ -141,7 +155,7 @@ fn postrouting(network: IpNetwork, subnet: IpNetwork) -> Vec<Rule> {
     use Side::{In, Out};
     use Verdict::{Masquerade, Return};
     vec![
-        Rule { from: None, to: None, mark: Some(KUBE_MARK), verdict: Return },
+        Rule { mark: Some(KUBE_MARK), verdict: Return, ..Rule::default() },
         // From our containers to the overlay, and back.
         rule(In(subnet), In(network), Return),
         rule(In(network), In(subnet), Return),
@@ -154,11 +168,21 @@ fn postrouting(network: IpNetwork, subnet: IpNetwork) -> Vec<Rule> {
     ]
 }
 
-/// Hosts that drop what they are not told to forward still forward for the overlay.
-fn forward(network: IpNetwork) -> Vec<Rule> {
-    let accept = |from, to| Rule { from, to, mark: None, verdict: Verdict::Accept };
-    let inside = Some(Side::In(network));
-    vec![accept(inside, None), accept(None, inside)]
+/// Hosts that drop what they are not told to forward still forward for the overlay; but not what claims to come
+/// from a container elsewhere and has passed no guard.
+fn forward(network: IpNetwork, outside: Option<&str>) -> Vec<Rule> {
+    let accept = |from, to| Rule { from, to, verdict: Verdict::Accept, ..Rule::default() };
+    let inside = Side::In(network);
+    let forged = outside
+        .filter(|name| is_plain(name))
+        .map(|name| Rule { input: Some(name.to_owned()), ..rule(inside, inside, Verdict::Drop) });
+    let accepts = [accept(Some(inside), None), accept(None, Some(inside))];
+    forged.into_iter().chain(accepts).collect()
+}
+
+/// Whether an interface's name means itself to iptables and nft, which read patterns and quotes.
+fn is_plain(name: &str) -> bool {
+    name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-@".contains(&byte))
 }
 
 /// 224.0.0.0/4 and ff00::/8 (RFC 5771, RFC 4291).
