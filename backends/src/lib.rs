@@ -381,7 +381,7 @@ pub enum BackendError {
          remove that route (`ip route del {network}`), or choose another Network"
     )]
     RouteTaken { network: IpNetwork, elsewhere: String },
-    #[error("no device {0} after making it: somebody deleted it at once")]
+    #[error("there is no device {0} any more: somebody removed or renamed it")]
     DeviceGone(String),
     #[error(
         "the name {device}, which the VXLAN device needs, is that of a {kind}; remove or rename that \

@@ -42,22 +42,23 @@ pub(crate) struct Territory {
 impl Territory {
     /// Whether a route leads into the overlay, or out of one of our devices.
     pub(crate) fn has(&self, route: &KernelRoute) -> bool {
-        self.is_by_our_device(route)
-            || self.networks.iter().any(|network| contains(*network, route.destination))
+        self.is_by_our_device(route) || self.is_inside(route)
+    }
+
+    fn is_inside(&self, route: &KernelRoute) -> bool {
+        self.networks.iter().any(|network| contains(*network, route.destination))
     }
 
     fn is_by_our_device(&self, route: &KernelRoute) -> bool {
         route.link.is_some_and(|link| self.links.contains(&link))
     }
 
-    /// Whether to remove a route that nobody wants: ours, and on a device that is ours now what
-    /// flannel left, which leads to a subnet by way of its base.
+    /// Whether to remove a route that nobody wants: ours, and on a device that is ours whatever leads into
+    /// the overlay by a gateway, as flannel leaves it.
     pub(crate) fn owns(&self, route: &KernelRoute) -> bool {
-        let is_flannels =
-            self.is_by_our_device(route) && route.gateway == Some(route.destination.network());
-        self.has(route)
-            && route.gateway.is_some()
-            && (route.protocol == ROUTE_PROTOCOL || is_flannels)
+        let is_ours = route.protocol == ROUTE_PROTOCOL && self.has(route);
+        let is_there = self.is_by_our_device(route) && self.is_inside(route);
+        route.gateway.is_some() && (is_ours || is_there)
     }
 }
 

@@ -139,7 +139,12 @@ impl Backend for UdpTun {
         if basis == Basis::Kernel {
             match self.configure(&running.device, &desired.lease) {
                 Ok(changed) => report.changed = changed,
-                Err(error) => report.failures.push(error.to_string()),
+                Err(error) => {
+                    if matches!(error, BackendError::DeviceGone(_)) {
+                        lose(&self.events, error.to_string());
+                    }
+                    report.failures.push(error.to_string());
+                }
             }
         }
         let direct = self.route_directly(desired, basis, &mut report);

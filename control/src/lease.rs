@@ -323,14 +323,17 @@ pub enum Refusal {
     Overlaps { subnet: IpNetwork, other: LeaseKey },
 }
 
-/// Sorts everybody else's leases; our own is in neither list, nor as it was `former`ly.
+/// Sorts everybody else's leases; our own is in neither list, nor as it was `former`ly. `further`: what else
+/// this host is reached by.
 pub fn peers(
     config: &NetworkConfig,
     own: &Lease,
     former: &[LeaseAttrs],
+    further: &[IpAddr],
     leases: &[Lease],
 ) -> Peers {
-    let ours: HashSet<IpAddr> = own.attrs.public_addresses().collect();
+    let ours: HashSet<IpAddr> =
+        own.attrs.public_addresses().chain(further.iter().copied()).collect();
     let mut peers = Peers::default();
     let is_ours = |lease: &Lease| lease.key == own.key && lease.is_of(&own.attrs, former);
     for lease in leases.iter().filter(|lease| !is_ours(lease)) {
@@ -516,7 +519,7 @@ mod tests {
         let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
         let own = lease("10.3.4.0-24", "192.0.2.9");
         let refused = |key: &str, public_ip: &str| {
-            let found = peers(&config, &own, &[], &[own.clone(), lease(key, public_ip)]);
+            let found = peers(&config, &own, &[], &[], &[own.clone(), lease(key, public_ip)]);
             assert_eq!(found.accepted.len() + found.refused.len(), 1);
             found.refused.into_iter().next().map(|(_, why)| why)
         };
@@ -535,12 +538,14 @@ mod tests {
         assert_eq!(refused("10.3.4.0-24", "192.0.2.1"), Some(Refusal::OverlapsOurs));
         let mut mapped = lease("10.3.5.0-24", "");
         mapped.attrs.public_ipv6 = "::ffff:10.3.9.9".parse().ok();
-        assert_eq!(peers(&config, &own, &[], &[mapped]).accepted, []);
+        assert_eq!(peers(&config, &own, &[], &[], &[mapped]).accepted, []);
         assert_eq!(
             refused("10.3.5.0-24", "10.3.9.9"),
             Some(Refusal::AddressInsideOverlay(ip("10.3.9.9")))
         );
         assert_eq!(refused("10.3.5.0-24", "192.0.2.9"), Some(Refusal::OurAddress(ip("192.0.2.9"))));
+        let other = [lease("10.3.5.0-24", "192.0.2.8")];
+        assert_eq!(peers(&config, &own, &[], &[ip("192.0.2.8")], &other).accepted, []);
     }
 
     #[test]
@@ -549,7 +554,7 @@ mod tests {
         let [own, before, first] =
             ["192.0.2.9", "192.0.2.8", "192.0.2.7"].map(|ip| lease("10.3.4.0-24", ip));
         let sorted = |told: &Lease, former: &[LeaseAttrs]| {
-            peers(&config, &own, former, std::slice::from_ref(told))
+            peers(&config, &own, former, &[], std::slice::from_ref(told))
         };
         let former = [first.attrs.clone(), before.attrs.clone()];
         assert_eq!(sorted(&before, &former), Peers::default());
@@ -568,7 +573,7 @@ mod tests {
             lease("10.3.3.0-24&fd00:0:0:3::-64", "192.0.2.3"),
         ];
         for _ in 0..2 {
-            let found = peers(&config, &own, &[], &leases);
+            let found = peers(&config, &own, &[], &[], &leases);
             let keys: Vec<LeaseKey> = found.accepted.iter().map(|lease| lease.key).collect();
             assert_eq!(keys.len(), 2);
             assert!(keys.contains(&key("10.3.1.0-24&fd00:0:0:1::-64")));
@@ -596,7 +601,7 @@ mod tests {
             lease("10.3.8.0-22", "192.0.2.8"),
             lease("10.3.9.0-25", "192.0.2.9"),
         ];
-        let found = peers(&config, &own, &[], &leases);
+        let found = peers(&config, &own, &[], &[], &leases);
         let accepted: Vec<String> = found.accepted.iter().map(|it| it.key.to_string()).collect();
         assert_eq!(accepted, ["10.3.1.0-24", "10.3.1.128-26", "10.3.2.0-24", "10.3.8.0-22"]);
         let told: Vec<String> =
@@ -635,14 +640,14 @@ mod tests {
                 lease(&format!("{}-{len}", base.network()), &format!("192.0.2.{owner}"))
             };
             let mut leases: Vec<Lease> = entries.into_iter().map(entry).collect();
-            let found = peers(&config, &own, &[], &leases);
+            let found = peers(&config, &own, &[], &[], &leases);
             for peer in &found.accepted {
                 prop_assert!(!peer.key.overlaps(&own.key) && !peer.attrs.same_node(&own.attrs));
             }
             let ours = leases.iter().filter(|it| it.key == own.key && it.attrs == own.attrs).count();
             prop_assert_eq!(found.accepted.len() + found.refused.len() + ours, leases.len());
             fastrand::Rng::with_seed(order).shuffle(&mut leases);
-            let again = peers(&config, &own, &[], &leases);
+            let again = peers(&config, &own, &[], &[], &leases);
             let names = |found: &Peers| {
                 let mut names: Vec<String> =
                     found.accepted.iter().map(|it| format!("{} {:?}", it.key, it.attrs)).collect();

@@ -7,7 +7,7 @@
 mod arguments;
 mod engine;
 mod parse;
-mod registry;
+pub(crate) mod registry;
 mod settings;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

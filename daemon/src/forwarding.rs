@@ -14,9 +14,11 @@ use anyhow::Context;
 use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use weft_backends::netlink::Netlink;
 use weft_backends::{
-    BackendEvent, BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started,
+    BackendEvent, BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started, some,
 };
 use weft_control::keeper::{self, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot};
@@ -29,6 +31,7 @@ use crate::firewall::Firewall;
 use crate::flags::Settings;
 use crate::health::Health;
 use crate::node;
+use crate::overlap;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Prober};
@@ -146,7 +149,7 @@ impl Forwarding<'_> {
                         publish.reset_immediately();
                     }
                     if is_back {
-                        remember(last_known, &turn, &snapshot).await;
+                        remember(last_known, &mut turn, &snapshot).await;
                     }
                 }
                 () = kernel_changed, if !turn.repairs.is_fight() => {
@@ -166,7 +169,7 @@ impl Forwarding<'_> {
                     let View { snapshot, readable } = watch.borrow().clone();
                     self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
                     if readable {
-                        remember(last_known, &turn, &snapshot).await;
+                        remember(last_known, &mut turn, &snapshot).await;
                     }
                 }
                 lease = claimed(claiming.as_mut()) => {
@@ -194,7 +197,7 @@ impl Forwarding<'_> {
                     let renewed = self.renew(&mut turn).await;
                     if matches!(renewed, Ok(true)) {
                         let snapshot = watch.borrow().snapshot.clone();
-                        remember(last_known, &turn, &snapshot).await;
+                        remember(last_known, &mut turn, &snapshot).await;
                     }
                     if turn.renewals.problem().is_some() != told {
                         slow.reset_immediately();
@@ -334,6 +337,11 @@ impl Forwarding<'_> {
         turn.rival = Self::rival(snapshot, turn);
         problems.extend(turn.config_problem.iter().chain(&turn.rival).cloned());
         problems.extend(turn.renewals.problem().into_iter().chain(turn.records.problem()));
+        problems.extend(turn.forgetful.clone());
+        if basis == Basis::Kernel {
+            turn.strays = self.strays(turn).await?;
+        }
+        problems.extend(turn.strays.iter().cloned());
         let report = overlay.call(move |backend| backend.reconcile(&desired, basis)).await?;
         // Not before there is a way to them: the first probe would be lost.
         if let Some(prober) = &turn.prober {
@@ -343,6 +351,13 @@ impl Forwarding<'_> {
         turn.failures = report.failures;
         self.kernel.hear_neighbours_of(report.neighbours_of);
         report.attrs.into_iter().for_each(|attrs| turn.describe(attrs));
+        if !turn.readable && turn.lease.attrs != turn.identity.attrs {
+            turn.failures.push(
+                "the registry tells peers what this node was before, and cannot be told otherwise now: \
+                 they do not reach it until it can"
+                    .into(),
+            );
+        }
         turn.failures.extend(turn.stuck.iter().map(|reason| {
             format!(
                 "the external interface cannot be followed ({reason}); it stays {}",
@@ -381,6 +396,16 @@ impl Forwarding<'_> {
         self.tell_lease(turn);
         self.tell_health(turn);
         Ok(report.changed)
+    }
+
+    /// What is told of bridges whose containers nobody reaches.
+    async fn strays(&self, turn: &Turn) -> anyhow::Result<Vec<String>> {
+        let links = spawn_blocking(|| Netlink::open().ok()?.links().ok()).await?;
+        let Started { device, other_devices, .. } = &self.started;
+        let ours: Vec<&str> =
+            [device].into_iter().chain(other_devices).map(String::as_str).collect();
+        let found = links.map(|it| overlap::strays(&turn.config, &turn.lease.key, &it, &ours));
+        Ok(some(found.unwrap_or_default()))
     }
 
     /// Without the firewall's rules packets move, but containers do not get far; with another node at
@@ -502,7 +527,7 @@ impl Forwarding<'_> {
 
 /// For a start while the registry is away. Without it weft works as well, until then. That others renew
 /// their leases, as one does each few seconds in a large fleet, is no reason to write it all anew.
-async fn remember(file: &mut StateFile<LastKnown>, turn: &Turn, snapshot: &Snapshot) {
+async fn remember(file: &mut StateFile<LastKnown>, turn: &mut Turn, snapshot: &Snapshot) {
     let mut known = LastKnown {
         lease: turn.lease.clone(),
         snapshot: snapshot.clone(),
@@ -514,9 +539,10 @@ async fn remember(file: &mut StateFile<LastKnown>, turn: &Turn, snapshot: &Snaps
             lease.expires = Expiry::Unknown;
         }
     }
-    if let Err(error) = file.save(&known).await {
-        tracing::warn!("cannot remember what the registry said: {error:#}");
-    }
+    let saved = file.save(&known).await;
+    turn.forgetful = saved.err().map(|error| {
+        format!("cannot remember what the registry said, for a start while it is away: {error:#}")
+    });
 }
 
 /// When a lease ends, where that is known.

@@ -125,10 +125,7 @@ fn take_lock(path: &Path) -> anyhow::Result<File> {
     let unusable = || format!("cannot write {}; see --run-dir", path.display());
     let mut lock = file::open_private(path).with_context(unusable)?;
     if let Err(pid) = hold(&mut lock) {
-        bail!(
-            "another weftd (pid {pid}) runs with this registry and public IP; stop it first, or \
-             give this one a --run-dir of its own"
-        );
+        bail!("another weftd (pid {pid}) runs with this registry and public IP; stop it first");
     }
     // Whoever held it may have removed it between our two steps: then it keeps nobody out.
     if !is_at(&lock, path).with_context(unusable)? {

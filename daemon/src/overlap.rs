@@ -49,16 +49,16 @@ fn servers(registry: &RegistrySettings) -> Vec<IpAddr> {
     access.endpoints.iter().filter_map(address).collect()
 }
 
-/// Devices whose containers nobody reaches: their addresses lie in the Network, but not in our
+/// Devices, but for ours, whose containers nobody reaches: their addresses lie in the Network, but not in our
 /// subnet, as after a change of the lease.
 pub(crate) fn strays(
     config: &NetworkConfig,
     lease: &LeaseKey,
     links: &[Link],
-    device: &str,
+    ours: &[&str],
 ) -> Vec<String> {
     let mut strays = Vec::new();
-    for link in links.iter().filter(|link| link.name != device) {
+    for link in links.iter().filter(|link| !ours.contains(&link.name.as_str())) {
         for address in &link.addresses {
             let ip = address.network.ip();
             let in_network = config.families().any(|family| family.network.contains(ip));
@@ -157,7 +157,7 @@ mod tests {
             link("eth0", "192.0.2.1/24"),
             link("flannel0", "10.3.9.0/32"),
         ];
-        let strays = strays(&config(), &"10.3.7.0-24".parse().unwrap(), &links, "flannel0");
+        let strays = strays(&config(), &"10.3.7.0-24".parse().unwrap(), &links, &["flannel0"]);
         assert_eq!(strays.len(), 1);
         assert!(strays[0].starts_with("cni0 has the address 10.3.8.1"), "{strays:?}");
     }

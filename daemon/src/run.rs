@@ -35,7 +35,6 @@ use crate::log::Log;
 use crate::made::Made;
 use crate::node::Node;
 use crate::notify;
-use crate::overlap;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::registry::{self, config_file};
@@ -198,10 +197,6 @@ impl Daemon<'_> {
                 status.mtu = Some(started.mtu);
                 status.mtu_why = Some(mtu_why(&station.place.interface, started.mtu));
             });
-            let Surroundings { links, .. } = Surroundings::look(None).await?;
-            for stray in overlap::strays(&self.config, &lease.key, &links, &started.device) {
-                tracing::warn!("{stray}");
-            }
             firewall.want(self.wanted(&lease.key, &station.place.interface)?).await;
             let Station { place, overlay, last_known } = &mut station;
             let forwarding = Forwarding {

@@ -306,6 +306,9 @@ fn udp_tun_has_its_device_put_right_at_once() -> Result<()> {
         host.ip(meddling)?;
         until(&format!("it is right after {meddling:?}"), is_right)?;
     }
+    host.ip(&["link", "set", "flannel0", "down"])?;
+    host.ip(&["link", "set", "flannel0", "name", "another"])?;
+    until("there is a device again", || Ok(is_right().unwrap_or(false)))?;
     until("packets pass", || Ok(lab.ping(0, 1, &PingOptions::default())?.complete()))?;
     lab.remove()
 }

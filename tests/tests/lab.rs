@@ -1,5 +1,6 @@
 //! `weft lab` as an operator runs it, and that nothing of a lab is left behind, however it ends.
 
+use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -89,11 +90,13 @@ impl Drop for Running {
 
 /// Nothing that bears the lab's id is in the system any more.
 fn nothing_is_left_of(id: &str) -> Result<()> {
-    let mark = format!("weft-{id}-");
-    for directory in ["/run/netns", "/tmp"] {
+    let (namespaces, directories) = (Path::new("/run/netns").to_owned(), env::temp_dir());
+    for (directory, mark) in
+        [(namespaces, format!("weft-{id}-")), (directories, format!("weft-lab-{id}-"))]
+    {
         for entry in fs::read_dir(directory)? {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            assert!(!name.contains(&mark), "{directory}/{name} is left");
+            let path = entry?.path();
+            assert!(!path.to_string_lossy().contains(&mark), "{} is left", path.display());
         }
     }
     assert!(!Path::new(&format!("/run/weft-lab/{id}.json")).exists());

@@ -323,12 +323,55 @@ fn hostile_leases_are_refused_by_name() -> Result<()> {
     lab.remove()
 }
 
+/// Its peers cannot know, and it says so.
+#[test]
+fn a_host_that_moves_while_the_registry_is_away_tells_it() -> Result<()> {
+    let lab = overlay(2)?;
+    let (there, away) = (lab.registry()?, lab.registry()?.with_extension("away"));
+    fs::rename(&there, &away)?;
+    until("it is noticed", || Ok(!lab.status(0)?.registry_readable))?;
+    let host = &lab.host(0).netns;
+    host.ip(&["-4", "address", "flush", "dev", "eth0"])?;
+    host.ip(&["address", "add", "10.168.0.60/24", "dev", "eth0"])?;
+    host.ip(&["route", "add", "default", "dev", "eth0"])?;
+    tells(&lab, 0, "the registry tells peers what this node was before")?;
+    fs::rename(&away, &there)?;
+    until("peers know", || {
+        Ok(lab.status(0)?.problems.is_empty()
+            && lab.status(1)?.peers.iter().any(|it| it.public_ip.to_string() == "10.168.0.60"))
+    })?;
+    lab.remove()
+}
+
+/// A container's bridge that is left from another subnet, and a lease of this host's under an address that it
+/// has besides.
+#[test]
+fn what_of_this_host_is_in_the_way_is_told() -> Result<()> {
+    let mut lab = hosts(2)?;
+    write_config(&lab, SUBNETS_KEPT_FREE)?;
+    bring_up(&mut lab, &[])?;
+    let host = &lab.host(0).netns;
+    host.ip(&["link", "add", "left", "type", "bridge"])?;
+    host.ip(&["address", "add", "10.42.200.1/24", "dev", "left"])?;
+    tells(&lab, 0, "left has the address 10.42.200.1, which lies in the Network")?;
+    host.ip(&["link", "del", "left"])?;
+    host.ip(&["address", "add", "10.168.0.61/24", "dev", "eth0"])?;
+    let former = lab.registry()?.join("subnets/10.42.250.0-24");
+    fs::write(&former, r#"{"PublicIP":"10.168.0.61","PublicIPv6":null}"#)?;
+    tells(&lab, 0, "lease 10.42.250.0-24 refused: it has our own address 10.168.0.61")?;
+    assert_eq!(lab.status(0)?.peers.len(), 1);
+    fs::remove_file(former)?;
+    until("there is nothing to tell", || Ok(lab.status(0)?.problems.is_empty()))?;
+    lab.remove()
+}
+
 /// A registry that is away changes nothing for those that know each other.
 #[test]
 fn traffic_flows_while_the_registry_is_away() -> Result<()> {
     let lab = overlay(2)?;
     let (there, away) = (lab.registry()?, lab.registry()?.with_extension("away"));
     fs::rename(&there, &away)?;
+    until("it is noticed", || Ok(!lab.status(0)?.registry_readable))?;
     let long =
         PingOptions { count: 20, interval: Duration::from_millis(100), ..PingOptions::default() };
     assert!(lab.ping(0, 1, &long)?.complete());

@@ -179,6 +179,8 @@ fn entries_that_somebody_removes_come_back() -> Result<()> {
     };
     let fdb = ["fdb", "del", &mac, "dev", "flannel.1", "dst", &far];
     comes_back("ip", &["route", "del", &subnet])?;
+    let astray = ["route", "replace", &subnet, "via", "10.42.250.0", "dev", "flannel.1", "onlink"];
+    comes_back("ip", &astray)?;
     comes_back("ip", &["neigh", "del", &base, "dev", "flannel.1"])?;
     comes_back("bridge", &fdb)?;
     let elsewhere = ["fdb", "replace", &mac, "dev", "flannel.1", "dst", "10.168.0.200"];

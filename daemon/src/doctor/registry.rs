@@ -11,6 +11,7 @@ use weft_control::{NetworkConfig, RegistryError};
 use super::check::Check;
 use super::seen::{RegistrySeen, Seen};
 use super::version;
+use crate::flags::registry::quoted;
 
 /// Reading everything should not take longer.
 const SLOW: Duration = Duration::from_millis(500);
@@ -49,7 +50,8 @@ pub(super) fn registry(seen: &Seen) -> Check {
     };
     let Some(config) = &snapshot.config else {
         let what = format!("{name} has no network config");
-        return Check::fail(NAME, what, registry.weft("init 10.42.0.0/16"));
+        let config = seen.last_config.as_deref().map_or("10.42.0.0/16".into(), quoted);
+        return Check::fail(NAME, what, registry.weft(&format!("init {config}")));
     };
     if let Err(error) = config.parse::<NetworkConfig>() {
         let what = format!("{name} has a network config that cannot be used: {error}");

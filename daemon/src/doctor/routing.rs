@@ -160,13 +160,11 @@ pub(super) fn overlap(seen: &Seen) -> Check {
         let cure = format!("ip address flush dev {device} to {}", route.destination);
         return Check::fail(NAME, what, cure);
     }
-    let device = status.device.as_deref().unwrap_or_default();
-    let subnets = seen.subnets();
+    let ours: Vec<&str> =
+        status.device.iter().chain(&status.other_devices).map(String::as_str).collect();
     // Before there is a device, nothing is known to be anywhere.
-    if let (Some(config), Some(subnet @ IpNetwork::V4(_)), false) =
-        (seen.config(), subnets.first(), device.is_empty())
-    {
-        let strays = overlap::strays(&config, &(*subnet).into(), &seen.links, device);
+    if let (Some(config), Some(key), false) = (seen.config(), seen.lease_key(), ours.is_empty()) {
+        let strays = overlap::strays(&config, &key, &seen.links, &ours);
         if let Some(stray) = strays.into_iter().next() {
             return Check::warn(NAME, stray, restart("docker0"));
         }

@@ -15,11 +15,13 @@ use serde_json::Value;
 use weft_backends::netlink::{KernelRoute, Link, Netlink};
 use weft_control::lease::Snapshot;
 use weft_control::registry::server::{Server, servers};
-use weft_control::{NetworkConfig, RegistryError};
+use weft_control::{LeaseKey, NetworkConfig, RegistryError};
 
 use crate::flags::{self, RegistrySettings, Settings};
 use crate::handed::Handed;
+use crate::made::files_of;
 use crate::registry::open_now;
+use crate::state_file::StateFile;
 use crate::status::Status;
 
 /// Sysctls that do not belong to one device, below /proc/sys.
@@ -58,6 +60,8 @@ pub(super) struct Seen {
     /// subnet.env, or why it cannot be used.
     pub(super) subnet_env: Option<Result<Handed, String>>,
     pub(super) registry: Option<RegistrySeen>,
+    /// The network config that the daemon last read.
+    pub(super) last_config: Option<String>,
     /// The daemon's UDP sockets: bytes of their receive and send buffers.
     pub(super) sockets: Vec<(u64, u64)>,
 }
@@ -138,6 +142,8 @@ impl Seen {
             seen.subnet_env = Some(Handed::read(subnet_file).map_err(|error| format!("{error:#}")));
             seen.registry = Some(RegistrySeen::look(registry).await);
         }
+        let settings = seen.daemon.as_ref().and_then(|daemon| daemon.settings.as_ref());
+        seen.last_config = settings.and_then(|settings| last_config(&settings.state_dir));
         seen.look_at_netlink().await?;
         let devices = seen.links.iter().map(|link| link.name.as_str()).chain(["all"]);
         seen.sysctls = sysctls(devices);
@@ -215,11 +221,30 @@ impl Seen {
         }
     }
 
+    /// The same as a lease has them.
+    pub(super) fn lease_key(&self) -> Option<LeaseKey> {
+        let (mut ipv4, mut ipv6) = (None, None);
+        for subnet in self.subnets() {
+            match subnet {
+                IpNetwork::V4(subnet) => ipv4 = Some(subnet),
+                IpNetwork::V6(subnet) => ipv6 = Some(subnet),
+            }
+        }
+        (ipv4.is_some() || ipv6.is_some()).then(|| LeaseKey::new(ipv4, ipv6))
+    }
+
     /// The network config, where the registry has one that can be used.
     pub(super) fn config(&self) -> Option<NetworkConfig> {
         let (snapshot, _) = self.registry.as_ref()?.content.as_ref().ok()?;
         snapshot.config.as_ref()?.parse().ok()
     }
+}
+
+/// Where daemons of several registries share the directory, it is not known whose is whose.
+fn last_config(state_dir: &Path) -> Option<String> {
+    let files = files_of(state_dir, |name| name.starts_with("config-")).ok()?;
+    let [file] = <[PathBuf; 1]>::try_from(files).ok()?;
+    StateFile::new(file).load().map(|(text, _)| text)
 }
 
 impl Daemon {

@@ -56,7 +56,7 @@ impl RegistrySettings {
 }
 
 /// As one word for a shell.
-fn quoted(value: &str) -> String {
+pub(crate) fn quoted(value: &str) -> String {
     let is_plain = |it: char| it.is_ascii_alphanumeric() || "_./:,@-".contains(it);
     if value.chars().all(is_plain) {
         value.into()

@@ -16,7 +16,8 @@ pub(super) fn desired(
     snapshot: &Snapshot,
     turn: &Turn,
 ) -> (Desired, BTreeSet<String>) {
-    let peers = peers(&turn.config, &turn.lease, &turn.former, &snapshot.leases);
+    let further = &turn.interface.other_addresses;
+    let peers = peers(&turn.config, &turn.lease, &turn.former, further, &snapshot.leases);
     let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
     let mut weft_nodes: HashSet<IpAddr> = HashSet::new();
     for record in &snapshot.nodes {

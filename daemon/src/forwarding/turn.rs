@@ -48,6 +48,10 @@ pub(super) struct Turn {
     pub(super) subnet_file: Option<Result<(), String>>,
     pub(super) is_announced: bool,
     pub(super) repairs: Repairs,
+    /// Why what the registry said is not written down.
+    pub(super) forgetful: Option<String>,
+    /// Devices with addresses that are not our subnet's, as of the last look.
+    pub(super) strays: Vec<String>,
     /// Renewals of the lease, and of the node's record.
     pub(super) renewals: Failing,
     pub(super) records: Failing,
@@ -120,6 +124,8 @@ impl Turn {
             subnet_file: None,
             is_announced: false,
             repairs: Repairs::new(),
+            forgetful: None,
+            strays: Vec::new(),
             renewals: Failing::default(),
             records: Failing::default(),
             prober: None,
