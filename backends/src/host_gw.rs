@@ -50,7 +50,7 @@ pub(crate) fn open(
     // Nothing here can break by itself: what happens to routes, the daemon hears from the kernel.
     let (_, receiver) = mpsc::unbounded_channel();
     let netlink = Netlink::open().map_err(BackendError::NetlinkSocket)?;
-    let networks = config.families().map(|family| family.network).collect();
+    let networks = config.networks().collect();
     let host_gw = HostGw {
         interface,
         networks,

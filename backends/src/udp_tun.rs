@@ -116,7 +116,7 @@ impl Backend for UdpTun {
             tuning: self.options.tuning.clone(),
         })?;
         let device = engine.device().to_owned();
-        let networks: Vec<IpNetwork> = self.config.families().map(|it| it.network).collect();
+        let networks: Vec<IpNetwork> = self.config.networks().collect();
         vxlan::remove_stale(&self.netlink, &mut self.netlink.links()?, &networks, &[])?;
         self.configure(&device, lease)?;
         self.running = Some(Running {
@@ -272,7 +272,7 @@ impl UdpTun {
                 routes.extend(key.networks().filter_map(|subnet| direct.route(subnet, attrs)));
             }
         }
-        let networks = self.config.families().map(|family| family.network).collect();
+        let networks = self.config.networks().collect();
         let territory = Territory { networks, links: Vec::new() };
         let mut direct: HashSet<IpNetwork> = routes.iter().map(|route| route.destination).collect();
         match self.routes.reconcile(&self.netlink, &routes, &territory, basis) {
@@ -292,7 +292,7 @@ impl UdpTun {
     fn refuse_taken_routes(&self) -> Result<(), BackendError> {
         let routes = self.netlink.routes()?;
         let links = self.netlink.links()?;
-        for network in self.config.families().map(|family| family.network) {
+        for network in self.config.networks() {
             let taken = routes.iter().find(|route| {
                 let is_foreign = route.protocol != ROUTE_PROTOCOL;
                 route.destination == network && is_foreign && route.precedes_ours()
@@ -324,7 +324,7 @@ impl UdpTun {
             changed |= self.netlink.set_address(&link, IpNetwork::from(address))?;
         }
         let routes = self.netlink.routes()?;
-        for network in self.config.families().map(|family| family.network) {
+        for network in self.config.networks() {
             let is_there = routes.iter().any(|route| {
                 (route.destination, route.link) == (network, Some(link.index))
                     && route.protocol == ROUTE_PROTOCOL

@@ -218,7 +218,7 @@ impl Vxlan {
         report.tell(refused.iter().map(|(_, error)| error.to_string()));
 
         let territory = Territory {
-            networks: self.config.families().map(|family| family.network).collect(),
+            networks: self.config.networks().collect(),
             links: self.devices.iter().map(|device| device.index).collect(),
         };
         let routes = ways.routes();

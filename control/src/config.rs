@@ -76,10 +76,14 @@ impl NetworkConfig {
         self.ipv4.into_iter().chain(self.ipv6)
     }
 
+    /// Those families' networks.
+    pub fn networks(&self) -> impl Iterator<Item = IpNetwork> + use<> {
+        self.families().map(|family| family.network)
+    }
+
     /// Whether both are of one overlay, and differ at most in which of its subnets are given out.
     pub fn differs_in_bounds_only(&self, other: &Self) -> bool {
-        let networks = |config: &Self| config.families().map(|it| it.network).collect::<Vec<_>>();
-        networks(self) == networks(other)
+        self.networks().eq(other.networks())
             && self.enable_nftables == other.enable_nftables
             && self.backend == other.backend
     }

@@ -419,7 +419,7 @@ fn refusal(
         if is_unusable(address) {
             return Some(Refusal::UnusableAddress(address));
         }
-        if config.families().any(|family| family.network.contains(address)) {
+        if config.networks().any(|network| network.contains(address)) {
             return Some(Refusal::AddressInsideOverlay(address));
         }
     }

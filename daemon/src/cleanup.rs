@@ -170,7 +170,7 @@ fn known_networks(state_dir: &Path) -> anyhow::Result<Vec<IpNetwork>> {
     for path in files_of(state_dir, |name| name.starts_with("last-known-"))? {
         let known: Option<(LastKnown, _)> = StateFile::new(path).load();
         let config = known.and_then(|(known, _)| known.snapshot.config?.parse().ok());
-        networks.extend(config.iter().flat_map(NetworkConfig::families).map(|it| it.network));
+        networks.extend(config.iter().flat_map(NetworkConfig::networks));
     }
     Ok(networks)
 }

@@ -35,7 +35,7 @@ impl Made {
     ) -> anyhow::Result<()> {
         StateFile::new(files.made.clone())
             .save(&Self {
-                networks: config.families().map(|family| family.network).collect(),
+                networks: config.networks().collect(),
                 subnet_file: full(&settings.subnet_file),
                 lock: full(&files.lock),
                 socket: full(&files.socket),

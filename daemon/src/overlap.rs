@@ -24,7 +24,7 @@ pub(crate) fn conflict(
     let gateways = gateways.map(|ip| (ip, format!("a gateway on {name}")));
     let servers = servers(registry).into_iter().map(|ip| (ip, "an endpoint of etcd".to_owned()));
     own.chain(gateways).chain(servers).find_map(|(ip, what)| {
-        let network = config.families().map(|it| it.network).find(|it| it.contains(ip))?;
+        let network = config.networks().find(|it| it.contains(ip))?;
         Some(format!(
             "the Network {network} of the network config contains {ip}, {what}: packets to it would \
              go into the overlay; choose another Network"
@@ -61,7 +61,7 @@ pub(crate) fn strays(
     for link in links.iter().filter(|link| !ours.contains(&link.name.as_str())) {
         for address in &link.addresses {
             let ip = address.network.ip();
-            let in_network = config.families().any(|family| family.network.contains(ip));
+            let in_network = config.networks().any(|network| network.contains(ip));
             if in_network && !lease.networks().any(|subnet| subnet.contains(ip)) {
                 strays.push(format!(
                     "{} has the address {ip}, which lies in the Network but not in our subnet {lease}: \

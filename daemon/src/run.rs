@@ -105,7 +105,7 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
         }
         board.update(|status| {
             status.backend = Some(kind.to_string());
-            status.networks = config.families().map(|family| family.network).collect();
+            status.networks = config.networks().collect();
         });
         let overlay = match external::open(settings, &config, kind, &chosen.interface) {
             Ok(overlay) => overlay,
@@ -273,7 +273,7 @@ impl Daemon<'_> {
     async fn remove_former(&self, station: &Station) {
         let (state_dir, files) = (&self.settings.state_dir, &station.place.node.files);
         let networks = Made::networks(state_dir, files);
-        let ours: Vec<IpNetwork> = self.config.families().map(|family| family.network).collect();
+        let ours: Vec<IpNetwork> = self.config.networks().collect();
         let remove = move || {
             let (former, others) = networks?;
             former::remove(&former, &[ours, others].concat())
@@ -355,7 +355,7 @@ impl Daemon<'_> {
         let is_direct = config.backend.bool_option("DirectRouting")?.unwrap_or(false);
         let is_guarded = is_tunnel && !is_direct && settings.guard == GuardMode::Strict;
         let outside = is_guarded.then_some(interface.name.as_str());
-        let networks: Vec<IpNetwork> = config.families().map(|it| it.network).collect();
+        let networks: Vec<IpNetwork> = config.networks().collect();
         let subnets = key.networks().filter(|_| settings.blackhole);
         let blackholes = networks.iter().copied().filter(|_| is_tunnel).chain(subnets).collect();
         let rules = Rules::new(config, key, settings.switches, outside);

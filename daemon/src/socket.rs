@@ -27,6 +27,7 @@ use tokio::task::JoinHandle;
 use tokio::task::spawn_blocking;
 
 use crate::board::Board;
+use crate::made::files_of;
 use crate::{metrics, trace};
 
 /// The group that may ask besides root.
@@ -169,15 +170,7 @@ pub fn ask_each<T: DeserializeOwned>(
 /// # Errors
 /// The directory cannot be read.
 pub fn sockets(run_dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries = match fs::read_dir(run_dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.with_context(|| format!("cannot read {}", run_dir.display()))?,
-    };
-    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut sockets: Vec<PathBuf> =
-        paths.filter(|path| path.extension().is_some_and(|ext| ext == "sock")).collect();
-    sockets.sort();
-    Ok(sockets)
+    files_of(run_dir, |name| name.ends_with(".sock"))
 }
 
 /// Whether nobody listens: the daemon was killed, or it moved its socket this instant.

@@ -107,28 +107,9 @@ impl IcmpError {
 fn write_ipv4(source: IpAddr, to: IpAddr, message: usize, out: &mut [u8]) -> &[u8] {
     let total = IPV4_HEADER_LEN + message;
     // DSCP CS6, internetwork control, as routers mark their errors (RFC 1812 4.3.2.5).
-    out[..IPV4_HEADER_LEN].copy_from_slice(&[
-        0x45,
-        0xc0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        TTL,
-        protocol::ICMP,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-    ]);
+    out[..IPV4_HEADER_LEN].fill(0);
+    out[..2].copy_from_slice(&[0x45, 0xc0]);
+    out[8..10].copy_from_slice(&[TTL, protocol::ICMP]);
     out[2..4].copy_from_slice(&length_field(total));
     copy_address(source, &mut out[12..]);
     copy_address(to, &mut out[16..]);

@@ -80,7 +80,7 @@ impl Vxlan {
         let mut changed = false;
         let mut links = self.netlink.links()?;
         let names: Vec<&str> = self.devices.iter().map(|device| device.name.as_str()).collect();
-        let networks: Vec<IpNetwork> = self.config.families().map(|it| it.network).collect();
+        let networks: Vec<IpNetwork> = self.config.networks().collect();
         remove_stale(&self.netlink, &mut links, &networks, &names)?;
         for number in 0..self.devices.len() {
             changed |= self.make_or_adopt(&self.devices[number], &links)?;
@@ -181,7 +181,7 @@ impl Vxlan {
         }
         for found in link.addresses.iter().filter(|found| !wanted.contains(&found.network)) {
             let ip = found.network.ip();
-            if self.config.families().any(|family| family.network.contains(ip)) {
+            if self.config.networks().any(|network| network.contains(ip)) {
                 self.netlink.remove_address(link, found.network)?;
                 changed = true;
             }

@@ -1,8 +1,6 @@
 //! What each server of etcd says of itself. All versions answer this by HTTP, whichever API the
 //! leases are kept by.
 
-use std::time::{Duration, Instant};
-
 use jiff::Timestamp;
 use jiff::fmt::rfc2822;
 use serde::Deserialize;
@@ -20,8 +18,6 @@ pub struct Server {
     pub clock: Option<Timestamp>,
     /// Our clock then.
     pub asked: Timestamp,
-    /// How long the answer took, with the connection.
-    pub took: Duration,
 }
 
 #[derive(Deserialize)]
@@ -43,18 +39,17 @@ async fn ask(access: &Access, url: &str) -> Result<Server, String> {
     let agent = agent(&found).map_err(|error| error.to_string())?;
     let url = format!("{url}/version");
     let asking = tokio::task::spawn_blocking(move || {
-        let begun = Instant::now();
         let request = agent.get(url).config().timeout_global(Some(DEADLINE)).build();
         let mut response = request.call().map_err(|error| error.to_string())?;
         let clock = response.headers().get("Date").and_then(|date| date.to_str().ok());
         let clock =
             clock.and_then(|date| rfc2822::DateTimeParser::new().parse_timestamp(date).ok());
         let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
-        let (asked, took) = (Timestamp::now(), begun.elapsed());
+        let asked = Timestamp::now();
         let Ok(Version { etcdserver: version }) = serde_json::from_str(&text) else {
             return Err(format!("HTTP {}: not an etcd", response.status().as_u16()));
         };
-        Ok(Server { version, clock, asked, took })
+        Ok(Server { version, clock, asked })
     });
     asking.await.unwrap_or_else(|error| Err(error.to_string()))
 }

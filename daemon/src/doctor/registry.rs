@@ -185,7 +185,6 @@ mod tests {
             version: version.into(),
             clock: Some(asked - SignedDuration::from_secs(behind)),
             asked,
-            took: Duration::from_millis(1),
         })
     }
 

@@ -301,7 +301,7 @@ impl Lab {
     /// Stops a host's weftd by SIGTERM and says how it ended.
     ///
     /// # Errors
-    /// It runs no longer, or did not stop within two seconds and was killed.
+    /// It runs no longer, or did not stop in time and was killed.
     pub fn stop_daemon(&mut self, host: usize) -> anyhow::Result<ExitStatus> {
         let mut daemon = self.take_daemon(host)?;
         daemon.terminate()?;

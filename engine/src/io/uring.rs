@@ -71,7 +71,7 @@ const WAKE: u64 = 5 << 16;
 /// # Errors
 /// It is switched off or too old, or may have too little memory; the text says which and what mends it.
 pub(crate) fn probe() -> io::Result<()> {
-    let ring = build_ring(SUBMISSIONS).map_err(explain)?;
+    let ring = build_ring().map_err(explain)?;
     let datagrams = Datagrams::new(&ring).map_err(explain)?;
     // The kernel knows the buffers' memory until then.
     drop(ring);
@@ -115,7 +115,7 @@ impl Ring {
     /// # Errors
     /// The kernel refused the ring or one of its parts; the text says what mends it.
     pub(crate) fn new(direction: Direction, files: &Files<'_>) -> io::Result<Self> {
-        let ring = build_ring(SUBMISSIONS).map_err(explain)?;
+        let ring = build_ring().map_err(explain)?;
         let enter_flags = enter_flags(&ring);
         let Files { source, bell, sockets } = files;
         let all = [source, bell].into_iter().chain(sockets);
@@ -422,14 +422,14 @@ impl Drop for Ring {
     }
 }
 
-fn build_ring(entries: u32) -> io::Result<IoUring> {
+fn build_ring() -> io::Result<IoUring> {
     IoUring::builder()
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
         .setup_submit_all()
-        .setup_cqsize(COMPLETIONS.max(entries))
-        .build(entries)
+        .setup_cqsize(COMPLETIONS)
+        .build(SUBMISSIONS)
 }
 
 /// What each entry into the kernel asks for besides: to run what is due (deferred task work), and
