@@ -57,8 +57,7 @@ impl Entries {
     pub(super) fn put(&mut self, path: &str, entry: Entry<'_>) {
         self.remove(path);
         if let Err(reason) = self.try_put(path, entry) {
-            // It may quote all of the value.
-            self.skipped.insert(path.to_owned(), shown(&reason));
+            self.skipped.insert(path.to_owned(), brief(&reason));
         }
     }
 
@@ -118,9 +117,15 @@ pub(super) fn check_record(record: &NodeRecord, id: &str) -> Result<(), &'static
     Ok(())
 }
 
-/// What is not to be trusted, fit to be shown.
-pub(super) fn shown(text: &str) -> String {
-    text.chars().take(TEXT_LEN_MAX).flat_map(char::escape_debug).collect()
+/// The name of an entry that is not to be trusted, fit to be shown.
+pub(super) fn shown(name: &str) -> String {
+    name.chars().take(TEXT_LEN_MAX).flat_map(char::escape_debug).collect()
+}
+
+/// Why an entry cannot be read, which may quote all of it, on one line.
+pub(super) fn brief(reason: &str) -> String {
+    let plain = |letter: char| if letter.is_control() { ' ' } else { letter };
+    reason.chars().take(TEXT_LEN_MAX).map(plain).collect()
 }
 
 fn parse<T: DeserializeOwned>(value: &[u8]) -> Result<T, String> {

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::RegistryError;
-use super::entries::{check_record, shown};
+use super::entries::{brief, check_record, shown};
 use super::files::{EXPIRES, Files, Loaded, load, read_limited};
 use crate::file::{self, PRIVATE};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
@@ -148,7 +148,7 @@ impl Scan {
     }
 
     fn skip(&mut self, name: &str, reason: &str) {
-        self.snapshot.skipped.push(Skipped { name: shown(name), reason: shown(reason) });
+        self.snapshot.skipped.push(Skipped { name: shown(name), reason: brief(reason) });
     }
 }
 
