@@ -138,6 +138,7 @@ impl Forwarding<'_> {
                     let View { snapshot, readable } = watch.borrow_and_update().clone();
                     let is_back = readable && !turn.readable;
                     turn.readable = readable;
+                    turn.is_away = !readable;
                     self.board.registry(readable);
                     if !readable {
                         (turn.renewals, turn.records) = Default::default();
@@ -351,7 +352,7 @@ impl Forwarding<'_> {
         turn.failures = report.failures;
         self.kernel.hear_neighbours_of(report.neighbours_of);
         report.attrs.into_iter().for_each(|attrs| turn.describe(attrs));
-        if !turn.readable && turn.lease.attrs != turn.identity.attrs {
+        if turn.is_away && turn.lease.attrs != turn.identity.attrs {
             turn.failures.push(
                 "the registry tells peers what this node was before, and cannot be told otherwise now: \
                  they do not reach it until it can"

@@ -191,7 +191,8 @@ impl RegistryFlags {
     /// What these flags alone name.
     ///
     /// # Errors
-    /// Half of a certificate or a user is given, or a user in an endpoint, or a password twice, or its file cannot be read.
+    /// Half of a certificate or a user is given, or a user in an endpoint, or a password twice, or its
+    /// file cannot be read.
     pub fn settings(&self) -> Result<RegistrySettings, FlagError> {
         match &self.registry {
             Some(path) => Ok(RegistrySettings::Directory(path.clone())),

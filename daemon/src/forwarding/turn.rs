@@ -37,6 +37,8 @@ pub(super) struct Turn {
     pub(super) renew_not_before: Instant,
     /// Whether the registry could be read when it was last heard of.
     pub(super) readable: bool,
+    /// That it could not be then: at first nothing has been heard.
+    pub(super) is_away: bool,
     /// What could not be done, at the last reconciliation.
     pub(super) problems: BTreeSet<String>,
     /// Of those, another node at our address, and a network config that is not gone by.
@@ -117,6 +119,7 @@ impl Turn {
             renewal,
             renew_not_before: Instant::now(),
             readable: false,
+            is_away: false,
             problems: BTreeSet::new(),
             rival: None,
             config_problem: None,
