@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
-use weft_control::lease::{Expiry, Lease, Snapshot, peers};
+use weft_control::lease::{Expiry, Lease, Snapshot};
+use weft_control::peers::peers;
 use weft_control::{Access, Etcd3Registry, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions};
 

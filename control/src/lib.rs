@@ -10,6 +10,7 @@ pub mod file;
 pub mod firewall;
 pub mod keeper;
 pub mod lease;
+pub mod peers;
 pub mod registry;
 pub mod subnet_env;
 

@@ -16,7 +16,8 @@ use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use weft_control::keeper;
-use weft_control::lease::{Expiry, NodeRecord, Snapshot, is_unusable};
+use weft_control::lease::{Expiry, NodeRecord, Snapshot};
+use weft_control::peers::is_unusable;
 use weft_control::registry::minimal_config;
 use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 

@@ -48,12 +48,8 @@ fn is_counted(lab: &Lab, from: usize, datagram: &[u8], name: &str) -> Result<()>
     until(&format!("{name} counts {datagram:02x?}"), || Ok(counter(lab, 0, name)? > before))
 }
 
-fn ip(text: &str) -> IpAddr {
-    text.parse().expect("an address")
-}
-
-#[test]
-fn nothing_invalid_comes_out_and_the_valid_does() -> Result<()> {
+/// Two hosts with a daemon and a container each, and a third one on the link without.
+fn two_and_a_stranger() -> Result<Lab> {
     let mut lab = hosts(3)?;
     for host in 0..2 {
         lab.start_daemon(host, &[])?;
@@ -63,6 +59,16 @@ fn nothing_invalid_comes_out_and_the_valid_does() -> Result<()> {
         lab.attach_container(host)?;
     }
     until("the two know each other", || Ok(lab.status(0)?.peers.len() == 1))?;
+    Ok(lab)
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+#[test]
+fn nothing_invalid_comes_out_and_the_valid_does() -> Result<()> {
+    let lab = two_and_a_stranger()?;
     let (us, them) = (lab.container(0)?.address()?, lab.container(1)?.address()?);
     let (peer, stranger) = (1, 2);
     let packet = |from, to| udp_packet(from, to, PORT, 60, b"injected");
@@ -118,15 +124,7 @@ fn nothing_invalid_comes_out_and_the_valid_does() -> Result<()> {
 /// Who is on the link may route to us what claims to come from a peer's container.
 #[test]
 fn what_comes_unwrapped_does_not_pass_for_a_containers() -> Result<()> {
-    let mut lab = hosts(3)?;
-    for host in 0..2 {
-        lab.start_daemon(host, &[])?;
-    }
-    for host in 0..2 {
-        lab.wait_ready(host, weft_tests::DEADLINE)?;
-        lab.attach_container(host)?;
-    }
-    until("the two know each other", || Ok(lab.status(0)?.peers.len() == 1))?;
+    let lab = two_and_a_stranger()?;
     let (us, them) = (lab.container(0)?.address()?, lab.container(1)?.address()?);
     let ear = Ear::open(&lab)?;
     let stranger = &lab.host(2).netns;

@@ -4,7 +4,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use weft_backends::{Desired, DesiredPeer, some};
-use weft_control::lease::{Refusal, Snapshot, peers};
+use weft_control::lease::Snapshot;
+use weft_control::peers::{Refusal, peers};
 
 use super::turn::Turn;
 use crate::flags::Settings;

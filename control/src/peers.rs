@@ -1,0 +1,306 @@
+//! Whom packets go to and come from: everybody else's leases, but for those that could take over traffic.
+//! Pure.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+
+use crate::config::NetworkConfig;
+use crate::lease::{Lease, LeaseAttrs, LeaseKey, contains};
+
+/// The leases that may be forwarded to, and those that must not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Peers {
+    pub accepted: Vec<Lease>,
+    pub refused: Vec<(LeaseKey, Refusal)>,
+}
+
+/// Why a lease is not forwarded to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("it lies outside of the Network {0}")]
+    OutsideNetwork(IpNetwork),
+    #[error("the network config has no network of its family")]
+    FamilyOff,
+    #[error("it overlaps our own subnet")]
+    OverlapsOurs,
+    #[error("it names no address to send to")]
+    NoAddress,
+    #[error("packets cannot be sent to its address {0}")]
+    UnusableAddress(IpAddr),
+    #[error("its address {0} lies inside the overlay itself")]
+    AddressInsideOverlay(IpAddr),
+    #[error("it has our own address {0}: a second lease of this node, or a node with our address")]
+    OurAddress(IpAddr),
+    #[error("the lease {other} has {subnet} too; remove one of them")]
+    Overlaps { subnet: IpNetwork, other: LeaseKey },
+}
+
+/// Sorts everybody else's leases; our own is in neither list, nor as it was `former`ly. `further`: what else
+/// this host is reached by.
+pub fn peers(
+    config: &NetworkConfig,
+    own: &Lease,
+    former: &[LeaseAttrs],
+    further: &[IpAddr],
+    leases: &[Lease],
+) -> Peers {
+    let ours: HashSet<IpAddr> =
+        own.attrs.public_addresses().chain(further.iter().copied()).collect();
+    let mut peers = Peers::default();
+    let is_ours = |lease: &Lease| lease.key == own.key && lease.is_of(&own.attrs, former);
+    for lease in leases.iter().filter(|lease| !is_ours(lease)) {
+        match refusal(config, own, &ours, lease) {
+            Some(refusal) => peers.refused.push((lease.key, refusal)),
+            None => peers.accepted.push(lease.clone()),
+        }
+    }
+    refuse_overlaps(config, &mut peers);
+    peers
+}
+
+/// Of two leases that share addresses one stays, since packets cannot go both ways: the one whose subnet is as
+/// large as those that are given out, else the larger one, of equal ones the first key's. So nobody takes over
+/// a part of another node's subnet, and nobody has all others refused. One node may have both.
+fn refuse_overlaps(config: &NetworkConfig, peers: &mut Peers) {
+    let is_usual = |subnet: IpNetwork| {
+        config.family(subnet.is_ipv6()).is_some_and(|family| family.subnet_len == subnet.prefix())
+    };
+    let leases = &peers.accepted;
+    let subnets = leases
+        .iter()
+        .enumerate()
+        .flat_map(|(at, lease)| lease.key.networks().map(move |subnet| (subnet, lease.key, at)));
+    let mut subnets: Vec<_> = subnets.collect();
+    // Whatever has a subnet inside comes before it.
+    subnets.sort_unstable();
+    let mut lost: BTreeMap<usize, (IpNetwork, LeaseKey)> = BTreeMap::new();
+    let mut outer: Vec<(IpNetwork, LeaseKey, usize)> = Vec::new();
+    for inner in subnets {
+        outer.retain(|(network, ..)| contains(*network, inner.0));
+        for outer in &outer {
+            let is_same = outer.0 == inner.0;
+            if outer.1 == inner.1
+                || !is_same && leases[outer.2].attrs.same_node(&leases[inner.2].attrs)
+            {
+                continue;
+            }
+            let outer_loses = !is_same && is_usual(inner.0) && !is_usual(outer.0);
+            let (winner, loser) = if outer_loses { (inner, *outer) } else { (*outer, inner) };
+            let found = (inner.0, winner.1);
+            lost.entry(loser.2).and_modify(|first| *first = found.min(*first)).or_insert(found);
+        }
+        outer.push(inner);
+    }
+    let mut number = 0..;
+    peers.accepted.retain(|lease| {
+        let lost = number.next().and_then(|number| lost.remove(&number));
+        let refusal = lost.map(|(subnet, other)| Refusal::Overlaps { subnet, other });
+        let is_accepted = refusal.is_none();
+        peers.refused.extend(refusal.map(|refusal| (lease.key, refusal)));
+        is_accepted
+    });
+}
+
+fn refusal(
+    config: &NetworkConfig,
+    own: &Lease,
+    ours: &HashSet<IpAddr>,
+    lease: &Lease,
+) -> Option<Refusal> {
+    for subnet in lease.key.networks() {
+        let Some(family) = config.family(subnet.is_ipv6()) else {
+            return Some(Refusal::FamilyOff);
+        };
+        if !contains(family.network, subnet) {
+            return Some(Refusal::OutsideNetwork(family.network));
+        }
+    }
+    if lease.key.overlaps(&own.key) {
+        return Some(Refusal::OverlapsOurs);
+    }
+    let addresses: Vec<IpAddr> = lease.attrs.public_addresses().collect();
+    if addresses.is_empty() {
+        return Some(Refusal::NoAddress);
+    }
+    for address in addresses {
+        // ::ffff:127.0.0.1 is 127.0.0.1 to whoever sends to it.
+        let address = address.to_canonical();
+        if ours.contains(&address) {
+            return Some(Refusal::OurAddress(address));
+        }
+        if is_unusable(address) {
+            return Some(Refusal::UnusableAddress(address));
+        }
+        if config.networks().any(|network| network.contains(address)) {
+            return Some(Refusal::AddressInsideOverlay(address));
+        }
+    }
+    None
+}
+
+/// Whether nobody can be sent to by this address.
+pub fn is_unusable(address: IpAddr) -> bool {
+    let broadcast = matches!(address, IpAddr::V4(ip) if ip.is_broadcast());
+    broadcast || address.is_unspecified() || address.is_multicast() || address.is_loopback()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use ipnetwork::Ipv4Network;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::lease::Expiry;
+
+    fn key(text: &str) -> LeaseKey {
+        text.parse().unwrap()
+    }
+
+    fn lease(key: &str, public_ip: &str) -> Lease {
+        let attrs = LeaseAttrs { public_ip: public_ip.parse().ok(), ..LeaseAttrs::default() };
+        Lease { key: key.parse().unwrap(), attrs, expires: Expiry::Never, revision: 0 }
+    }
+
+    #[test]
+    fn the_registry_is_not_trusted() {
+        let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
+        let own = lease("10.3.4.0-24", "192.0.2.9");
+        let refused = |key: &str, public_ip: &str| {
+            let found = peers(&config, &own, &[], &[], &[own.clone(), lease(key, public_ip)]);
+            assert_eq!(found.accepted.len() + found.refused.len(), 1);
+            found.refused.into_iter().next().map(|(_, why)| why)
+        };
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        assert_eq!(refused("10.3.5.0-24", "192.0.2.1"), None);
+        assert!(matches!(refused("10.4.5.0-24", "192.0.2.1"), Some(Refusal::OutsideNetwork(_))));
+        assert!(matches!(refused("0.0.0.0-1", "192.0.2.1"), Some(Refusal::OutsideNetwork(_))));
+        assert_eq!(refused("10.3.4.128-25", "192.0.2.1"), Some(Refusal::OverlapsOurs));
+        assert_eq!(refused("10.3.0.0-16", "192.0.2.1"), Some(Refusal::OverlapsOurs));
+        assert_eq!(refused("10.3.5.0-24&fd00::-64", "192.0.2.1"), Some(Refusal::FamilyOff));
+        assert_eq!(refused("10.3.5.0-24", ""), Some(Refusal::NoAddress));
+        assert_eq!(
+            refused("10.3.5.0-24", "127.0.0.1"),
+            Some(Refusal::UnusableAddress(ip("127.0.0.1")))
+        );
+        assert_eq!(refused("10.3.4.0-24", "192.0.2.1"), Some(Refusal::OverlapsOurs));
+        let mut mapped = lease("10.3.5.0-24", "");
+        mapped.attrs.public_ipv6 = "::ffff:10.3.9.9".parse().ok();
+        assert_eq!(peers(&config, &own, &[], &[], &[mapped]).accepted, []);
+        assert_eq!(
+            refused("10.3.5.0-24", "10.3.9.9"),
+            Some(Refusal::AddressInsideOverlay(ip("10.3.9.9")))
+        );
+        assert_eq!(refused("10.3.5.0-24", "192.0.2.9"), Some(Refusal::OurAddress(ip("192.0.2.9"))));
+        let other = [lease("10.3.5.0-24", "192.0.2.8")];
+        assert_eq!(peers(&config, &own, &[], &[ip("192.0.2.8")], &other).accepted, []);
+    }
+
+    #[test]
+    fn our_lease_is_ours_also_while_it_tells_a_former_address() {
+        let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
+        let [own, before, first] =
+            ["192.0.2.9", "192.0.2.8", "192.0.2.7"].map(|ip| lease("10.3.4.0-24", ip));
+        let sorted = |told: &Lease, former: &[LeaseAttrs]| {
+            peers(&config, &own, former, &[], std::slice::from_ref(told))
+        };
+        let former = [first.attrs.clone(), before.attrs.clone()];
+        assert_eq!(sorted(&before, &former), Peers::default());
+        assert_eq!(sorted(&first, &former), Peers::default());
+        assert_eq!(sorted(&before, &[]).refused, [(own.key, Refusal::OverlapsOurs)]);
+    }
+
+    #[test]
+    fn of_two_that_share_a_subnet_one_is_forwarded_to() {
+        let config = r#"{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fd00::/48"}"#;
+        let config: NetworkConfig = config.parse().unwrap();
+        let own = lease("10.3.4.0-24&fd00:0:0:4::-64", "192.0.2.4");
+        let mut leases = [
+            lease("10.3.1.0-24&fd00:0:0:1::-64", "192.0.2.1"),
+            lease("10.3.1.0-24&fd00:0:0:2::-64", "192.0.2.2"),
+            lease("10.3.3.0-24&fd00:0:0:3::-64", "192.0.2.3"),
+        ];
+        for _ in 0..2 {
+            let found = peers(&config, &own, &[], &[], &leases);
+            let keys: Vec<LeaseKey> = found.accepted.iter().map(|lease| lease.key).collect();
+            assert_eq!(keys.len(), 2);
+            assert!(keys.contains(&key("10.3.1.0-24&fd00:0:0:1::-64")));
+            let told: Vec<String> =
+                found.refused.iter().map(|(key, why)| format!("{key}: {why}")).collect();
+            assert_eq!(
+                told,
+                ["10.3.1.0-24&fd00:0:0:2::-64: the lease 10.3.1.0-24&fd00:0:0:1::-64 has \
+                  10.3.1.0/24 too; remove one of them"]
+            );
+            leases.reverse();
+        }
+    }
+
+    #[test]
+    fn nobody_takes_a_part_of_anothers_subnet_or_has_all_others_refused() {
+        let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
+        let own = lease("10.3.4.0-24", "192.0.2.4");
+        let leases = [
+            lease("10.3.1.0-24", "192.0.2.1"),
+            lease("10.3.1.64-26", "192.0.2.66"),
+            lease("10.3.1.128-26", "192.0.2.1"),
+            lease("10.3.2.0-24", "192.0.2.2"),
+            lease("10.3.2.0-23", "192.0.2.66"),
+            lease("10.3.8.0-22", "192.0.2.8"),
+            lease("10.3.9.0-25", "192.0.2.9"),
+        ];
+        let found = peers(&config, &own, &[], &[], &leases);
+        let accepted: Vec<String> = found.accepted.iter().map(|it| it.key.to_string()).collect();
+        assert_eq!(accepted, ["10.3.1.0-24", "10.3.1.128-26", "10.3.2.0-24", "10.3.8.0-22"]);
+        let told: Vec<String> =
+            found.refused.iter().map(|(key, why)| format!("{key}: {why}")).collect();
+        let too = |lease: &str, other: &str, subnet: &str| {
+            format!("{lease}: the lease {other} has {subnet} too; remove one of them")
+        };
+        assert_eq!(
+            told,
+            [
+                too("10.3.1.64-26", "10.3.1.0-24", "10.3.1.64/26"),
+                too("10.3.2.0-23", "10.3.2.0-24", "10.3.2.0/24"),
+                too("10.3.9.0-25", "10.3.8.0-22", "10.3.9.0/25"),
+            ]
+        );
+    }
+
+    proptest! {
+        /// Whom we forward to is a function of the config and the leases: not of their order, of what
+        /// was there before, or of how it became so.
+        #[test]
+        fn peers_depend_on_nothing_but_the_leases(
+            entries in proptest::collection::vec((0u8..12, 0u8..8, 23u8..=25), 0..12),
+            order in any::<u64>(),
+        ) {
+            let config: NetworkConfig = r#"{"Network":"10.3.0.0/16"}"#.parse().unwrap();
+            let own = lease("10.3.4.0-24", "192.0.2.4");
+            let entry = |(subnet, owner, len): (u8, u8, u8)| {
+                let base = Ipv4Network::new(Ipv4Addr::new(10, 3, subnet, 0), len).unwrap();
+                lease(&format!("{}-{len}", base.network()), &format!("192.0.2.{owner}"))
+            };
+            let mut leases: Vec<Lease> = entries.into_iter().map(entry).collect();
+            let found = peers(&config, &own, &[], &[], &leases);
+            for peer in &found.accepted {
+                prop_assert!(!peer.key.overlaps(&own.key) && !peer.attrs.same_node(&own.attrs));
+            }
+            let ours = leases.iter().filter(|it| it.key == own.key && it.attrs == own.attrs).count();
+            prop_assert_eq!(found.accepted.len() + found.refused.len() + ours, leases.len());
+            fastrand::Rng::with_seed(order).shuffle(&mut leases);
+            let again = peers(&config, &own, &[], &[], &leases);
+            let names = |found: &Peers| {
+                let mut names: Vec<String> =
+                    found.accepted.iter().map(|it| format!("{} {:?}", it.key, it.attrs)).collect();
+                names.extend(found.refused.iter().map(|(key, why)| format!("{key}: {why}")));
+                names.sort();
+                names
+            };
+            prop_assert_eq!(names(&again), names(&found));
+        }
+    }
+}
