@@ -236,6 +236,12 @@ pub fn tells(lab: &Lab, host: usize, text: &str) -> Result<()> {
         .with_context(|| format!("{:?}", lab.status(host)))
 }
 
+/// Waits until a host's lease ends at another time than before, by that host's clock.
+pub fn renews(lab: &Lab, host: usize) -> Result<()> {
+    let before = lab.status(host)?.lease_expires;
+    until("the lease is renewed", || Ok(lab.status(host)?.lease_expires != before))
+}
+
 /// Everything that a host's daemons have logged so far.
 pub fn log(lab: &Lab, host: usize) -> Result<String> {
     Ok(fs::read_to_string(&lab.host(host).log)?)

@@ -22,8 +22,8 @@ use weft_tests::etcd::{
     put, registry, wait_until_it_serves, weftd,
 };
 use weft_tests::{
-    DEADLINE, Killed, Weftd, all_acquainted, bring_up, health, log, logs, pings, subnet, tells,
-    until,
+    DEADLINE, Killed, Weftd, all_acquainted, bring_up, health, log, logs, pings, renews, subnet,
+    tells, until,
 };
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -93,13 +93,15 @@ fn writes_are_conditional() -> Result<()> {
         let key = "10.3.1.0-24".parse()?;
         let first = registry.create(&key, &attrs(1), Some(DAY)).await?.context("it is free")?;
         assert_eq!(registry.create(&key, &attrs(2), Some(DAY)).await?, None);
-        let renewed = registry.renew(&first, &attrs(1), Some(DAY)).await?.context("it is ours")?;
+        let renewed = registry.renew(&first, &attrs(2), Some(DAY)).await?.context("it is ours")?;
         assert!(renewed.revision > first.revision);
-        assert_eq!(
-            registry.renew(&first, &attrs(1), Some(DAY)).await?,
-            None,
-            "it was written since"
-        );
+        for last in [1, 2] {
+            let again = registry.renew(&first, &attrs(last), Some(DAY)).await?;
+            assert_eq!(again, None, "it was written since");
+        }
+        let renewed = registry.renew(&renewed, &attrs(2), Some(2 * DAY)).await?.context("ours")?;
+        let left = registry.time_left(&renewed).await?.context("it ends")?;
+        assert!(left > DAY, "{left:?}");
         assert!(!registry.remove(&first).await?);
         let found = registry.snapshot().await?.leases;
         assert_eq!((found[0].revision, found[0].expires), (renewed.revision, Expiry::Unknown));
@@ -185,10 +187,7 @@ fn a_reservation_stays_one() -> Result<()> {
     assert_eq!(lab.status(0)?.lease_expires, None);
     assert!(lab.status(0)?.lease_reserved);
     assert!(lab.status(1)?.lease_expires > lab.status(1)?.lease_renewal);
-    let other = get_one(&lab, &lease_path(&lab, 1)?)?;
-    until("the other lease is renewed", || {
-        Ok(get_one(&lab, &lease_path(&lab, 1)?)?.revision > other.revision)
-    })?;
+    renews(&lab, 1)?;
     let found = get_one(&lab, "subnets/10.42.7.0-24")?;
     assert!(!found.ends);
     assert_eq!(found.value, format!(r#"{{"PublicIP":"{address}","PublicIPv6":null}}"#));
@@ -486,14 +485,13 @@ fn a_clock_that_jumps_is_not_followed() -> Result<()> {
     for host in 0..2 {
         lab.attach_container(host)?;
     }
-    let (own, path) = (subnet(&lab, 0)?, lease_path(&lab, 0)?);
+    let own = subnet(&lab, 0)?;
     let year = |line: Option<&str>| line.and_then(|line| line.get(..4)?.parse::<i32>().ok());
     let now = year(daemon.log()?.lines().next());
     for (jump, order) in [("-400d", Less), ("+400d", Greater), ("+0", Equal)] {
         clock.set(jump)?;
         for _ in 0..3 {
-            let before = get_one(&lab, &path)?.revision;
-            until("the lease is renewed", || Ok(get_one(&lab, &path)?.revision > before))?;
+            renews(&lab, 0)?;
         }
         let log = daemon.log()?;
         assert_eq!(year(log.lines().last()).cmp(&now), order, "{log}");
@@ -513,12 +511,11 @@ fn who_was_asleep_renews_the_lease() -> Result<()> {
     let (daemon, clock) = with_a_clock(&lab, &[])?;
     daemon.logs("wrote subnet.env")?;
     until("the lease is there", || Ok(!get(&lab, "subnets/")?.is_empty()))?;
-    let path = lease_path(&lab, 0)?;
-    let before = get_one(&lab, &path)?.revision;
+    let before = lab.status(0)?.lease_expires;
     clock.set("+2h")?;
     // What is noticed when a host goes on.
     lab.host(0).netns.ip(&["link", "add", "woken", "type", "bridge"])?;
-    until("the lease is renewed", || Ok(get_one(&lab, &path)?.revision > before))?;
+    until("the lease is renewed", || Ok(lab.status(0)?.lease_expires > before))?;
     assert!(daemon.end(Signal::TERM)?.success());
     lab.remove()
 }

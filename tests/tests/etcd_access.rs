@@ -12,7 +12,7 @@ use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
 use weft_tests::etcd::{
     PREFIX, client, get, hosts, inside, put as put_by_v3, wait_until_it_serves, weftd,
 };
-use weft_tests::{Weftd, bring_up, doctor, log, logs, until};
+use weft_tests::{Weftd, bring_up, doctor, log, logs, renews, until};
 
 /// Where the lab's first member of etcd lives.
 const ADDRESS: &str = "10.168.0.1";
@@ -176,23 +176,19 @@ fn users_are_known_by_password_and_again_when_tokens_are_gone() -> Result<()> {
     fs::write(password.path(), "hunter2\n")?;
     let file = format!("--etcd-password-file={}", password.path().display());
     bring_up(&mut lab, &["--etcd-username=root", &file, "--subnet-lease-ttl=10s"])?;
-    let is_renewed = |lab: &Lab| {
-        let before = lab.status(0)?.lease_expires;
-        until("the lease is renewed", || Ok(lab.status(0)?.lease_expires > before))
-    };
     // Between two renewals nothing is asked for twice as long as the token lasts.
-    is_renewed(&lab)?;
-    is_renewed(&lab)?;
+    renews(&lab, 0)?;
+    renews(&lab, 0)?;
     lab.etcd(0).kill()?;
     lab.start_etcd(0)?;
-    is_renewed(&lab)?;
+    renews(&lab, 0)?;
     inside(&lab.host(0).netns, || async {
         let user = ConnectOptions::new().with_user("root", "hunter2");
         Ok(Client::connect([&url], Some(user)).await?.auth_disable().await.map(drop)?)
     })?;
     lab.etcd(0).kill()?;
     lab.start_etcd(0)?;
-    is_renewed(&lab)?;
+    renews(&lab, 0)?;
     assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
     for host in 0..2 {
         assert!(!log(&lab, host)?.contains("hunter"));

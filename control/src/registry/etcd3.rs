@@ -13,8 +13,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use etcd_client::{
     Certificate, Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions,
-    Identity, KeyValue, PutOptions, ResponseHeader, TlsOptions, Txn, TxnOp, TxnOpResponse,
-    WatchOptions, WatchResponse, WatchStream,
+    Identity, KeyValue, LeaseTimeToLiveResponse, PutOptions, ResponseHeader, TlsOptions, Txn,
+    TxnOp, TxnOpResponse, WatchOptions, WatchResponse, WatchStream,
 };
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
@@ -210,12 +210,43 @@ impl Shared {
         let _ = self.ask(|mut client| async move { client.lease_revoke(id).await }).await;
     }
 
+    async fn get(&self, key: &str) -> Result<Option<KeyValue>, RegistryError> {
+        let found = self.ask(|mut client| async move { client.get(key, None).await });
+        Ok(found.await?.take_kvs().pop())
+    }
+
     /// Whether a key is there: somebody may have removed it.
     async fn is_there(&self, key: &str) -> Result<bool, RegistryError> {
         let found = self.ask(|mut client| async move {
             client.get(key, Some(GetOptions::new().with_count_only())).await
         });
         Ok(found.await?.count() > 0)
+    }
+
+    /// Lets a lease live for its `ttl` again without a write, which would wake the whole fleet, and which
+    /// an etcd without space refuses. `None` where it takes one, or is not that lease any more.
+    async fn keep_lease(
+        &self,
+        seen: &Lease,
+        ttl: Duration,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let found = self.get(&self.lease_key(&seen.key)).await?;
+        let Some(id) =
+            found.filter(|kv| unsigned(kv.mod_revision()) == seen.revision).map(|kv| kv.lease())
+        else {
+            return Ok(None);
+        };
+        if id == 0 || !self.ask(|client| keep_alive(client, id)).await? {
+            return Ok(None);
+        }
+        if unsigned(self.time_to_live(id).await?.granted_ttl()) != ttl.as_secs() {
+            return Ok(None);
+        }
+        Ok(Some(Lease { expires: Expiry::after(Some(ttl)), ..seen.clone() }))
+    }
+
+    async fn time_to_live(&self, id: i64) -> Result<LeaseTimeToLiveResponse, RegistryError> {
+        self.ask(|mut client| async move { client.lease_time_to_live(id, None).await }).await
     }
 
     /// Writes a lease where `compare` holds; `None` where it does not.
@@ -285,7 +316,7 @@ struct Granted {
     end: Timestamp,
 }
 
-/// Revisions begin with 1.
+/// Of what is never negative, but for the time to live of a lease that has ended.
 fn unsigned(revision: i64) -> u64 {
     u64::try_from(revision).unwrap_or(0)
 }
@@ -319,12 +350,8 @@ impl Registry for Etcd3Registry {
     }
 
     async fn config(&self) -> Result<Option<String>, RegistryError> {
-        let key = self.shared.key(CONFIG);
-        let found = self.shared.ask(|mut client| {
-            let key = key.clone();
-            async move { client.get(key, None).await }
-        });
-        Ok(found.await?.kvs().first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned()))
+        let found = self.shared.get(&self.shared.key(CONFIG)).await?;
+        Ok(found.map(|kv| String::from_utf8_lossy(kv.value()).into_owned()))
     }
 
     async fn init_config(&self, text: &str) -> Result<bool, RegistryError> {
@@ -350,25 +377,23 @@ impl Registry for Etcd3Registry {
         attrs: &LeaseAttrs,
         ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
+        if let Some(ttl) = ttl
+            && *attrs == seen.attrs
+            && let Some(kept) = self.shared.keep_lease(seen, ttl).await?
+        {
+            return Ok(Some(kept));
+        }
         let (name, revision) = (self.shared.lease_key(&seen.key), signed(seen.revision));
         let same = Compare::mod_revision(name.as_str(), CompareOp::Equal, revision);
         self.shared.write_lease(same, &seen.key, attrs, ttl).await
     }
 
     async fn time_left(&self, lease: &Lease) -> Result<Option<Duration>, RegistryError> {
-        let name = self.shared.lease_key(&lease.key);
-        let found = self.shared.ask(|mut client| {
-            let name = name.clone();
-            async move { client.get(name, None).await }
-        });
-        let id = found.await?.kvs().first().map_or(0, KeyValue::lease);
-        if id == 0 {
-            return Ok(None);
-        }
-        let left =
-            self.shared.ask(|mut client| async move { client.lease_time_to_live(id, None).await });
+        let found = self.shared.get(&self.shared.lease_key(&lease.key)).await?;
+        let Some(id) = found.map(|kv| kv.lease()).filter(|id| *id != 0) else { return Ok(None) };
+        let left = self.shared.time_to_live(id).await?.ttl();
         // Negative once it has ended.
-        Ok(u64::try_from(left.await?.ttl()).ok().map(Duration::from_secs))
+        Ok(u64::try_from(left).ok().map(Duration::from_secs))
     }
 
     async fn remove(&self, seen: &Lease) -> Result<bool, RegistryError> {
