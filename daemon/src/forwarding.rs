@@ -420,7 +420,8 @@ impl Forwarding<'_> {
             let problems = firewall.iter().chain(&turn.rival).chain(&turn.failures).cloned();
             self.health.forwards(problems.collect(), turn.config_problem.iter().cloned().collect());
         } else {
-            self.health.waits("subnet.env is not written yet");
+            let problem = turn.subnet_file.as_ref().and_then(|written| written.as_ref().err());
+            self.health.waits(problem.map_or("subnet.env is not written yet", String::as_str));
         }
     }
 

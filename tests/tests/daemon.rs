@@ -129,7 +129,7 @@ fn subnet_env_is_written_again_if_somebody_removes_it() -> Result<()> {
     let mut lab = hosts(1)?;
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, DEADLINE)?;
-    let file = &lab.host(0).subnet_file;
+    let file = &lab.host(0).subnet_file.clone();
     let wanted = fs::read(file)?;
     for (number, spoil) in
         [|file: &Path| fs::remove_file(file), |file: &Path| fs::write(file, "FL")]
@@ -150,6 +150,9 @@ fn subnet_env_is_written_again_if_somebody_removes_it() -> Result<()> {
         let status = lab.status(0)?;
         Ok(!status.ready && status.problems.iter().any(|it| it.contains("cannot write")))
     })?;
+    lab.stop_daemon(0)?;
+    lab.start_daemon(0, &[])?;
+    until("who starts waits for that", || Ok(lab.status(0)?.state.contains("cannot write")))?;
     fs::remove_dir_all(file)?;
     lab.host(0).netns.ip(&["link", "add", "more3", "type", "bridge"])?;
     until("subnet.env is whole again", || Ok(fs::read(file).unwrap_or_default() == wanted))?;
