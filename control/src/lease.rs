@@ -221,6 +221,14 @@ pub enum Expiry {
 }
 
 impl Expiry {
+    /// When that is, where it is known.
+    pub fn end(self) -> Option<Timestamp> {
+        match self {
+            Self::At(end) => Some(end),
+            Self::Never | Self::Unknown => None,
+        }
+    }
+
     /// So long from now; a reservation has no time to live.
     pub(crate) fn after(ttl: Option<Duration>) -> Self {
         ttl.map_or(Self::Never, |ttl| Self::At(end_of(ttl)))

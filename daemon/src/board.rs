@@ -5,14 +5,16 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use weft_backends::{BackendStatus, EngineMeter, PeerWay, Traffic};
+use weft_control::Lease;
 use weft_control::firewall::Rules;
-use weft_control::lease::NodeRecord;
+use weft_control::lease::{Expiry, NodeRecord};
 
 use crate::firewall::FirewallState;
 use crate::health::{Health, Phase};
@@ -101,6 +103,15 @@ impl Board {
         });
     }
 
+    /// Writes down how long our lease lasts, and when it is due to be renewed.
+    pub(crate) fn lease(&self, lease: &Lease, renewal: Option<Instant>) {
+        self.update(|status| {
+            status.lease_expires = lease.expires.end();
+            status.lease_reserved = lease.expires == Expiry::Never;
+            status.lease_renewal = renewal.and_then(on_the_clock);
+        });
+    }
+
     /// Says where the firewall's state is to be found.
     pub(crate) fn firewall(&self, state: watch::Receiver<FirewallState>) {
         self.facts().firewall = Some(state);
@@ -185,6 +196,10 @@ impl Board {
             Phase::Starting(what) => (what.clone(), false),
             Phase::Forwarding { problems, .. } => ("forwarding".into(), problems.is_empty()),
         };
+        if let Some(why) = self.stands_still() {
+            status.ready = false;
+            status.problems.push(why);
+        }
         status.cpu_millis = usage::now().cpu_millis;
         status.changes = self.log.recent();
         status
@@ -193,5 +208,30 @@ impl Board {
     fn facts(&self) -> MutexGuard<'_, Facts> {
         // What is written is whole after each statement, so a panic elsewhere leaves nothing half done.
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The same moment by the clock that people set, as that stands now.
+fn on_the_clock(at: Instant) -> Option<Timestamp> {
+    let (here, now) = (Instant::now(), Timestamp::now());
+    let ahead = now.checked_add(at.saturating_duration_since(here)).ok()?;
+    ahead.checked_sub(here.saturating_duration_since(at)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_loop_that_stands_still_is_not_ready() {
+        let health = Health::new();
+        let board = Board::new(Log::silent(), &health);
+        health.forwards(Vec::new(), Vec::new());
+        board.turn();
+        assert!(board.read().ready);
+        tokio::time::advance(STILL_MAX + Duration::from_secs(1)).await;
+        let status = board.read();
+        assert!(!status.ready);
+        assert_eq!(status.problems, ["the daemon's loop has stood still for 121 s; restart it"]);
     }
 }

@@ -5,6 +5,7 @@ mod asleep;
 mod claiming;
 mod config;
 mod desired;
+mod memory;
 mod turn;
 
 use std::net::IpAddr;
@@ -15,7 +16,7 @@ use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 use weft_backends::netlink::Netlink;
 use weft_backends::{
     BackendEvent, BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started, some,
@@ -23,7 +24,7 @@ use weft_backends::{
 use weft_control::keeper::{self, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot};
 use weft_control::subnet_env::SubnetEnv;
-use weft_control::{Lease, NetworkConfig, Registry, RegistryError, View};
+use weft_control::{Lease, Registry, RegistryError, View};
 
 use crate::board::Board;
 use crate::external::{self, Prepared};
@@ -35,13 +36,13 @@ use crate::overlap;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Prober};
-use crate::state_file::{LastKnown, StateFile};
 use asleep::LastLook;
 use claiming::{Claiming, claimed};
 use config::follow_config;
 use desired::desired;
 use turn::{Lost, Turn};
 
+pub(crate) use memory::Memory;
 pub(crate) use turn::Tenure;
 
 /// The slow timer: everything is reconciled even if nothing was heard.
@@ -49,6 +50,10 @@ const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
 /// Node records live three times as long, so two may get lost.
 const NODE_INTERVAL: Duration = Duration::from_secs(20);
 const NODE_TTL: Duration = Duration::from_secs(60);
+/// Between tries, where the registry does not show it: what it tells may be from before the last one.
+const NODE_RETRY: Duration = Duration::from_secs(5);
+/// How long the loop stands still for a write to the registry.
+const WRITE_LIMIT: Duration = Duration::from_secs(60);
 /// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
 
@@ -77,7 +82,7 @@ pub(crate) enum Ended {
     /// Packets no longer move.
     Lost { reason: String, tenure: Box<Tenure> },
     /// Our subnets are others now.
-    OtherLease(Box<Lease>),
+    OtherLease(Box<Tenure>),
     /// The external interface is another, or has another address or MTU; a backend is ready there, for
     /// the same lease.
     OtherInterface { prepared: Box<Prepared>, tenure: Box<Tenure> },
@@ -92,17 +97,16 @@ impl Forwarding<'_> {
     pub(crate) async fn run(
         self,
         overlay: &mut Overlay,
-        config: &NetworkConfig,
         tenure: Tenure,
         watch: &mut watch::Receiver<View>,
-        last_known: &mut StateFile<LastKnown>,
+        memory: &mut Memory,
     ) -> anyhow::Result<Ended> {
         let (margin, retry) = self.settings.renewal();
-        let mut turn = Turn::new(config.clone(), tenure, self.place, margin);
+        let mut turn = Turn::new(tenure, self.place, margin);
         let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks());
         // During an outage of the registry, peers cannot hear of another port.
-        let port = last_known.load().and_then(|(known, _)| known.probe_port);
-        let (mtu, overlay_port) = (self.started.mtu, self.kind.port(Some(&config.backend)));
+        let port = memory.last_known.load().and_then(|(known, _)| known.probe_port);
+        let (mtu, overlay_port) = (self.started.mtu, self.kind.port(Some(&turn.config.backend)));
         turn.prober = local.and_then(|local| Prober::start(local, port, mtu, overlay_port));
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
         let (mut slow, mut publish) = (interval(RECONCILE_INTERVAL), interval(NODE_INTERVAL));
@@ -146,11 +150,12 @@ impl Forwarding<'_> {
                         continue;
                     }
                     self.follow(&snapshot, overlay, &mut turn).await?;
-                    if !snapshot.nodes.iter().any(|node| node.id == self.place.node.id) {
-                        publish.reset_immediately();
+                    let is_told = snapshot.nodes.iter().any(|it| it.id == self.place.node.id);
+                    if let Some(at) = turn.published.filter(|_| !is_told) {
+                        publish.reset_at(at + NODE_RETRY);
                     }
                     if is_back {
-                        remember(last_known, &mut turn, &snapshot).await;
+                        memory.keep(&mut turn, &snapshot).await;
                     }
                 }
                 () = kernel_changed, if !turn.repairs.is_fight() => {
@@ -170,13 +175,14 @@ impl Forwarding<'_> {
                     let View { snapshot, readable } = watch.borrow().clone();
                     self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
                     if readable {
-                        remember(last_known, &mut turn, &snapshot).await;
+                        memory.keep(&mut turn, &snapshot).await;
                     }
                 }
                 lease = claimed(claiming.as_mut()) => {
                     (claiming, turn.lost) = (None, None);
                     if lease.key != turn.lease.key {
-                        return Ok(Ended::OtherLease(lease.into()));
+                        let tenure = Tenure::of(lease, turn.config.clone());
+                        return Ok(Ended::OtherLease(tenure.into()));
                     }
                     turn.hold(lease, margin);
                     publish.reset_immediately();
@@ -198,7 +204,7 @@ impl Forwarding<'_> {
                     let renewed = self.renew(&mut turn).await;
                     if matches!(renewed, Ok(true)) {
                         let snapshot = watch.borrow().snapshot.clone();
-                        remember(last_known, &mut turn, &snapshot).await;
+                        memory.keep(&mut turn, &snapshot).await;
                     }
                     if turn.renewals.problem().is_some() != told {
                         slow.reset_immediately();
@@ -394,7 +400,7 @@ impl Forwarding<'_> {
                 status.lease_since = Some(Timestamp::now());
             }
         });
-        self.tell_lease(turn);
+        self.board.lease(&turn.lease, turn.renewal);
         self.tell_health(turn);
         Ok(report.changed)
     }
@@ -495,7 +501,8 @@ impl Forwarding<'_> {
             mtu: self.started.mtu,
             probe_port: turn.prober.as_ref().map(Prober::port),
         };
-        let published = self.registry.publish_node(&record, NODE_TTL).await;
+        turn.published = Some(Instant::now());
+        let published = in_time(self.registry.publish_node(&record, NODE_TTL)).await;
         turn.records.note("publish this node's record", &published);
         if published.is_ok() {
             self.board.registry(true);
@@ -505,7 +512,7 @@ impl Forwarding<'_> {
     /// Writes the lease anew, with what we are now, and says whether it did.
     async fn renew(&self, turn: &mut Turn) -> Result<bool, RegistryError> {
         let ttl = keeper::ttl(&turn.lease, self.settings.lease_ttl);
-        let renewed = self.registry.renew(&turn.lease, &turn.identity.attrs, ttl).await;
+        let renewed = in_time(self.registry.renew(&turn.lease, &turn.identity.attrs, ttl)).await;
         turn.renewals.note("renew the lease", &renewed);
         let Some(lease) = renewed? else {
             tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
@@ -513,53 +520,17 @@ impl Forwarding<'_> {
         };
         tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
         turn.hold(lease, self.settings.renewal().0);
-        self.tell_lease(turn);
+        self.board.lease(&turn.lease, turn.renewal);
         Ok(true)
     }
-
-    /// Writes down how long the lease lasts.
-    fn tell_lease(&self, turn: &Turn) {
-        self.board.update(|status| {
-            status.lease_expires = end(&turn.lease);
-            status.lease_reserved = turn.lease.expires == Expiry::Never;
-            status.lease_renewal = turn.renewal.and_then(on_the_clock);
-        });
-    }
 }
 
-/// For a start while the registry is away. Without it weft works as well, until then. That others renew
-/// their leases, as one does each few seconds in a large fleet, is no reason to write it all anew.
-async fn remember(file: &mut StateFile<LastKnown>, turn: &mut Turn, snapshot: &Snapshot) {
-    let mut known = LastKnown {
-        lease: turn.lease.clone(),
-        snapshot: snapshot.clone(),
-        probe_port: turn.prober.as_ref().map(Prober::port),
-    };
-    for lease in known.snapshot.leases.iter_mut().filter(|it| it.key != turn.lease.key) {
-        lease.revision = 0;
-        if lease.expires != Expiry::Never {
-            lease.expires = Expiry::Unknown;
-        }
-    }
-    let saved = file.save(&known).await;
-    turn.forgetful = saved.err().map(|error| {
-        format!("cannot remember what the registry said, for a start while it is away: {error:#}")
-    });
-}
-
-/// When a lease ends, where that is known.
-fn end(lease: &Lease) -> Option<Timestamp> {
-    match lease.expires {
-        Expiry::At(end) => Some(end),
-        Expiry::Never | Expiry::Unknown => None,
-    }
-}
-
-/// The same moment by the clock that people set, as that stands now.
-fn on_the_clock(at: Instant) -> Option<Timestamp> {
-    let (here, now) = (Instant::now(), Timestamp::now());
-    let ahead = now.checked_add(at.saturating_duration_since(here)).ok()?;
-    ahead.checked_sub(here.saturating_duration_since(at)).ok()
+/// A write may have come to nothing because the loop waits no longer.
+async fn in_time<T>(
+    write: impl Future<Output = Result<T, RegistryError>>,
+) -> Result<T, RegistryError> {
+    let late = |_| Err(RegistryError::Away(format!("no answer within {WRITE_LIMIT:?}")));
+    timeout(WRITE_LIMIT, write).await.unwrap_or_else(late)
 }
 
 /// When a lease ends, for whoever reads the log.

@@ -62,7 +62,9 @@ async fn alive(State(board): State<Board>, headers: HeaderMap) -> Response {
 async fn ready(State(board): State<Board>, headers: HeaderMap) -> Response {
     let reasons = match board.phase() {
         Phase::Starting(what) => vec![what],
-        Phase::Forwarding { problems, .. } => problems,
+        Phase::Forwarding { problems, .. } => {
+            problems.into_iter().chain(board.stands_still()).collect()
+        }
     };
     answer(&headers, "ready", ["flanneld is ready", "flanneld is not ready yet"], &reasons)
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use weft_control::keeper::{self, Identity, Plan};
-use weft_control::lease::NodeRecord;
+use weft_control::lease::{NodeRecord, Snapshot};
 use weft_control::subnet_env::Previous;
 use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry, RegistryError};
 
@@ -30,13 +30,17 @@ pub(crate) struct Claim<'a> {
 
 impl Claim<'_> {
     /// Claims a subnet, however long it takes: a registry that is away, or full, is waited for, and
-    /// so is another node that lives with our address.
-    pub(crate) async fn acquire(&self, registry: &dyn Registry, previous: &Previous) -> Lease {
+    /// so is another node that lives with our address. With it comes what else the registry has.
+    pub(crate) async fn acquire(
+        &self,
+        registry: &dyn Registry,
+        previous: &Previous,
+    ) -> (Lease, Snapshot) {
         let mut backoff = Backoff::default();
         let mut said = Repeats::told_to(self.health);
         loop {
             match self.attempt(registry, previous).await {
-                Ok(Attempt::Ours(lease)) => return *lease,
+                Ok(Attempt::Ours(ours)) => return *ours,
                 Ok(Attempt::Again) => said.warn(
                     "cannot get a lease yet: each time it is tried, the registry changes meanwhile",
                 ),
@@ -81,7 +85,7 @@ impl Claim<'_> {
         let Self { config, identity, ttl, .. } = *self;
         let snapshot = registry.snapshot().await;
         self.board.registry(snapshot.is_ok());
-        let snapshot = snapshot?;
+        let mut snapshot = snapshot?;
         if let Some(other) = keeper::claimant(identity, &snapshot.nodes) {
             return Ok(Attempt::Claimed(Box::new(other.clone())));
         }
@@ -112,7 +116,11 @@ impl Claim<'_> {
             }
             Plan::OutOfSubnets => return Ok(Attempt::Full),
         };
-        Ok(lease.map_or(Attempt::Again, |lease| Attempt::Ours(lease.into())))
+        let Some(lease) = lease else { return Ok(Attempt::Again) };
+        snapshot.leases.retain(|it| it.key != lease.key);
+        snapshot.leases.push(lease.clone());
+        snapshot.leases.sort_by_key(|it| it.key);
+        Ok(Attempt::Ours(Box::new((lease, snapshot))))
     }
 
     /// `None` if somebody else was faster, be it with a part of it only.
@@ -147,7 +155,7 @@ impl Claim<'_> {
 /// What came of trying to get a lease.
 #[derive(Debug)]
 enum Attempt {
-    Ours(Box<Lease>),
+    Ours(Box<(Lease, Snapshot)>),
     /// The registry changed meanwhile, by us or by others.
     Again,
     /// What has our subnet cannot be read, and why.

@@ -62,6 +62,13 @@ impl Log {
         Self { recent, filter: handle }
     }
 
+    /// One that nobody writes to.
+    #[cfg(test)]
+    pub(crate) fn silent() -> Self {
+        let (_, filter) = reload::Layer::new(EnvFilter::default());
+        Self { recent: Recent::default(), filter }
+    }
+
     /// The last lines of level info and above, whatever the levels of the log are.
     pub(crate) fn recent(&self) -> Vec<LogLine> {
         self.recent.lines().iter().cloned().collect()

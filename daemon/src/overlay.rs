@@ -10,14 +10,18 @@ use weft_backends::{Backend, BackendEvent, BackendStatus, Opened};
 /// A backend and its events.
 #[derive(Debug)]
 pub(crate) struct Overlay {
-    /// Away only while a call runs.
-    backend: Option<Box<dyn Backend>>,
+    backend: Held,
     events: UnboundedReceiver<BackendEvent>,
 }
 
+/// Away only while a call runs. May be dropped anywhere: what a backend runs inside may not end on a thread
+/// of the runtime; see the trait on blocking.
+#[derive(Debug)]
+struct Held(Option<Box<dyn Backend>>);
+
 impl Overlay {
     pub(crate) fn new((backend, events): Opened) -> Self {
-        Self { backend: Some(backend), events }
+        Self { backend: Held(Some(backend)), events }
     }
 
     /// Runs one call of the backend. When the future is dropped midway the call still runs to its
@@ -26,15 +30,15 @@ impl Overlay {
         &mut self,
         work: impl FnOnce(&mut dyn Backend) -> T + Send + 'static,
     ) -> anyhow::Result<T> {
-        let mut backend = self.backend.take().context("the backend was lost in an earlier call")?;
-        let (backend, answer) = tokio::task::spawn_blocking(move || {
-            let answer = work(backend.as_mut());
-            (backend, answer)
+        let mut held = Held(self.backend.0.take());
+        let (held, answer) = tokio::task::spawn_blocking(move || {
+            let answer = held.0.as_mut().map(|backend| work(backend.as_mut()));
+            (held, answer)
         })
         .await
         .context("the backend panicked")?;
-        self.backend = Some(backend);
-        Ok(answer)
+        self.backend = held;
+        answer.context("the backend was lost in an earlier call")
     }
 
     /// The next event.
@@ -53,14 +57,13 @@ impl Overlay {
 
     /// Reads numbers only, so it needs no thread of its own.
     pub(crate) fn status(&self) -> BackendStatus {
-        self.backend.as_ref().map(|backend| backend.status()).unwrap_or_default()
+        self.backend.0.as_ref().map(|backend| backend.status()).unwrap_or_default()
     }
 }
 
-impl Drop for Overlay {
+impl Drop for Held {
     fn drop(&mut self) {
-        let backend = self.backend.take();
-        // Ends what the backend runs inside; see the trait on blocking.
+        let Some(backend) = self.0.take() else { return };
         let ended = thread::spawn(move || drop(backend)).join();
         if ended.is_err() {
             tracing::error!("the backend panicked while it was stopped");

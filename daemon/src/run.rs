@@ -27,7 +27,7 @@ use crate::external::{self, Prepared, Surroundings};
 use crate::firewall::{Firewall, Wanted};
 use crate::flags::{Flags, Note, Settings};
 use crate::former;
-use crate::forwarding::{Ended, Forwarding, Tenure, expiry};
+use crate::forwarding::{Ended, Forwarding, Memory, Tenure, expiry};
 use crate::health::Health;
 use crate::http;
 use crate::leasing::Claim;
@@ -147,7 +147,7 @@ struct Daemon<'a> {
 struct Station {
     place: Place,
     overlay: Overlay,
-    last_known: StateFile<LastKnown>,
+    memory: Memory,
 }
 
 impl Daemon<'_> {
@@ -169,11 +169,11 @@ impl Daemon<'_> {
             board: self.board,
         };
         let (lease, last) = tokio::select! {
-            first = self.first_lease(&claim, &station.last_known) => first,
+            first = self.first_lease(&claim, &station.memory.last_known) => first,
             why = self.outdated(&station.place.interface) => return Ok(why),
         };
-        let mut tenure = Tenure::of(lease);
-        if let Err(error) = config_file(settings, registry).save(&self.text).await {
+        let mut tenure = Tenure::of(lease, self.config.clone());
+        if let Err(error) = station.memory.config.save(&self.text).await {
             tracing::warn!("cannot remember the network config: {error:#}");
         }
         let mut watch = registry.watch(last);
@@ -187,7 +187,7 @@ impl Daemon<'_> {
         loop {
             let lease = &tenure.lease;
             tracing::info!(subnet = %lease.key, expires = expiry(lease), "lease");
-            let started = self.start(&mut station, lease).await?;
+            let started = self.start(&mut station, &mut tenure).await?;
             let begun = Instant::now();
             tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
                 "forwarding");
@@ -197,8 +197,8 @@ impl Daemon<'_> {
                 status.mtu = Some(started.mtu);
                 status.mtu_why = Some(mtu_why(&station.place.interface, started.mtu));
             });
-            firewall.want(self.wanted(&lease.key, &station.place.interface)?).await;
-            let Station { place, overlay, last_known } = &mut station;
+            firewall.want(self.wanted(&tenure.lease.key, &station.place.interface)?).await;
+            let Station { place, overlay, memory } = &mut station;
             let forwarding = Forwarding {
                 settings,
                 registry,
@@ -210,27 +210,29 @@ impl Daemon<'_> {
                 started,
                 board: self.board,
             };
-            match forwarding.run(overlay, &self.config, tenure, &mut watch, last_known).await? {
-                Ended::Lost { reason, tenure: held } => {
+            let ended = forwarding.run(overlay, tenure, &mut watch, memory).await?;
+            match &ended {
+                Ended::Lost { reason, .. } => {
                     tracing::error!("forwarding broke: {reason}; starting the backend again");
                     health.starts_again(&format!("forwarding broke: {reason}"));
-                    tenure = *held;
-                    if begun.elapsed() < STEADY {
-                        pauses.wait().await;
-                    } else {
-                        pauses = Backoff::default();
-                    }
                 }
-                Ended::OtherLease(other) => {
-                    health.starts_again("taking up other subnets");
-                    tenure = Tenure::of(*other);
-                }
-                Ended::OtherInterface { prepared, tenure: held } => {
+                Ended::OtherLease(_) => health.starts_again("taking up other subnets"),
+                Ended::OtherInterface { .. } => {
                     health.starts_again("the external interface has changed");
-                    tenure = *held;
-                    self.move_station(&mut station, *prepared).await?;
                 }
             }
+            if begun.elapsed() < STEADY {
+                pauses.wait().await;
+            } else {
+                pauses = Backoff::default();
+            }
+            tenure = match ended {
+                Ended::Lost { tenure, .. } | Ended::OtherLease(tenure) => *tenure,
+                Ended::OtherInterface { prepared, tenure } => {
+                    self.move_station(&mut station, *prepared).await?;
+                    *tenure
+                }
+            };
         }
     }
 
@@ -243,10 +245,13 @@ impl Daemon<'_> {
         let Prepared { interface, why, overlay, attrs } = prepared;
         let place = Place::take(node, socket, interface, attrs)?;
         self.tell_place(&place, why);
-        let last_known = StateFile::new(place.node.files.last_known.clone());
+        let memory = Memory {
+            last_known: StateFile::new(place.node.files.last_known.clone()),
+            config: config_file(self.settings, self.registry),
+        };
         tracing::info!(node = place.node.id, public_ip = %place.public_ip,
             registry = self.registry.describe(), "this node");
-        Ok(Station { place, overlay, last_known })
+        Ok(Station { place, overlay, memory })
     }
 
     /// Moves to the interface as it is now. The backend that was there ends before the next one starts:
@@ -265,7 +270,7 @@ impl Daemon<'_> {
         station.place.move_to(self.settings, &registry, interface, attrs)?;
         self.record_made(station).await;
         self.tell_place(&station.place, why);
-        station.last_known = StateFile::new(station.place.node.files.last_known.clone());
+        station.memory.last_known = StateFile::new(station.place.node.files.last_known.clone());
         Ok(())
     }
 
@@ -306,18 +311,19 @@ impl Daemon<'_> {
     ///
     /// # Errors
     /// What trying again would not mend.
-    async fn start(&self, station: &mut Station, lease: &Lease) -> anyhow::Result<Started> {
+    async fn start(&self, station: &mut Station, tenure: &mut Tenure) -> anyhow::Result<Started> {
         station.overlay.call(|backend| backend.stop()).await?;
         station.overlay.forget_events();
         let mut backoff = Backoff::default();
         let mut said = Repeats::told_to(self.health);
         loop {
-            let wanted = lease.clone();
+            let wanted = tenure.lease.clone();
             match station.overlay.call(move |backend| backend.start(&wanted)).await? {
                 Ok(started) => return Ok(started),
                 Err(error) => end_or_warn(error, &mut said)?,
             }
             backoff.wait().await;
+            self.keep_lease(&station.place, tenure).await;
             let known = &station.place.interface;
             let Ok(Some(next)) = external::changed(self.settings, &self.config, known).await else {
                 continue;
@@ -328,6 +334,27 @@ impl Daemon<'_> {
                 Ok(prepared) => self.move_station(station, prepared).await?,
                 Err(error) => said.warn(&format!("waiting: {error}")),
             }
+        }
+    }
+
+    /// Renews the lease where that is due, while nothing goes on under it: it must not end meanwhile.
+    async fn keep_lease(&self, place: &Place, tenure: &mut Tenure) {
+        let attrs = &place.identity.attrs;
+        let margin = self.settings.renewal().0;
+        let due = tenure.renewal(attrs, margin);
+        if !tenure.is_held() || due.is_none_or(|due| due > Instant::now()) {
+            return;
+        }
+        let ttl = keeper::ttl(&tenure.lease, self.settings.lease_ttl);
+        match self.registry.renew(&tenure.lease, attrs, ttl).await {
+            Ok(Some(lease)) => {
+                tenure.renewed(lease);
+                let due = tenure.renewal(attrs, margin);
+                self.board.lease(&tenure.lease, due);
+            }
+            // Whoever forwards next finds out, and says so.
+            Ok(None) => {}
+            Err(error) => tracing::debug!("cannot renew the lease: {error}"),
         }
     }
 
@@ -352,7 +379,8 @@ impl Daemon<'_> {
     fn wanted(&self, key: &LeaseKey, interface: &ExternalInterface) -> anyhow::Result<Wanted> {
         let Self { settings, config, .. } = self;
         let is_tunnel = self.kind == BackendKind::UdpTun;
-        let is_direct = config.backend.bool_option("DirectRouting")?.unwrap_or(false);
+        // host-gw has no such option, and takes no notice of one.
+        let is_direct = is_tunnel && config.backend.bool_option("DirectRouting")?.unwrap_or(false);
         let is_guarded = is_tunnel && !is_direct && settings.guard == GuardMode::Strict;
         let outside = is_guarded.then_some(interface.name.as_str());
         let networks: Vec<IpNetwork> = config.networks().collect();
@@ -382,10 +410,7 @@ impl Daemon<'_> {
             // How long it lasts now, only the registry knows.
             return (Lease { expires: Expiry::Unknown, ..known.lease }, known.snapshot);
         }
-        let lease = claim.acquire(self.registry, &previous).await;
-        // Gone again in this very moment, it must not look as if there were no peers.
-        let known = || file.load().map(|(known, _)| known.snapshot).unwrap_or_default();
-        (lease, self.registry.snapshot().await.unwrap_or_else(|_| known()))
+        claim.acquire(self.registry, &previous).await
     }
 }
 

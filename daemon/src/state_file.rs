@@ -2,17 +2,23 @@
 //! the registry is away goes on with it.
 
 use std::fs;
+use std::io;
 use std::marker::PhantomData;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
 use weft_control::Lease;
 use weft_control::file::{self, PRIVATE};
 use weft_control::lease::Snapshot;
+
+/// How long anybody waits for a disk that is busy, or hangs.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The registry as this node last saw it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,12 +37,14 @@ pub(crate) struct StateFile<T> {
     path: PathBuf,
     /// What the file has, as far as is known.
     written: Vec<u8>,
+    /// Until it is known what came of it; then the file has this.
+    writing: Option<JoinHandle<io::Result<Vec<u8>>>>,
     value: PhantomData<T>,
 }
 
 impl<T: Serialize + DeserializeOwned> StateFile<T> {
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path, written: Vec::new(), value: PhantomData }
+        Self { path, written: Vec::new(), writing: None, value: PhantomData }
     }
 
     /// What is in it, and since when. A file that cannot be read is as good as none: it is only
@@ -50,21 +58,36 @@ impl<T: Serialize + DeserializeOwned> StateFile<T> {
         Some((value.ok()?, since.try_into().ok()?))
     }
 
-    /// Writes it, unless it is what the file has. A busy disk takes its time, and keeps nobody else waiting.
+    /// Writes it, unless it is what the file has. Where the disk does not come round, that goes on by itself,
+    /// and nothing else is written before it has ended.
     ///
     /// # Errors
-    /// The directory cannot be written to.
+    /// The directory cannot be written to, or not in time.
     pub(crate) async fn save(&mut self, value: &T) -> anyhow::Result<()> {
         let text = serde_json::to_vec(value)?;
-        if self.written.is_empty() {
-            self.written = fs::read(&self.path).unwrap_or_default();
-        }
+        self.end_of_write().await?;
         if text != self.written {
-            let path = self.path.clone();
-            let write = move || file::replace(&path, &text, PRIVATE).map(|()| text);
-            let context = || format!("cannot write {}; see --state-dir", self.path.display());
-            self.written = spawn_blocking(write).await?.with_context(context)?;
+            let (path, is_unknown) = (self.path.clone(), self.written.is_empty());
+            self.writing = Some(spawn_blocking(move || {
+                if !is_unknown || fs::read(&path).ok().as_ref() != Some(&text) {
+                    file::replace(&path, &text, PRIVATE)?;
+                }
+                Ok(text)
+            }));
         }
+        self.end_of_write().await
+    }
+
+    async fn end_of_write(&mut self) -> anyhow::Result<()> {
+        let Some(writing) = &mut self.writing else { return Ok(()) };
+        let path = self.path.display();
+        let Ok(written) = timeout(PATIENCE, writing).await else {
+            bail!(
+                "{path} is still being written after {PATIENCE:?}; does the disk of --state-dir hang?"
+            )
+        };
+        self.writing = None;
+        self.written = written?.with_context(|| format!("cannot write {path}; see --state-dir"))?;
         Ok(())
     }
 }
@@ -94,5 +117,25 @@ mod tests {
         assert!(file.load().is_none());
         file.save(&known).await.unwrap();
         assert!(file.load().is_none(), "what has not changed is not written again");
+    }
+
+    /// Whoever has all of the threads that write stands for a disk that hangs.
+    #[test]
+    fn a_disk_that_hangs_is_not_waited_for() {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_time().max_blocking_threads(1).build().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut file: StateFile<u8> = StateFile::new(dir.path().join("state.json"));
+        runtime.block_on(async {
+            let (release, hangs) = std::sync::mpsc::channel::<()>();
+            spawn_blocking(move || hangs.recv());
+            for value in [1, 2] {
+                let late = file.save(&value).await.unwrap_err().to_string();
+                assert!(late.contains("is still being written after 2s"), "{late}");
+            }
+            release.send(()).unwrap();
+            file.save(&3).await.unwrap();
+        });
+        assert_eq!(file.load().unwrap().0, 3);
     }
 }

@@ -238,8 +238,9 @@ pub fn tells(lab: &Lab, host: usize, text: &str) -> Result<()> {
 
 /// Waits until a host's lease ends at another time than before, by that host's clock.
 pub fn renews(lab: &Lab, host: usize) -> Result<()> {
-    let before = lab.status(host)?.lease_expires;
-    until("the lease is renewed", || Ok(lab.status(host)?.lease_expires != before))
+    let end = || lab.status(host)?.lease_expires.context("nobody knows when the lease ends");
+    let before = end()?;
+    until("the lease is renewed", || Ok(end()? != before))
 }
 
 /// Everything that a host's daemons have logged so far.

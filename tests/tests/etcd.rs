@@ -472,6 +472,31 @@ fn all_that_start_at_once_know_each_other() -> Result<()> {
     lab.remove()
 }
 
+/// A backend that cannot start, for another program has its route, costs no lease.
+#[test]
+fn a_lease_is_kept_while_nothing_forwards() -> Result<()> {
+    let mut lab = hosts(1, 1)?;
+    lab.start_daemon(0, &["--subnet-lease-ttl=10s"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let (own, netns) = (subnet(&lab, 0)?, &lab.host(0).netns);
+    netns.ip(&["link", "del", "flannel0"])?;
+    until("its route is another's", || {
+        // Until then it is weft's own again and again.
+        let _ = netns.ip(&["route", "add", "10.42.0.0/16", "dev", "eth0"]);
+        let _ = netns.ip(&["link", "del", "flannel0"]);
+        Ok(lab.status(0)?.state.contains("already leads to eth0"))
+    })?;
+    for _ in 0..3 {
+        renews(&lab, 0)?;
+    }
+    assert!(lab.status(0)?.state.contains("already leads to eth0"));
+    netns.ip(&["route", "del", "10.42.0.0/16"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_eq!(subnet(&lab, 0)?, own);
+    assert!(!log(&lab, 0)?.contains("claiming it again"));
+    lab.remove()
+}
+
 /// A clock that is set back and forth by a year: leases are renewed in time, and nobody is forgotten.
 #[test]
 fn a_clock_that_jumps_is_not_followed() -> Result<()> {

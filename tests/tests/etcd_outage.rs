@@ -187,6 +187,37 @@ fn a_restart_during_an_outage_goes_on_with_what_was_known() -> Result<()> {
     lab.remove()
 }
 
+/// The range of subnets was widened while the node ran, which took one beyond the former range.
+#[test]
+fn a_restart_during_an_outage_goes_by_the_config_that_was_followed() -> Result<()> {
+    let mut lab = hosts(1, 1)?;
+    let config = |last: u8| {
+        format!(
+            r#"{{"Network":"10.42.0.0/16","SubnetMin":"10.42.7.0","SubnetMax":"10.42.{last}.0"}}"#
+        )
+    };
+    put(&lab, "config", config(7))?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    put(&lab, "config", config(8))?;
+    logs(&lab, 0, "in the network config has changed; going by it")?;
+    put(&lab, "subnets/10.42.7.0-24", r#"{"PublicIP":"10.168.0.200","PublicIPv6":null}"#)?;
+    until("it has the other subnet", || Ok(subnet(&lab, 0)?.to_string() == "10.42.8.0/24"))?;
+    until("both are written down", || {
+        let files = fs::read_dir(&lab.host(0).state_dir)?;
+        let texts = files.map(|file| Ok(fs::read_to_string(file?.path())?));
+        let text = texts.collect::<Result<String>>()?;
+        Ok(text.contains(r#"SubnetMax\":\"10.42.8.0"#) && text.contains(r#""key":"10.42.8.0-24"#))
+    })?;
+    lab.etcd(0).kill()?;
+    logs(&lab, 0, "is away")?;
+    lab.kill_daemon(0)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_eq!(subnet(&lab, 0)?.to_string(), "10.42.8.0/24");
+    lab.remove()
+}
+
 /// An etcd that comes back empty gets all leases again, with the same subnets.
 #[test]
 fn wiped_data_are_written_again() -> Result<()> {

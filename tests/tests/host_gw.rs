@@ -313,10 +313,12 @@ fn udp_tun_has_its_device_put_right_at_once() -> Result<()> {
     lab.remove()
 }
 
+/// Options of other backends mean nothing to it.
 #[test]
-fn a_second_backend_in_the_config_is_gone_by() -> Result<()> {
+fn a_backend_flag_that_agrees_with_the_config_is_taken() -> Result<()> {
     let mut lab = hosts(1)?;
-    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"host-gw"}}"#)?;
+    let backend = r#"{"Type":"host-gw","DirectRouting":"yes"}"#;
+    write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16","Backend":{backend}}}"#))?;
     lab.start_daemon(0, &["--backend=host-gw"])?;
     lab.wait_ready(0, DEADLINE)?;
     assert_eq!(lab.status(0)?.backend.as_deref(), Some("host-gw"));

@@ -158,7 +158,7 @@ impl Registry for DirectoryRegistry {
     }
 
     async fn time_left(&self, lease: &Lease) -> Result<Option<Duration>, RegistryError> {
-        let Expiry::At(end) = lease.expires else { return Ok(None) };
+        let Some(end) = lease.expires.end() else { return Ok(None) };
         Ok(Duration::try_from(end.duration_since(Timestamp::now())).ok())
     }
 

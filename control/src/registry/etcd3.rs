@@ -295,7 +295,7 @@ impl Shared {
             return Ok(Some(unsigned(revision)));
         }
         // An answer that got lost, and the request sent again: it is what we have put ourselves.
-        let TxnOpResponse::Get(found) = answer.op_responses().remove(0) else {
+        let Some(TxnOpResponse::Get(found)) = answer.op_responses().into_iter().next() else {
             return Ok(None);
         };
         let ours =

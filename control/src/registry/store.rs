@@ -172,7 +172,7 @@ impl Locked<'_> {
     /// and whoever waits for it to go must hear why.
     pub(super) fn create_lease(&self, lease: &Lease) -> Result<bool, RegistryError> {
         let path = self.store.lease_path(&lease.key);
-        if create(&path, &entry(&lease.attrs, end(lease.expires))?)? {
+        if create(&path, &entry(&lease.attrs, lease.expires.end())?)? {
             return Ok(true);
         }
         match load::<LeaseAttrs>(&path) {
@@ -182,7 +182,7 @@ impl Locked<'_> {
     }
 
     pub(super) fn write_lease(&self, lease: &Lease) -> Result<(), RegistryError> {
-        replace(&self.store.lease_path(&lease.key), &entry(&lease.attrs, end(lease.expires))?)
+        replace(&self.store.lease_path(&lease.key), &entry(&lease.attrs, lease.expires.end())?)
     }
 
     pub(super) fn remove_lease(&self, key: &LeaseKey) -> Result<(), RegistryError> {
@@ -239,14 +239,6 @@ fn is_file_name(id: &str) -> bool {
 
 fn expiry(end: Option<Timestamp>) -> Expiry {
     end.map_or(Expiry::Never, Expiry::At)
-}
-
-/// What a lease's file says of its end; without one it is a reservation.
-fn end(expiry: Expiry) -> Option<Timestamp> {
-    match expiry {
-        Expiry::At(end) => Some(end),
-        Expiry::Never | Expiry::Unknown => None,
-    }
 }
 
 fn entry(value: &impl Serialize, expires: Option<Timestamp>) -> Result<String, RegistryError> {

@@ -22,7 +22,7 @@ impl<'a> Claiming<'a> {
         let previous = leasing::previous(&turn.lease.key);
         let lease = Box::pin(async move {
             let (config, identity, ttl) = (&config, &identity, settings.lease_ttl);
-            Claim { config, identity, ttl, health, board }.acquire(registry, &previous).await
+            Claim { config, identity, ttl, health, board }.acquire(registry, &previous).await.0
         });
         Self { config: turn.config.clone(), lease }
     }

@@ -57,6 +57,8 @@ pub(super) struct Turn {
     /// Renewals of the lease, and of the node's record.
     pub(super) renewals: Failing,
     pub(super) records: Failing,
+    /// When the record was last to be published.
+    pub(super) published: Option<Instant>,
     /// None where no socket was to be had.
     pub(super) prober: Option<Prober>,
     /// What was given up for the sake of packets that got lost.
@@ -67,6 +69,8 @@ pub(super) struct Turn {
 #[derive(Debug, Clone)]
 pub(crate) struct Tenure {
     pub(crate) lease: Lease,
+    /// What it goes by: its range of subnets may have changed since the start.
+    config: NetworkConfig,
     /// What the registry may tell of us: what we were, are, and were about to be when a write's answer
     /// got lost.
     former: Vec<LeaseAttrs>,
@@ -77,8 +81,33 @@ pub(crate) struct Tenure {
 
 impl Tenure {
     /// The beginning.
-    pub(crate) fn of(lease: Lease) -> Self {
-        Self { lease, former: Vec::new(), lost: None, renewal: None }
+    pub(crate) fn of(lease: Lease, config: NetworkConfig) -> Self {
+        Self { lease, config, former: Vec::new(), lost: None, renewal: None }
+    }
+
+    /// When the lease is due to be renewed by who is `attrs` now; never if it is a reservation.
+    pub(crate) fn renewal(&mut self, attrs: &LeaseAttrs, margin: Duration) -> Option<Instant> {
+        let known = self.renewal.filter(|_| self.lease.attrs == *attrs);
+        self.renewal = known.or_else(|| renewal(&self.lease, attrs, margin));
+        self.renewal
+    }
+
+    /// Goes on with the lease as it was renewed. Who looks may still see it as it was.
+    pub(crate) fn renewed(&mut self, lease: Lease) {
+        let before = std::mem::replace(&mut self.lease, lease);
+        self.may_be_told(before.attrs);
+        self.renewal = None;
+    }
+
+    fn may_be_told(&mut self, attrs: LeaseAttrs) {
+        if !self.former.contains(&attrs) {
+            self.former.push(attrs);
+        }
+    }
+
+    /// Whether the lease is still ours, as far as is known.
+    pub(crate) fn is_held(&self) -> bool {
+        self.lost.is_none()
     }
 }
 
@@ -91,21 +120,13 @@ pub(super) enum Lost {
 }
 
 impl Turn {
-    pub(super) fn new(
-        config: NetworkConfig,
-        tenure: Tenure,
-        place: &Place,
-        margin: Duration,
-    ) -> Self {
-        let Tenure { lease, mut former, lost, renewal: due } = tenure;
+    pub(super) fn new(mut tenure: Tenure, place: &Place, margin: Duration) -> Self {
         let attrs = &place.identity.attrs;
-        for ours in [&lease.attrs, attrs] {
-            if !former.contains(ours) {
-                former.push(ours.clone());
-            }
+        let renewal = tenure.renewal(attrs, margin);
+        for ours in [tenure.lease.attrs.clone(), attrs.clone()] {
+            tenure.may_be_told(ours);
         }
-        let due = due.filter(|_| lease.attrs == *attrs);
-        let renewal = due.or_else(|| renewal(&lease, attrs, margin));
+        let Tenure { lease, config, former, lost, .. } = tenure;
         Self {
             config,
             interface: place.interface.clone(),
@@ -131,6 +152,7 @@ impl Turn {
             strays: Vec::new(),
             renewals: Failing::default(),
             records: Failing::default(),
+            published: None,
             prober: None,
             given_up: Vec::new(),
         }
@@ -139,7 +161,9 @@ impl Turn {
     /// What the next turn goes on with.
     pub(super) fn tenure(&self) -> Tenure {
         let Self { lost, renewal, .. } = *self;
-        Tenure { lease: self.lease.clone(), former: self.former.clone(), lost, renewal }
+        let (lease, config, former) =
+            (self.lease.clone(), self.config.clone(), self.former.clone());
+        Tenure { lease, config, former, lost, renewal }
     }
 
     /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes

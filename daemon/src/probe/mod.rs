@@ -313,7 +313,8 @@ impl Work {
         {
             tracing::warn!(peer = %outer, "{problem}");
         }
-        if found.blamed().next().is_some() {
+        // One that answered may have spoken for an offload that another one blames.
+        if found.blamed().next().is_some() || before.reach == Reach::Reachable {
             self.changed.send_modify(|count| *count += 1);
         }
     }
