@@ -94,7 +94,7 @@ impl Backend for HostGw {
             .peers
             .iter()
             .filter(|peer| peer.lease.key.ipv6.is_some() && self.is_doubtful(&peer.lease.attrs));
-        let addresses = doubtful.flat_map(addresses).collect();
+        let addresses = doubtful.flat_map(DesiredPeer::addresses).collect();
         self.neighbours.look(&self.netlink, addresses, basis);
         let (mut routes, mut problems) = (Vec::new(), Vec::new());
         for peer in &desired.peers {
@@ -168,7 +168,7 @@ impl HostGw {
     fn neighbour(&self, peer: &DesiredPeer) -> Result<Ipv6Addr, String> {
         let (Lease { key, attrs, .. }, name) = (&peer.lease, &self.interface.name);
         let ours = Some(self.interface.index);
-        if !addresses(peer).any(|ip| self.neighbours.link(ip) == ours) {
+        if !peer.addresses().any(|ip| self.neighbours.link(ip) == ours) {
             return Err(format!(
                 "the node of {key} must be on the same link as {name} for host-gw"
             ));
@@ -180,11 +180,6 @@ impl HostGw {
             )
         })
     }
-}
-
-/// All that are known.
-fn addresses(peer: &DesiredPeer) -> impl Iterator<Item = IpAddr> {
-    peer.lease.attrs.public_addresses().chain(peer.other_addresses.iter().copied())
 }
 
 /// What a lease tells, if it can be believed.

@@ -6,6 +6,7 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rtnetlink::MulticastGroup as Group;
 use rtnetlink::sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 use socket2::{SockFilter, SockRef};
@@ -13,9 +14,14 @@ use tokio::time::Instant;
 
 /// NFNLGRP_NFTABLES (include/uapi/linux/netfilter/nfnetlink.h).
 const NFTABLES: u32 = 7;
-/// RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR and
-/// RTNLGRP_IPV6_ROUTE (include/uapi/linux/rtnetlink.h).
-const ROUTING: [u32; 6] = [1, 3, 5, 7, 9, 11];
+const ROUTING: [Group; 6] = [
+    Group::Link,
+    Group::Neigh,
+    Group::Ipv4Ifaddr,
+    Group::Ipv4Route,
+    Group::Ipv6Ifaddr,
+    Group::Ipv6Route,
+];
 /// RTM_NEWNEIGH and RTM_DELNEIGH, of neighbours and of forwarding entries (FDB) alike.
 const NEIGHBOUR: [u16; 2] = [28, 29];
 
@@ -52,7 +58,7 @@ impl KernelEvents {
     /// # Errors
     /// The kernel refused the socket.
     pub fn of_routing() -> io::Result<Self> {
-        let events = Self::listen(NETLINK_ROUTE, &ROUTING)?;
+        let events = Self::listen(NETLINK_ROUTE, &ROUTING.map(|group| group as u32))?;
         events.filter(&[])?;
         Ok(events)
     }

@@ -206,11 +206,17 @@ pub struct ExternalInterface {
     pub link_local: Option<Ipv6Addr>,
 }
 
+impl ExternalInterface {
+    /// Its own addresses, IPv4 first.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        self.ipv4.map(IpAddr::V4).into_iter().chain(self.ipv6.map(IpAddr::V6))
+    }
+}
+
 impl fmt::Display for ExternalInterface {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.name)?;
-        let (ipv4, ipv6) = (self.ipv4.map(IpAddr::V4), self.ipv6.map(IpAddr::V6));
-        for ip in ipv4.into_iter().chain(ipv6) {
+        for ip in self.addresses() {
             write!(f, " {ip}")?;
         }
         write!(f, " MTU {}", self.mtu)
@@ -250,6 +256,13 @@ pub struct DesiredPeer {
     pub other_addresses: Vec<IpAddr>,
     /// Whether it is a weft node, by its record in the registry.
     pub is_weft: bool,
+}
+
+impl DesiredPeer {
+    /// Where its packets may come from.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.lease.attrs.public_addresses().chain(self.other_addresses.iter().copied())
+    }
 }
 
 /// What a reconciliation goes by.

@@ -375,13 +375,11 @@ fn way_to(peer: &Peer, direct: &HashSet<IpNetwork>) -> PeerWay {
 
 /// `None` where the peer has no address of our underlay's family.
 fn peer(desired: &DesiredPeer, underlay: IpAddr, port: u16, traffic: Arc<Traffic>) -> Option<Peer> {
-    let public: Vec<IpAddr> = desired.lease.attrs.public_addresses().collect();
-    let endpoint = public.iter().find(|ip| ip.is_ipv4() == underlay.is_ipv4())?;
-    let mut outer = public.clone();
-    outer.extend(&desired.other_addresses);
+    let mut publics = desired.lease.attrs.public_addresses();
+    let endpoint = publics.find(|ip| ip.is_ipv4() == underlay.is_ipv4())?;
     Some(Peer {
-        endpoint: SocketAddr::new(*endpoint, port),
-        outer,
+        endpoint: SocketAddr::new(endpoint, port),
+        outer: desired.addresses().collect(),
         subnets: desired.lease.key.networks().collect(),
         // flannel would lose the marks.
         ecn: if desired.is_weft { EcnMode::Normal } else { EcnMode::Compatibility },

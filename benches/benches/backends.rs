@@ -16,6 +16,7 @@ use weft_backends::{
     Report, Tuning,
 };
 use weft_benches::cpu;
+use weft_benches::summary::Spread;
 use weft_control::lease::Expiry;
 use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig};
 use weft_daemon::lab::{EtcdOptions, Lab, LabOptions};
@@ -182,10 +183,8 @@ fn lease(kind: BackendKind, number: u32) -> Lease {
 
 /// The median is held against the target.
 fn tell(what: &str, times: &[Duration], target: Option<Duration>) {
-    let mut times = times.to_vec();
-    times.sort_unstable();
-    let (below, above) = (times[(times.len() - 1) / 2], times[times.len() / 2]);
-    let (median, longest) = ((below + above) / 2, times[times.len() - 1]);
+    let times = Spread::of(times.iter().map(Duration::as_secs_f64)).expect("it was measured");
+    let [median, longest] = [times.median, times.max].map(Duration::from_secs_f64);
     let held = target.map(|target| {
         let verdict = if median < target { "held" } else { "MISSED" };
         format!(", target {target:?}: {verdict}")

@@ -16,7 +16,7 @@ pub fn pick_subnet(
 ) -> Option<IpNetwork> {
     let gaps = gaps(config, taken);
     let free: u128 = gaps.iter().map(|(first, end)| end - first).sum();
-    let mut nth = random_below(free, rng)?;
+    let mut nth = (free > 0).then(|| rng.u128(..free))?;
     let number = gaps.iter().find_map(|(first, end)| {
         let here = end - first;
         if nth < here {
@@ -70,10 +70,6 @@ fn gaps(config: &FamilyConfig, taken: &[IpNetwork]) -> Vec<(u128, u128)> {
 fn step(config: &FamilyConfig) -> u128 {
     let bits = if config.network.is_ipv6() { 128 } else { 32 };
     1 << (bits - config.subnet_len)
-}
-
-fn random_below(bound: u128, rng: &mut fastrand::Rng) -> Option<u128> {
-    (bound > 0).then(|| rng.u128(..bound))
 }
 
 #[cfg(test)]

@@ -39,8 +39,7 @@ impl LeaseKey {
 
     /// Whether any address belongs to both.
     pub fn overlaps(&self, other: &Self) -> bool {
-        let ours: Vec<IpNetwork> = other.networks().collect();
-        self.networks().any(|net| ours.iter().any(|other| overlap(net, *other)))
+        self.networks().any(|net| other.networks().any(|other| overlap(net, other)))
     }
 }
 

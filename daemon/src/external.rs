@@ -83,8 +83,7 @@ pub(crate) async fn changed(
 ) -> Result<Option<Chosen>, String> {
     let look = Surroundings::look(settings.wish.can_reach).await;
     let around = look.map_err(|error| format!("{error:#}"))?;
-    let held = known.ipv4.map(IpAddr::V4).into_iter().chain(known.ipv6.map(IpAddr::V6));
-    let held: Vec<IpAddr> = held.collect();
+    let held: Vec<IpAddr> = known.addresses().collect();
     let chosen = around.choose(settings, config, &held).map_err(|error| error.to_string())?;
     if chosen.interface == *known {
         return around.fault(known).map_or(Ok(None), Err);

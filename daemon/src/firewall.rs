@@ -123,13 +123,13 @@ impl Writer {
     /// Removes what others wrote for the same purpose, now that our own rules stand.
     async fn remove_leavings(&mut self) -> Result<(), FirewallError> {
         let mut removed = match self {
-            Self::Iptables(_) => removed(Nftables::default().remove().await)?,
+            Self::Iptables(_) => unless_missing(Nftables::default().remove().await)?,
             Self::Nftables(_) => match Iptables::find().await {
                 Ok(iptables) => iptables.remove().await?,
                 Err(_) => false,
             },
         };
-        removed |= self::removed(Nftables::remove_flannels().await)?;
+        removed |= unless_missing(Nftables::remove_flannels().await)?;
         if let Ok(iptables) = Iptables::find().await
             && let Some(other) = iptables.other_kind().await
         {
@@ -174,7 +174,7 @@ impl Writer {
 }
 
 /// Without nft there is nothing that was made by it.
-fn removed(outcome: Result<bool, FirewallError>) -> Result<bool, FirewallError> {
+fn unless_missing(outcome: Result<bool, FirewallError>) -> Result<bool, FirewallError> {
     match outcome {
         Err(FirewallError::Missing(_)) => Ok(false),
         other => other,

@@ -487,10 +487,9 @@ impl Forwarding<'_> {
 
     async fn publish_node(&self, turn: &mut Turn) {
         let interface = &turn.interface;
-        let bound = [interface.ipv4.map(IpAddr::V4), interface.ipv6.map(IpAddr::V6)];
         let attrs = &turn.identity.attrs;
         let publics: Vec<IpAddr> = attrs.public_addresses().collect();
-        let addresses = bound.into_iter().flatten().chain(interface.other_addresses.clone());
+        let addresses = interface.addresses().chain(interface.other_addresses.iter().copied());
         let record = NodeRecord {
             id: self.place.node.id.clone(),
             name: node::host_name(),

@@ -10,6 +10,7 @@ use weft_backends::netlink::{LinkCounters, Netlink};
 use weft_backends::{BUCKETS, Counter, Direction, Distribution, EngineMeter, Histogram};
 
 use crate::board::Board;
+use crate::output::float;
 use crate::probe::{FAULTS, RTT_BOUNDS_US, Totals};
 use crate::status::Status;
 use crate::usage::{self, Usage};
@@ -49,12 +50,6 @@ fn yes_or_no(yes: bool) -> f64 {
     f64::from(u8::from(yes))
 }
 
-/// Whole numbers of any use are far below 2^53, up to which this is exact.
-#[expect(clippy::cast_precision_loss, reason = "see above")]
-fn number(count: u64) -> f64 {
-    count as f64
-}
-
 fn families(
     status: &Status,
     probes: &Totals,
@@ -75,7 +70,7 @@ fn of_daemon(status: &Status) -> Vec<Family> {
     let way = |way: &str| {
         let peers = status.peers.iter().filter(|peer| peer.way == way).count();
         let labels = vec![("way", way.to_owned())];
-        Sample { labels, value: Value::Gauge(number(peers as u64)) }
+        Sample { labels, value: Value::Gauge(float(peers as u64)) }
     };
     let unreachable =
         status.peers.iter().filter(|peer| peer.probe.reachable == Some(false)).count();
@@ -97,7 +92,7 @@ fn of_daemon(status: &Status) -> Vec<Family> {
         gauge(
             "problems",
             "What could not be done; `weft status` names them",
-            [number(status.problems.len() as u64)],
+            [float(status.problems.len() as u64)],
         ),
         Family {
             name: "peers",
@@ -109,7 +104,7 @@ fn of_daemon(status: &Status) -> Vec<Family> {
         gauge(
             "peers_unreachable",
             "Nodes that cannot be reached; `weft status` names them",
-            [number(unreachable as u64)],
+            [float(unreachable as u64)],
         ),
         gauge(
             "mtu_bytes",
@@ -172,10 +167,10 @@ fn of_registry(status: &Status) -> Vec<Family> {
 fn of_probes(status: &Status, totals: &Totals) -> Vec<Family> {
     let fault = |fault: &str| {
         let peers = status.peers.iter().filter(|peer| peer.probe.fault.as_deref() == Some(fault));
-        let value = Value::Gauge(number(peers.count() as u64));
+        let value = Value::Gauge(float(peers.count() as u64));
         Sample { labels: vec![("fault", fault.to_owned())], value }
     };
-    let bounds = RTT_BOUNDS_US.map(|us| number(us) * 1e-6).into_iter().chain([f64::MAX]);
+    let bounds = RTT_BOUNDS_US.map(|us| float(us) * 1e-6).into_iter().chain([f64::MAX]);
     let rtt = Value::Histogram {
         buckets: bounds.zip(totals.rtt_counts).collect(),
         sum: totals.rtt_total.as_secs_f64(),
@@ -410,13 +405,13 @@ fn histogram(
         let above: u64 = buckets[shown.end() + 1..BUCKETS].iter().sum();
         let mut counts: Vec<(f64, u64)> = shown
             .clone()
-            .map(|power| (number(1 << power) * unit, buckets[power]))
+            .map(|power| (float(1 << power) * unit, buckets[power]))
             .chain([(f64::MAX, above)])
             .collect();
         counts[0].1 += below;
         Some(Sample {
             labels: vec![("direction", direction.name().to_owned())],
-            value: Value::Histogram { buckets: counts, sum: number(sum) * unit },
+            value: Value::Histogram { buckets: counts, sum: float(sum) * unit },
         })
     };
     let samples = Direction::BOTH.into_iter().filter_map(sample).collect();
@@ -457,12 +452,12 @@ fn of_devices(devices: &[(String, LinkCounters)]) -> Vec<Family> {
 
 fn of_process((usage, open_files): &(Usage, u64)) -> Vec<Family> {
     let Usage { cpu_millis, resident_bytes, threads } = *usage;
-    let cpu = Sample { labels: Vec::new(), value: Value::Seconds(number(cpu_millis) / 1000.0) };
+    let cpu = Sample { labels: Vec::new(), value: Value::Seconds(float(cpu_millis) / 1000.0) };
     vec![
         counter("process_cpu_seconds", &[], "CPU time that the daemon has used", vec![cpu]),
-        gauge("process_resident_memory_bytes", "Memory in use", [number(resident_bytes)]),
-        gauge("process_threads", "Threads", [number(threads)]),
-        gauge("process_open_fds", "Open files", [number(*open_files)]),
+        gauge("process_resident_memory_bytes", "Memory in use", [float(resident_bytes)]),
+        gauge("process_threads", "Threads", [float(threads)]),
+        gauge("process_open_fds", "Open files", [float(*open_files)]),
     ]
 }
 

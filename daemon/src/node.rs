@@ -175,27 +175,22 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 
 fn load_or_make_id(path: &Path) -> anyhow::Result<String> {
     let unusable = || format!("cannot use {}; see --state-dir", path.display());
-    match File::options().write(true).create_new(true).open(path) {
-        Ok(mut file) => {
-            let mut random = [0; 16];
-            File::open("/dev/urandom")
-                .and_then(|mut source| source.read_exact(&mut random))
-                .context("cannot read /dev/urandom")?;
-            let id = hex(&random);
-            file.write_all(id.as_bytes()).and_then(|()| file.sync_all()).with_context(unusable)?;
-            Ok(id)
+    match fs::read_to_string(path) {
+        Ok(id) if id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+            return Ok(id);
         }
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let id = fs::read_to_string(path).with_context(unusable)?;
-            if id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-                return Ok(id);
-            }
-            // The power went before the id was on disk: nobody has seen it yet.
-            fs::remove_file(path).with_context(unusable)?;
-            load_or_make_id(path)
-        }
-        Err(error) => Err(error).with_context(unusable),
+        // The power went before it was on disk: nobody has seen it yet.
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(unusable),
     }
+    let mut random = [0; 16];
+    File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut random))
+        .context("cannot read /dev/urandom")?;
+    let id = hex(&random);
+    file::replace(path, id.as_bytes(), file::PRIVATE).with_context(unusable)?;
+    Ok(id)
 }
 
 fn hex(bytes: &[u8]) -> String {

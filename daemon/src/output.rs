@@ -60,7 +60,7 @@ pub(crate) fn short(number: f64) -> String {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+#[expect(clippy::cast_precision_loss, reason = "exact up to 2^53, and no count is beyond")]
 pub(crate) fn float(number: u64) -> f64 {
     number as f64
 }

@@ -16,8 +16,7 @@ pub(crate) fn conflict(
     registry: &RegistrySettings,
 ) -> Option<String> {
     let name = &interface.name;
-    let own = [interface.ipv4.map(IpAddr::V4), interface.ipv6.map(IpAddr::V6)];
-    let own = own.into_iter().flatten().chain(interface.other_addresses.iter().copied());
+    let own = interface.addresses().chain(interface.other_addresses.iter().copied());
     let own = own.map(|ip| (ip, format!("an address of the external interface {name}")));
     let gateways = routes.iter().filter(|route| route.link == Some(interface.index));
     let gateways = gateways.filter_map(|route| route.gateway);

@@ -56,7 +56,7 @@ enum RegistryCommand {
         subnet: LeaseKey,
         public_ip: IpAddr,
     },
-    /// Remove a lease or a reservation; a node that lives claims another one
+    /// Remove a lease or a reservation; a node that lives claims the same subnet again, if it is free
     Release { subnet: IpNetwork },
     /// Show what changes, until Ctrl-C
     Watch,

@@ -21,7 +21,7 @@ use crate::status::{PeerStatus, Status};
 /// Tell which route, peer, backend, MTU and rules a packet to an address would take; sends nothing.
 ///
 /// Exit status: 0 if it would be delivered as far as this host can tell, else 1. Of several daemons
-/// those are asked that have the address in their overlay.
+/// all are asked; those count that have the address in their overlay, or all if none has.
 #[derive(Debug, Args)]
 pub struct TraceArgs {
     /// Where the packet goes.

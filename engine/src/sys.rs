@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::iter;
 use std::mem;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
@@ -188,14 +188,13 @@ impl ReceiveMany {
     }
 
     /// Length, sender and marks of a message that the last [`Self::receive`] has counted.
-    pub(crate) fn message(&self, number: usize) -> (usize, IpAddr, Marks) {
+    pub(crate) fn message(&self, number: usize) -> (usize, Option<IpAddr>, Marks) {
         let (header, place) = (&self.headers[number], &self.places[number]);
         let words = place.control.iter().flat_map(|word| word.to_ne_bytes());
         let mut control = [0; CONTROL_LEN];
         control.iter_mut().zip(words).for_each(|(to, from)| *to = from);
         let control = &control[..header.msg_hdr.msg_controllen.min(CONTROL_LEN)];
-        let sender = sender(&place.sender).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        (header.msg_len as usize, sender, Marks::parse(control))
+        (header.msg_len as usize, sender(&place.sender), Marks::parse(control))
     }
 }
 

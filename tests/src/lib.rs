@@ -23,6 +23,7 @@ use anyhow::{Context, Result, bail, ensure};
 use etherparse::PacketBuilder;
 use ipnetwork::IpNetwork;
 use rustix::process::{Pid, Signal, kill_process};
+use socket2::{Domain, Protocol, Socket, Type};
 use weft_daemon::lab::{Lab, LabOptions, PingOptions, ping};
 use weft_daemon::netns::NetNs;
 
@@ -271,6 +272,11 @@ pub fn has_device(netns: &NetNs, name: &str) -> Result<bool> {
     Ok(links.iter().any(|link| link["ifname"] == name))
 }
 
+/// Where the workspace lies.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
 /// Where cargo put a program of this workspace.
 pub fn program(name: &str) -> Result<PathBuf> {
     let this = std::env::current_exe()?;
@@ -288,7 +294,7 @@ pub fn install(root: &Path, prefix: &str) -> Result<()> {
     // As careful as some administrators' is.
     let mut make = Command::new("sh");
     make.args(["-c", "umask 077; exec make \"$@\"", "make"]);
-    make.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).env_remove("MAKEFLAGS");
+    make.current_dir(repository()).env_remove("MAKEFLAGS");
     make.args(["--old-file=build", "install"]).arg(format!("PREFIX={prefix}"));
     make.arg(format!("DESTDIR={}", root.display())).arg(format!("BIN={programs}"));
     let output = make.output()?;
@@ -340,7 +346,7 @@ pub fn ended(child: &mut Child) -> Result<ExitStatus> {
 /// A weftd that a test starts with a command line of its own. Dropped, it is killed.
 #[derive(Debug)]
 pub struct Weftd {
-    child: Child,
+    child: Killed,
     log: PathBuf,
 }
 
@@ -353,12 +359,12 @@ impl Weftd {
     /// Starts it by a command that is ready but for the log.
     pub fn start_command(netns: &NetNs, log: &Path, command: &mut Command) -> Result<Self> {
         let child = netns.spawn(command.stderr(File::create(log)?))?;
-        Ok(Self { child, log: log.to_owned() })
+        Ok(Self { child: Killed(child), log: log.to_owned() })
     }
 
     /// Its process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     /// Everything it has logged so far.
@@ -374,20 +380,12 @@ impl Weftd {
 
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+        Ok(kill_process(Pid::from_child(&self.child.0), signal)?)
     }
 
     /// Sends it a signal and waits for its end.
     pub fn end(mut self, signal: Signal) -> Result<ExitStatus> {
-        end(&mut self.child, signal)
-    }
-}
-
-impl Drop for Weftd {
-    fn drop(&mut self) {
-        // Both fail only for a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        end(&mut self.child.0, signal)
     }
 }
 
@@ -401,6 +399,13 @@ impl Drop for Killed {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// A socket that gets all of IPv4 that a namespace sees, on all its devices, from the IP header on.
+pub fn capture(netns: &NetNs) -> Result<Socket> {
+    // ETH_P_IP (include/uapi/linux/if_ether.h).
+    let protocol = Protocol::from(i32::from(0x0800_u16.to_be()));
+    Ok(netns.run(|| Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol)))??)
 }
 
 /// An IP packet with a UDP datagram in it, valid in every field.

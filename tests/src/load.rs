@@ -36,7 +36,8 @@ pub fn ends(lab: &Lab) -> Result<Ends> {
     Ok([Arc::clone(lab.container(0)?), Arc::clone(lab.container(1)?)])
 }
 
-/// The longest time for which no datagram came back while `steps` were made, or right after.
+/// The most datagrams in a row that never came back while `steps` were made, or right after, as time; one
+/// that is only late is none of them.
 pub fn outage_while(ends: &Ends, steps: impl FnOnce() -> Result<()>) -> Result<Duration> {
     let paced = Paced::new(ends)?;
     let is_over = AtomicBool::new(false);

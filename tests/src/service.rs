@@ -5,14 +5,14 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Command, ExitStatus};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use weft_daemon::netns::NetNs;
 
-use crate::{end, until};
+use crate::{Killed, end, until};
 
 /// What systemd gives to services.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -110,7 +110,7 @@ fn expand(line: &str, variables: &[(String, String)]) -> Vec<String> {
 /// A service that runs. Dropped, it is killed.
 #[derive(Debug)]
 pub struct Service {
-    child: Child,
+    child: Killed,
     socket: UnixDatagram,
     heard: Vec<String>,
     log: PathBuf,
@@ -140,7 +140,7 @@ impl Service {
         let output = File::create(log)?;
         let child = netns.spawn(command.stdout(output.try_clone()?).stderr(output))?;
         let (heard, log) = (Vec::new(), log.to_owned());
-        Ok(Self { child, socket, heard, log, _directory: directory })
+        Ok(Self { child: Killed(child), socket, heard, log, _directory: directory })
     }
 
     /// Every line that it has sent so far.
@@ -178,15 +178,7 @@ impl Service {
 
     /// Ends it by SIGTERM.
     pub fn stop(&mut self) -> Result<ExitStatus> {
-        end(&mut self.child, Signal::TERM)
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        // Both fail only for a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        end(&mut self.child.0, Signal::TERM)
     }
 }
 

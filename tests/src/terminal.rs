@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::num::NonZero;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -17,7 +17,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use vt100::Parser;
 use weft_daemon::netns::NetNs;
 
-use crate::{ended, until};
+use crate::{Killed, ended, until};
 
 /// The smallest that programs have to do with.
 const ROWS: NonZero<u16> = NonZero::new(24).unwrap();
@@ -26,7 +26,7 @@ const COLUMNS: NonZero<u16> = NonZero::new(80).unwrap();
 /// A terminal with a program. Dropped, it takes its program along.
 #[expect(missing_debug_implementations, reason = "the parser has none")]
 pub struct Terminal {
-    child: Child,
+    child: Killed,
     keyboard: File,
     parser: Arc<Mutex<Parser>>,
 }
@@ -60,7 +60,7 @@ impl Terminal {
                 seen.lock().unwrap_or_else(PoisonError::into_inner).process(&buffer[..len]);
             }
         });
-        Ok(Self { child, keyboard, parser })
+        Ok(Self { child: Killed(child), keyboard, parser })
     }
 
     /// What is to be seen now.
@@ -84,14 +84,6 @@ impl Terminal {
 
     /// Waits until the program has ended.
     pub fn end(mut self) -> Result<ExitStatus> {
-        ended(&mut self.child)
-    }
-}
-
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        // Both fail only for a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        ended(&mut self.child.0)
     }
 }

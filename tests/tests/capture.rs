@@ -9,14 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use etherparse::{Ipv4HeaderSlice, NetSlice, SlicedPacket, TransportSlice};
-use socket2::{Domain, Protocol, Socket, Type};
 use weft_benches::subject::Running;
 use weft_benches::topology::{Mode, Topology, inner, outer};
 use weft_daemon::lab::{Bytes, Patience, transfer};
 use weft_daemon::netns::NetNs;
-
-/// ETH_P_IP (include/uapi/linux/if_ether.h).
-const IPV4_FRAMES: u16 = 0x0800;
 
 /// What a packet of TCP says of its place in the stream.
 #[derive(Debug, Clone, Copy)]
@@ -33,8 +29,7 @@ fn check_all(
     done: &AtomicBool,
     mut check: impl FnMut(&[u8]) -> Result<()>,
 ) -> Result<usize> {
-    let protocol = Protocol::from(i32::from(IPV4_FRAMES.to_be()));
-    let mut socket = netns.run(|| Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol)))??;
+    let mut socket = weft_tests::capture(netns)?;
     socket.set_recv_buffer_size(4 << 20)?;
     socket.set_read_timeout(Some(Duration::from_millis(200)))?;
     let (mut bytes, mut count) = (vec![0; 66_000], 0);

@@ -46,7 +46,7 @@ fn crates_depend_as_the_architecture_says() {
 /// The pure rooms of the engine import no ring, no device and no socket.
 #[test]
 fn the_pure_parts_of_the_engine_stay_pure() {
-    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/src");
+    let source = weft_tests::repository().join("engine/src");
     for file in [
         "packet.rs",
         "routes.rs",

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -13,11 +13,7 @@ use weft_daemon::flags;
 use weft_daemon::lab::Lab;
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{enter, make_root};
-use weft_tests::{Weftd, etcd, output_of, program, until};
-
-fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
+use weft_tests::{Weftd, etcd, output_of, program, repository, until};
 
 fn read(name: &str) -> Result<String> {
     fs::read_to_string(repository().join(name)).with_context(|| name.to_owned())

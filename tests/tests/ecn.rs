@@ -6,12 +6,10 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::Result;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{SockRef, Socket};
 use weft_daemon::lab::Lab;
 use weft_tests::{counter, overlay, until};
 
-/// ETH_P_IP (include/uapi/linux/if_ether.h).
-const IPV4_FRAMES: u16 = 0x0800;
 /// Of the field's four values (RFC 3168 5).
 const ECT_0: u32 = 0b10;
 const CE: u8 = 0b11;
@@ -51,9 +49,7 @@ fn marks_cross_the_tunnel() -> Result<()> {
     router.tool("nft", &["add rule ip router in udp dport 8285 ip ecn ect0 counter"])?;
     router.tool("nft", &["add rule ip router in udp dport 8285 ip ecn set ce"])?;
 
-    let protocol = Protocol::from(i32::from(IPV4_FRAMES.to_be()));
-    let open = || Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol));
-    let capture = lab.container(1)?.netns.run(open)??;
+    let capture = weft_tests::capture(&lab.container(1)?.netns)?;
     capture.set_read_timeout(Some(Duration::from_millis(100)))?;
     let from = lab.container(0)?.address()?;
 

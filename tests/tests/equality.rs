@@ -24,8 +24,6 @@ const HOPS: u8 = 4;
 const SUPER_PORT: u16 = 6000;
 /// The destination port of the datagram that says that all others have been sent.
 const END_PORT: u16 = 65_000;
-/// ETH_P_IP (include/uapi/linux/if_ether.h).
-const IPV4_FRAMES: u16 = 0x0800;
 /// IPPROTO_RAW (raw(7)): we write the IP header.
 const RAW: i32 = 255;
 
@@ -166,8 +164,7 @@ fn wait_for(count: usize, arrived: &Receiver<()>) -> Result<()> {
 /// Everything that a namespace sees of IPv4, on all its devices.
 fn open_capture(net: &Topology, container: bool) -> Result<Socket> {
     let netns = if container { &net.containers[1] } else { &net.hosts[1] };
-    let protocol = Protocol::from(i32::from(IPV4_FRAMES.to_be()));
-    let socket = netns.run(|| Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol)))??;
+    let socket = weft_tests::capture(netns)?;
     socket.set_recv_buffer_size(4 << 20)?;
     socket.set_read_timeout(Some(Duration::from_secs(10)))?;
     Ok(socket)

@@ -215,7 +215,7 @@ fn who_takes_up_a_reservation_gives_up_the_lease() -> Result<()> {
     lab.remove()
 }
 
-/// What is told of it; that a lease is renewed when it is due, the case above shows.
+/// What is told of it; that it is renewed when that is due, `a_reservation_stays_one` shows.
 #[test]
 fn a_lease_is_renewed_by_the_margin_before_it_ends() -> Result<()> {
     let mut lab = hosts(1, 1)?;
@@ -244,7 +244,7 @@ fn fifty_keepers_race_for_fifty_subnets() -> Result<()> {
             let (registry, config) = (registry(&lab), config.clone());
             keepers.spawn(async move {
                 let identity = Identity { node_id: last.to_string(), attrs: attrs(last) };
-                let mut rng = fastrand_seeded(last);
+                let mut rng = fastrand::Rng::with_seed(last.into());
                 loop {
                     let leases = registry.snapshot().await?.leases;
                     let next =
@@ -264,10 +264,6 @@ fn fifty_keepers_race_for_fifty_subnets() -> Result<()> {
         Ok(())
     })?;
     lab.remove()
-}
-
-fn fastrand_seeded(seed: u8) -> fastrand::Rng {
-    fastrand::Rng::with_seed(seed.into())
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! Holds docs/failures.md to its word: each row names a test that shows it, and there is that test.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use weft_tests::repository;
 
 /// What stands between backquotes in a text.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
@@ -12,7 +12,7 @@ fn quoted(text: &str) -> impl Iterator<Item = &str> {
 
 #[test]
 fn every_row_of_the_contract_has_its_test() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = repository();
     let text = fs::read_to_string(root.join("docs/failures.md"))?;
     let rows: Vec<Vec<&str>> = text
         .lines()

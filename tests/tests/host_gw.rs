@@ -113,14 +113,13 @@ fn routes_that_somebody_removes_come_back() -> Result<()> {
     bring_up(&mut lab, &[])?;
     let host = NetNs::open(lab.host(0).netns.name());
     let mut quickest = DEADLINE;
-    for (subnet, gateway) in wanted(&lab, 0)? {
+    for (subnet, _) in wanted(&lab, 0)? {
         host.ip(&["route", "del", &subnet])?;
         let removed = Instant::now();
         are_as_wanted(&lab, 0)?;
         quickest = quickest.min(removed.elapsed());
         host.ip(&["route", "replace", &subnet, "via", "10.168.0.200", "proto", "119"])?;
         are_as_wanted(&lab, 0)?;
-        assert_ne!(gateway, "10.168.0.200");
     }
     assert!(quickest < REPAIRED_WITHIN, "{quickest:?}");
     host.ip(&["route", "flush", "proto", "119"])?;

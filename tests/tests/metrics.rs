@@ -2,21 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use regex::Regex;
 use serde_json::Value;
 use weft_daemon::lab::Bytes;
-use weft_tests::{bring_up, hosts, metrics};
-
-fn file(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
-}
+use weft_tests::{bring_up, hosts, metrics, repository};
 
 /// The names of all metrics in `docs/metrics.md`, and the labels of each.
 fn documented() -> Result<BTreeMap<String, BTreeSet<String>>> {
-    let text = fs::read_to_string(file("docs/metrics.md"))?;
+    let text = fs::read_to_string(repository().join("docs/metrics.md"))?;
     let row = Regex::new(r"(?m)^\| `(weft_\w+)` \| (\w+) \| ([\w, ]*) \|")?;
     let rows = row.captures_iter(&text).map(|row| {
         let labels = row[3].split(", ").filter(|label| !label.is_empty());
@@ -75,11 +70,11 @@ fn what_comes_out_is_what_is_documented_and_what_dashboards_ask_for() -> Result<
     }
     assert_eq!(seen, documented);
 
-    let alerts = fs::read_to_string(file("packaging/metrics/weft-alerts.yml"))?;
+    let alerts = fs::read_to_string(repository().join("packaging/metrics/weft-alerts.yml"))?;
     let alerts: Value = serde_yaml_ng::from_str(&alerts)?;
     let rules = alerts["groups"][0]["rules"].as_array().context("no rules")?;
     assert!(rules.iter().all(|rule| rule["alert"].is_string() && rule["expr"].is_string()));
-    let dashboard = fs::read_to_string(file("packaging/metrics/weft-dashboard.json"))?;
+    let dashboard = fs::read_to_string(repository().join("packaging/metrics/weft-dashboard.json"))?;
     let dashboard: Value = serde_json::from_str(&dashboard)?;
     for document in [alerts, dashboard] {
         let mut asked = Vec::new();

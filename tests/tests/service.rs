@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -12,11 +12,11 @@ use weft_daemon::lab::{Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::service::{Service, Unit, make_root};
 use weft_tests::{
-    DEADLINE, health, hosts, http_get, metrics, program, run_weftd, until, write_config,
+    DEADLINE, health, hosts, http_get, metrics, program, repository, run_weftd, until, write_config,
 };
 
 fn unit_file() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/systemd/weftd.service")
+    repository().join("packaging/systemd/weftd.service")
 }
 
 /// What one gets that asks for reasons.

@@ -1,6 +1,6 @@
 //! Neighbours and, for VXLAN devices, forwarding entries (FDB): one kind of message to the kernel.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
@@ -130,11 +130,9 @@ fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
 fn fdb_entry(message: &NeighbourMessage) -> Option<FdbEntry> {
     // The family says bridge, so the address is bytes of either.
     let NeighbourAddress::Other(bytes) = destination(message)? else { return None };
-    let destination = match bytes.len() {
-        4 => IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(bytes.as_slice()).ok()?)),
-        16 => IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(bytes.as_slice()).ok()?)),
-        _ => return None,
-    };
+    let ipv4 = <[u8; 4]>::try_from(bytes.as_slice()).map(IpAddr::from);
+    let destination =
+        ipv4.or_else(|_| <[u8; 16]>::try_from(bytes.as_slice()).map(IpAddr::from)).ok()?;
     let mac = mac(message)?;
     let is_set = u16::from(message.header.state) & STATIC != 0;
     let link = message.header.ifindex;

@@ -83,12 +83,8 @@ impl Netlink {
     /// Adds, or replaces, the route to `destination` out of `link`.
     pub fn set_route(&self, destination: IpNetwork, link: &Link) -> Result<(), NetlinkError> {
         self.call(&format!("route replace {destination} dev {}", link.name), async {
-            let message = RouteMessageBuilder::<IpAddr>::new()
-                .destination_prefix(destination.network(), destination.prefix())
-                .map_err(|_| rtnetlink::Error::RequestFailed)?
-                .output_interface(link.index)
-                .protocol(OURS)
-                .build();
+            let message =
+                message_to(destination)?.output_interface(link.index).protocol(OURS).build();
             self.handle.route().add(message).replace().execute().await
         })
     }
@@ -195,12 +191,7 @@ struct Way {
 }
 
 async fn way(handle: &Handle, ip: IpAddr) -> Result<Way, rtnetlink::Error> {
-    let len = if ip.is_ipv6() { 128 } else { 32 };
-    let request = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(ip, len)
-        .map_err(|_| rtnetlink::Error::RequestFailed)?
-        .build();
-    let mut answers = handle.route().get(request).execute();
+    let mut answers = handle.route().get(message_to(ip.into())?.build()).execute();
     let mut way = Way::default();
     if let Some(message) = answers.try_next().await? {
         way.is_on_link = message.header.kind == RouteType::Unicast;
@@ -259,26 +250,27 @@ fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
     Some(KernelRoute { destination, gateway, link, protocol: header.protocol.into(), metric })
 }
 
-fn gateway_route(route: &GatewayRoute) -> Result<RouteMessage, rtnetlink::Error> {
+/// About routes of the main table to a network.
+fn message_to(network: IpNetwork) -> Result<RouteMessageBuilder<IpAddr>, rtnetlink::Error> {
     RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(route.destination.network(), route.destination.prefix())
-        .and_then(|message| message.gateway(route.gateway))
-        .map(|message| message.output_interface(route.link))
-        .map(|message| message.protocol(OURS))
-        .map(|message| if route.onlink { message.onlink() } else { message }.build())
+        .destination_prefix(network.network(), network.prefix())
         .map_err(|_| rtnetlink::Error::RequestFailed)
+}
+
+fn gateway_route(route: &GatewayRoute) -> Result<RouteMessage, rtnetlink::Error> {
+    let message = message_to(route.destination)?
+        .gateway(route.gateway)
+        .map_err(|_| rtnetlink::Error::RequestFailed)?
+        .output_interface(route.link)
+        .protocol(OURS);
+    Ok(if route.onlink { message.onlink() } else { message }.build())
 }
 
 fn kernel_route(route: &KernelRoute) -> Result<RouteMessage, rtnetlink::Error> {
     let KernelRoute { destination, gateway, link, protocol, metric } = *route;
-    let bad = |_| rtnetlink::Error::RequestFailed;
-    let mut message = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(destination.network(), destination.prefix())
-        .map_err(bad)?
-        .protocol(protocol.into())
-        .priority(metric);
+    let mut message = message_to(destination)?.protocol(protocol.into()).priority(metric);
     if let Some(gateway) = gateway {
-        message = message.gateway(gateway).map_err(bad)?;
+        message = message.gateway(gateway).map_err(|_| rtnetlink::Error::RequestFailed)?;
     }
     if let Some(link) = link {
         message = message.output_interface(link);
@@ -295,12 +287,7 @@ fn blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Error> {
 
 /// Of the kernel's own metric.
 fn flannels_blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Error> {
-    Ok(RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(network.network(), network.prefix())
-        .map_err(|_| rtnetlink::Error::RequestFailed)?
-        .kind(RouteType::BlackHole)
-        .protocol(FLANNELS)
-        .build())
+    Ok(message_to(network)?.kind(RouteType::BlackHole).protocol(FLANNELS).build())
 }
 
 fn main_blackhole(message: &RouteMessage) -> Option<(IpNetwork, RouteProtocol)> {

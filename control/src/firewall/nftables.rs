@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 
-use super::rules::{FamilyRules, Rule, Side, Verdict};
+use super::rules::{Rule, Side, Verdict};
 use super::{FirewallError, Rules, run};
 
 /// Ours.
@@ -113,9 +113,8 @@ async fn show(table: &str) -> Result<Option<String>, FirewallError> {
 fn script(rules: &Rules) -> String {
     let mut script = format!("add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
     let families = [&rules.ipv4, &rules.ipv6];
-    let all = |of: fn(&FamilyRules) -> &Vec<Rule>| families.into_iter().flat_map(of).cloned();
-    let (postrouting, forward): (Vec<Rule>, Vec<Rule>) =
-        (all(|it| &it.postrouting).collect(), all(|it| &it.forward).collect());
+    let postrouting: Vec<&Rule> = families.into_iter().flat_map(|it| &it.postrouting).collect();
+    let forward: Vec<&Rule> = families.into_iter().flat_map(|it| &it.forward).collect();
     for (name, hook, comment, rules_of_chain) in [
         ("postrouting", "type nat hook postrouting priority srcnat", "flanneld masq", postrouting),
         ("forward", "type filter hook forward priority filter", "flanneld forward", forward),
@@ -126,7 +125,7 @@ fn script(rules: &Rules) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(script, "\tchain {name} {{\n\t\t{hook}; policy accept;");
         for rule in rules_of_chain {
-            let rule = statement(&rule, rules.random_fully);
+            let rule = statement(rule, rules.random_fully);
             let _ = writeln!(script, "\t\t{rule} comment \"{comment}\"");
         }
         script += "\t}\n";

@@ -105,6 +105,20 @@ impl Shared {
         Ok((answer.error_code == 0).then_some(answer.node.modified_index))
     }
 
+    /// Writes a lease where the condition holds; `None` where it does not.
+    async fn write_lease(
+        &self,
+        condition: &str,
+        key: &LeaseKey,
+        attrs: &LeaseAttrs,
+        ttl: Option<Duration>,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let path = format!("{SUBNETS}{key}");
+        let revision = self.put_if(condition, &path, json(attrs)?, ttl).await?;
+        let expires = Expiry::after(ttl);
+        Ok(revision.map(|revision| Lease { key: *key, attrs: attrs.clone(), expires, revision }))
+    }
+
     /// Everything below a directory.
     fn put_all(&self, entries: &mut Entries, node: &Node) {
         for node in &node.nodes {
@@ -188,11 +202,7 @@ impl Registry for Etcd2Registry {
         attrs: &LeaseAttrs,
         ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
-        let (path, value) = (format!("{SUBNETS}{key}"), json(attrs)?);
-        let revision = self.shared.put_if("prevExist=false", &path, value, ttl).await?;
-        let expires = Expiry::after(ttl);
-        let lease = |revision| Lease { key: *key, attrs: attrs.clone(), expires, revision };
-        Ok(revision.map(lease))
+        self.shared.write_lease("prevExist=false", key, attrs, ttl).await
     }
 
     async fn renew(
@@ -201,12 +211,8 @@ impl Registry for Etcd2Registry {
         attrs: &LeaseAttrs,
         ttl: Option<Duration>,
     ) -> Result<Option<Lease>, RegistryError> {
-        let (path, value) = (format!("{SUBNETS}{}", seen.key), json(attrs)?);
         let same = format!("prevIndex={}", seen.revision);
-        let revision = self.shared.put_if(&same, &path, value, ttl).await?;
-        let expires = Expiry::after(ttl);
-        let lease = |revision| Lease { key: seen.key, attrs: attrs.clone(), expires, revision };
-        Ok(revision.map(lease))
+        self.shared.write_lease(&same, &seen.key, attrs, ttl).await
     }
 
     /// flannel does not know what a conditional delete is: up to 0.13 it learns of nothing any more, later

@@ -129,6 +129,7 @@ mod tests {
     use super::*;
     use crate::doctor::check::Verdict;
     use crate::doctor::seen::Daemon;
+    use crate::probe::FAULTS;
     use crate::status::ProbeStatus;
 
     fn seen(fault: &str) -> Seen {
@@ -148,20 +149,23 @@ mod tests {
     #[test]
     fn each_fault_is_one_checks_business() {
         let checks = [peers, port, mtu, offloads];
-        for (fault, at) in [
-            ("silent", 0),
-            ("refused", 0),
-            ("no-daemon", 0),
-            ("unanswered", 0),
-            ("blocked", 1),
-            ("narrow", 2),
-            ("no-offload", 3),
-            ("damaged", 3),
-        ] {
+        let business = [
+            ("no-daemon", 0, Verdict::Fail),
+            ("echo-only", 3, Verdict::Warn),
+            ("refused", 0, Verdict::Fail),
+            ("blocked", 1, Verdict::Fail),
+            ("silent", 0, Verdict::Fail),
+            ("unanswered", 0, Verdict::Fail),
+            ("narrow", 2, Verdict::Fail),
+            ("no-offload", 3, Verdict::Fail),
+            ("damaged", 3, Verdict::Fail),
+        ];
+        assert_eq!(business.map(|(fault, ..)| fault), FAULTS);
+        for (fault, at, verdict) in business {
             let seen = seen(fault);
             for (number, check) in checks.iter().enumerate() {
                 let found = check(&seen);
-                let wanted = if number == at { Verdict::Fail } else { Verdict::Ok };
+                let wanted = if number == at { verdict } else { Verdict::Ok };
                 assert_eq!(found.verdict, wanted, "{fault}: {found:?}");
                 if number == at {
                     assert!(found.seen.contains("192.0.2.7 (10.42.7.0/24): what"), "{found:?}");

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use weft_backends::netlink::KernelRoute;
+use weft_control::lease::contains;
 
 use super::check::Check;
 use super::seen::Seen;
@@ -175,16 +176,11 @@ pub(super) fn overlap(seen: &Seen) -> Check {
 /// Routes more special than the overlay's, and not into our own subnet.
 fn inside(seen: &Seen) -> impl Iterator<Item = &KernelRoute> {
     let own = seen.subnets();
-    let is_inside = |outer: &IpNetwork, inner: &IpNetwork| {
-        outer.is_ipv4() == inner.is_ipv4()
-            && outer.prefix() <= inner.prefix()
-            && outer.contains(inner.network())
-    };
     seen.routes.iter().filter(move |route| {
-        let to = &route.destination;
+        let to = route.destination;
         let mut networks = seen.networks().iter();
-        networks.any(|net| is_inside(net, to) && net.prefix() < to.prefix())
-            && !own.iter().any(|subnet| is_inside(subnet, to))
+        networks.any(|net| contains(*net, to) && net.prefix() < to.prefix())
+            && !own.iter().any(|subnet| contains(*subnet, to))
     })
 }
 

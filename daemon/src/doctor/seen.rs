@@ -216,7 +216,10 @@ impl Seen {
     pub(super) fn subnets(&self) -> Vec<IpNetwork> {
         match (self.status(), &self.subnet_env) {
             (Some(status), _) if !status.subnets.is_empty() => status.subnets.clone(),
-            (_, Some(Ok(handed))) => handed.gateways.clone(),
+            (_, Some(Ok(handed))) => {
+                let gateways = handed.gateways.iter();
+                gateways.filter_map(|it| IpNetwork::new(it.network(), it.prefix()).ok()).collect()
+            }
             _ => Vec::new(),
         }
     }

@@ -136,7 +136,8 @@ impl Flags {
     /// Decides what the flags come to.
     ///
     /// # Errors
-    /// A flag asks for what is not built yet.
+    /// A flag asks for what is not built yet, lacks the one that it goes with or contradicts it, or names a
+    /// file that cannot be read.
     pub fn settings(self) -> Result<Settings, FlagError> {
         if self.kubernetes.kube_subnet_mgr {
             return Err(FlagError::Kubernetes);

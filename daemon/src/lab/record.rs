@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
+use weft_control::file;
 
 use super::process::ProcessId;
 
@@ -41,12 +42,9 @@ impl Record {
     /// Writes the record, in place of the one before.
     pub(super) fn save(&self) -> anyhow::Result<()> {
         let path = path(&self.id);
-        let context = || format!("cannot write {}", path.display());
-        let temporary = path.with_extension("new");
-        let text = serde_json::to_vec_pretty(self).with_context(context)?;
-        fs::create_dir_all(DIRECTORY).with_context(context)?;
-        fs::write(&temporary, text).with_context(context)?;
-        fs::rename(&temporary, &path).with_context(context)
+        let text = serde_json::to_vec_pretty(self)?;
+        file::replace(&path, &text, file::PUBLIC)
+            .with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// Reads the record of one lab.

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use tokio::net::UdpSocket;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use weft_backends::{BackendKind, DesiredPeer, Offload};
 use weft_control::lease::NodeRecord;
@@ -58,7 +58,7 @@ pub(crate) struct Prober {
     port: u16,
     targets: watch::Sender<Vec<Target>>,
     findings: Findings,
-    changes: watch::Receiver<u64>,
+    news: Arc<Notify>,
     task: JoinHandle<()>,
 }
 
@@ -68,8 +68,8 @@ pub(crate) struct Findings(Arc<Mutex<Known>>);
 
 impl Prober {
     /// Answers probes at `local` from now on, at `port` where that is free; `mtu`: bytes of the largest
-    /// packet that containers send; `overlay_port`: where peers take the backend's. Without a socket weft works as well, and says that it does not
-    /// probe.
+    /// packet that containers send; `overlay_port`: where peers take the backend's packets. Without a socket
+    /// weft works as well, and says that it does not probe.
     pub(crate) fn start(
         local: IpAddr,
         port: Option<u16>,
@@ -92,7 +92,7 @@ impl Prober {
             tracing::warn!("peers are not pinged: {error}; weftd needs CAP_NET_RAW for that");
         });
         let (targets, wanted) = watch::channel(Vec::new());
-        let (changed, changes) = watch::channel(0);
+        let news = Arc::new(Notify::new());
         let findings = Findings::default();
         let work = Work {
             reader: UdpSocket::from_std(socket.reader()?)?,
@@ -101,10 +101,10 @@ impl Prober {
             mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
             overlay_port,
             findings: findings.clone(),
-            changed,
+            news: Arc::clone(&news),
         };
         let task = tokio::spawn(work.run(wanted));
-        Ok(Self { port, targets, findings, changes, task })
+        Ok(Self { port, targets, findings, news, task })
     }
 
     /// The port where we answer.
@@ -127,11 +127,8 @@ impl Prober {
     }
 
     /// Waits until something is found that an offload may be to blame for. Cancel safe.
-    pub(crate) async fn changed(&mut self) {
-        if self.changes.changed().await.is_err() {
-            // Only a panic ends the work; that is in the log.
-            std::future::pending().await
-        }
+    pub(crate) async fn changed(&self) {
+        self.news.notified().await;
     }
 
     /// Has the paths that are not known to be whole probed at once.
@@ -161,7 +158,7 @@ struct Work {
     mtu: u16,
     overlay_port: Option<u16>,
     findings: Findings,
-    changed: watch::Sender<u64>,
+    news: Arc<Notify>,
 }
 
 impl Work {
@@ -315,7 +312,7 @@ impl Work {
         }
         // One that answered may have spoken for an offload that another one blames.
         if found.blamed().next().is_some() || before.reach == Reach::Reachable {
-            self.changed.send_modify(|count| *count += 1);
+            self.news.notify_one();
         }
     }
 }

@@ -170,7 +170,7 @@ pub(crate) fn from_udp(buffer: BufferId, bytes: &[u8], shape: &libc::msghdr) -> 
         buffer,
         segment_len: marks.segment_len.unwrap_or(packets.len()),
         packets,
-        sender: Some(sender.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))),
+        sender,
         traffic_class: marks.traffic_class,
     }
 }

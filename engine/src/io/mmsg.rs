@@ -93,15 +93,8 @@ impl Mmsg {
                 Err(Errno::INVAL) => 0,
                 read => read?,
             };
-            self.done.extend(self.empty.pop().map(|index| {
-                Completion::Received(Received {
-                    buffer: BufferId::new(index),
-                    packets: 0..len,
-                    segment_len: len,
-                    sender: None,
-                    traffic_class: 0,
-                })
-            }));
+            let received = self.empty.pop().map(|it| Received::from_tun(BufferId::new(it), len));
+            self.done.extend(received.map(Completion::Received));
         }
         Ok(())
     }
@@ -121,7 +114,7 @@ impl Mmsg {
                 buffer: BufferId::new(index),
                 packets: 0..len,
                 segment_len: marks.segment_len.unwrap_or(len),
-                sender: Some(sender),
+                sender,
                 traffic_class: marks.traffic_class,
             }));
         }

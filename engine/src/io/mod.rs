@@ -173,10 +173,17 @@ pub(crate) struct Received {
     pub(crate) packets: Range<usize>,
     /// Bytes of each of them; the last one may have fewer.
     pub(crate) segment_len: usize,
-    /// Who sent them; `None` from the TUN.
+    /// Who sent them; `None` from the TUN, or where the kernel does not say.
     pub(crate) sender: Option<IpAddr>,
     /// Of the outer header; 0 from the TUN.
     pub(crate) traffic_class: u8,
+}
+
+impl Received {
+    /// One packet from the TUN.
+    fn from_tun(buffer: BufferId, len: usize) -> Self {
+        Self { buffer, packets: 0..len, segment_len: len, sender: None, traffic_class: 0 }
+    }
 }
 
 /// A buffer that went out, or could not.

@@ -1,5 +1,5 @@
-//! An io_uring for one direction of a worker: one endless read that fills buffers, sends from buffers,
-//! and a bell to wake its thread.
+//! An io_uring for one direction of a worker: input that fills buffers, sends from buffers, and a bell
+//! to wake its thread.
 //!
 //! What the kernel does for us: the socket is armed once (multishot) and takes a buffer of the
 //! provided ring for each datagram, until none is left (ENOBUFS) or something breaks; then it is
@@ -303,7 +303,8 @@ impl Ring {
                     self.armed &= what != READ;
                     match received(read_result(entry.result()))? {
                         Some(len) => {
-                            self.done.push(Completion::Received(from_tun(index, len)));
+                            let received = Received::from_tun(BufferId::new(index), len);
+                            self.done.push(Completion::Received(received));
                             packets += 1;
                         }
                         None => self.empty.push(index),
@@ -476,16 +477,6 @@ fn read_result(result: i32) -> i32 {
 
 fn outcome(result: i32) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result))
-}
-
-fn from_tun(buffer: u16, len: usize) -> Received {
-    Received {
-        buffer: BufferId::new(buffer),
-        packets: 0..len,
-        segment_len: len,
-        sender: None,
-        traffic_class: 0,
-    }
 }
 
 /// What datagrams are received with: a ring of buffers, of which the kernel picks one for each.

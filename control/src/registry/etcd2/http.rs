@@ -198,13 +198,12 @@ impl Client {
 
     fn send_now(&self, method: &Method, path: &str, times: &Times) -> Result<Answer, HttpError> {
         let url = format!("{}/v2/keys{path}", self.url);
-        let authorization = self.authorization.as_deref();
         let mut response = match method {
-            Method::Get => self.prepare(self.agent.get(url), authorization, times).call(),
-            Method::Delete => self.prepare(self.agent.delete(url), authorization, times).call(),
+            Method::Get => self.prepare(self.agent.get(url), times).call(),
+            Method::Delete => self.prepare(self.agent.delete(url), times).call(),
             Method::Put(form) => {
                 let form = form.iter().map(|(name, value)| (*name, value.as_str()));
-                self.prepare(self.agent.put(url), authorization, times).send_form(form)
+                self.prepare(self.agent.put(url), times).send_form(form)
             }
         }?;
         let index = response.headers().get("X-Etcd-Index").and_then(|it| it.to_str().ok());
@@ -218,7 +217,6 @@ impl Client {
     fn prepare<B>(
         &self,
         request: ureq::RequestBuilder<B>,
-        authorization: Option<&str>,
         times: &Times,
     ) -> ureq::RequestBuilder<B> {
         let request = request
@@ -226,7 +224,7 @@ impl Client {
             .timeout_global(Some(times.all))
             .timeout_recv_response(Some(times.response))
             .build();
-        match authorization {
+        match self.authorization.as_deref() {
             Some(value) => request.header("Authorization", value),
             None => request,
         }
