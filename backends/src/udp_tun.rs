@@ -32,9 +32,9 @@ use crate::{
 const DEVICE: &str = "flannel%d";
 /// flannel's port, where the config names none.
 pub(crate) const DEFAULT_PORT: u16 = 8285;
-/// As many packets may wait in the device for the engine: flannel's 500 lose bursts of a single TCP
-/// stream.
-const QUEUE_LEN: u32 = 10_000;
+/// As many packets may wait in each queue of the device for the engine. flannel's 500 lose bursts; each may
+/// be of 64 KiB, which no socket's limit holds back any more.
+const QUEUE_LEN: u32 = 2_000;
 
 /// The udp-tun backend.
 #[derive(Debug)]

@@ -31,6 +31,7 @@ use crate::external::{self, Prepared};
 use crate::firewall::Firewall;
 use crate::flags::Settings;
 use crate::health::Health;
+use crate::ip_forward;
 use crate::node;
 use crate::overlap;
 use crate::overlay::Overlay;
@@ -105,7 +106,10 @@ impl Forwarding<'_> {
         let mut turn = Turn::new(tenure, self.place, margin);
         let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks());
         // During an outage of the registry, peers cannot hear of another port.
-        let port = memory.last_known.load().and_then(|(known, _)| known.probe_port);
+        let known = memory.last_known.load().map(|(known, _)| known);
+        // Who has probed another subnet's before it was ours may have left its mark in this host's NAT.
+        let known = known.filter(|known| known.lease.key == turn.lease.key);
+        let port = known.and_then(|known| known.probe_port);
         let (mtu, overlay_port) = (self.started.mtu, self.kind.port(Some(&turn.config.backend)));
         turn.prober = local.and_then(|local| Prober::start(local, port, mtu, overlay_port));
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
@@ -173,10 +177,10 @@ impl Forwarding<'_> {
                         return Ok(ended);
                     }
                     let View { snapshot, readable } = watch.borrow().clone();
-                    self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
                     if readable {
                         memory.keep(&mut turn, &snapshot).await;
                     }
+                    self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
                 }
                 lease = claimed(claiming.as_mut()) => {
                     (claiming, turn.lost) = (None, None);
@@ -346,9 +350,9 @@ impl Forwarding<'_> {
         problems.extend(turn.renewals.problem().into_iter().chain(turn.records.problem()));
         problems.extend(turn.forgetful.clone());
         if basis == Basis::Kernel {
-            turn.strays = self.strays(turn).await?;
+            turn.in_the_way = self.in_the_way(turn).await?;
         }
-        problems.extend(turn.strays.iter().cloned());
+        problems.extend(turn.in_the_way.iter().cloned());
         let report = overlay.call(move |backend| backend.reconcile(&desired, basis)).await?;
         // Not before there is a way to them: the first probe would be lost.
         if let Some(prober) = &turn.prober {
@@ -385,9 +389,7 @@ impl Forwarding<'_> {
             turn.failures.push(problem.clone());
         }
         problems.extend(turn.failures.iter().cloned());
-        for problem in problems.difference(&turn.problems) {
-            tracing::warn!("{problem}");
-        }
+        turn.log_news(&problems);
         problems.extend(turn.given_up.iter().cloned());
         turn.problems = problems;
         let subnets: Vec<IpNetwork> = turn.lease.key.networks().collect();
@@ -405,14 +407,19 @@ impl Forwarding<'_> {
         Ok(report.changed)
     }
 
-    /// What is told of bridges whose containers nobody reaches.
-    async fn strays(&self, turn: &Turn) -> anyhow::Result<Vec<String>> {
+    /// What of this host keeps packets from containers: bridges of other subnets, and a kernel that does not
+    /// forward.
+    async fn in_the_way(&self, turn: &Turn) -> anyhow::Result<Vec<String>> {
         let links = spawn_blocking(|| Netlink::open().ok()?.links().ok()).await?;
         let Started { device, other_devices, .. } = &self.started;
         let ours: Vec<&str> =
             [device].into_iter().chain(other_devices).map(String::as_str).collect();
         let found = links.map(|it| overlap::strays(&turn.config, &turn.lease.key, &it, &ours));
-        Ok(some(found.unwrap_or_default()))
+        let found = found.unwrap_or_default().into_iter();
+        let families = turn.lease.key.networks().map(|subnet| subnet.is_ipv6());
+        let still =
+            families.filter_map(|ipv6| ours.iter().find_map(|it| ip_forward::off(ipv6, it)));
+        Ok(some(found.chain(still)))
     }
 
     /// Without the firewall's rules packets move, but containers do not get far; with another node at

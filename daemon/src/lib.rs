@@ -17,6 +17,7 @@ mod handed;
 mod health;
 mod http;
 pub mod interface;
+mod ip_forward;
 pub mod lab;
 mod leasing;
 pub mod log;

@@ -179,8 +179,9 @@ fn load_or_make_id(path: &Path) -> anyhow::Result<String> {
         Ok(id) if id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
             return Ok(id);
         }
-        // The power went before it was on disk: nobody has seen it yet.
-        Ok(_) => {}
+        Ok(_) => {
+            tracing::warn!("{} holds no node id; this is another node now", path.display());
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error).with_context(unusable),
     }

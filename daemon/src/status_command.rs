@@ -18,7 +18,8 @@ const NONE: &str = "-";
 
 /// Show what the daemons of this host do: lease, peers, what is wrong.
 ///
-/// Exit status: 0 if all that run forward and nothing is wrong, else 1.
+/// Exit status: 0 if all that run forward and nothing is wrong with them, else 1; peers that are not
+/// reached, which may be down, show in the table only.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     /// How it is written; json is an array with one object a daemon.

@@ -1,7 +1,6 @@
 //! Which way a packet would take, found without sending one: from what the daemon knows and what the
 //! kernel would do. `weft trace` asks for it.
 
-use std::fs;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::process::ExitCode;
@@ -14,6 +13,7 @@ use weft_control::firewall::Rules;
 use weft_control::firewall::rules::Rule;
 
 use crate::directories::Directories;
+use crate::ip_forward;
 use crate::output::Output;
 use crate::socket::{self, Request};
 use crate::status::{PeerStatus, Status};
@@ -137,17 +137,10 @@ pub(crate) fn trace(
         Ok((None, _)) | Err(_) => None,
     };
     let mut trace = follow(status, rules, to, from, device);
-    if trace.target != Target::Outside && !forwards(to) {
+    if trace.target != Target::Outside && ip_forward::off(to.is_ipv6(), "all").is_some() {
         trace.problems.push("this host does not forward packets; see `weft doctor`".into());
     }
     Ok(trace)
-}
-
-/// Whether the kernel forwards packets of this family, as it has to for containers.
-fn forwards(to: IpAddr) -> bool {
-    let name = if to.is_ipv6() { "ipv6/conf/all/forwarding" } else { "ipv4/ip_forward" };
-    // What cannot be read is not held against it.
-    !fs::read_to_string(format!("/proc/sys/net/{name}")).is_ok_and(|it| it.trim() == "0")
 }
 
 /// `device` is what the kernel would send the packet out of.

@@ -89,8 +89,19 @@ pub(crate) fn schedule_as_batch(on: bool) -> io::Result<()> {
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Bytes that are worth a mapping of their own.
+#[cfg(target_env = "gnu")]
+const MMAP_THRESHOLD: libc::c_int = 1 << 20;
+
 /// Bytes that the kernel may write to as well. Pages that nobody touches take no memory.
 pub(crate) fn zeroed_cells(len: usize) -> Box<[UnsafeCell<u8>]> {
+    // Once it is freed, glibc would keep such memory for the next engine's, which it then clears: all of it
+    // would be in memory (M_MMAP_THRESHOLD in mallopt(3)).
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt takes no pointers.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    };
     let bytes = Box::into_raw(vec![0u8; len].into_boxed_slice());
     // SAFETY: the box was just given up, and UnsafeCell<u8> has the layout of u8
     // (repr(transparent)).

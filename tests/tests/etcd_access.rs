@@ -12,7 +12,7 @@ use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
 use weft_tests::etcd::{
     PREFIX, client, get, hosts, inside, put as put_by_v3, wait_until_it_serves, weftd,
 };
-use weft_tests::{Weftd, bring_up, doctor, log, logs, renews, until};
+use weft_tests::{DEADLINE, Weftd, bring_up, doctor, log, logs, renews, until};
 
 /// Where the lab's first member of etcd lives.
 const ADDRESS: &str = "10.168.0.1";
@@ -29,18 +29,24 @@ struct Certificates {
 impl Certificates {
     fn make() -> Result<Self> {
         let it = Self { dir: tempfile::tempdir()? };
+        it.issue()?;
+        Ok(it)
+    }
+
+    /// Puts new ones in place of those that are there.
+    fn issue(&self) -> Result<()> {
         let mut params = CertificateParams::new(Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate()?;
-        fs::write(it.path("ca.pem"), params.self_signed(&key)?.pem())?;
+        fs::write(self.path("ca.pem"), params.self_signed(&key)?.pem())?;
         let issuer = Issuer::new(params, key);
         for (name, subject) in [("server", ADDRESS), ("client", "weft")] {
             let key = KeyPair::generate()?;
             let params = CertificateParams::new(vec![subject.to_owned()])?;
-            fs::write(it.path(&format!("{name}.pem")), params.signed_by(&key, &issuer)?.pem())?;
-            fs::write(it.path(&format!("{name}-key.pem")), key.serialize_pem())?;
+            fs::write(self.path(&format!("{name}.pem")), params.signed_by(&key, &issuer)?.pem())?;
+            fs::write(self.path(&format!("{name}-key.pem")), key.serialize_pem())?;
         }
-        Ok(it)
+        Ok(())
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -117,6 +123,27 @@ fn a_client_certificate_is_shown_and_its_lack_is_told() -> Result<()> {
         let known = Weftd::start_command(&host.netns, &host.log, &mut command)?;
         known.logs("forwarding")?;
         known.end(Signal::TERM)?;
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+/// Authority, server and clients, all at once: a daemon that runs reads them anew.
+#[test]
+fn rotated_certificates_are_taken_up() -> Result<()> {
+    let certificates = Certificates::make()?;
+    let flags =
+        [("etcd-cafile", "ca"), ("etcd-certfile", "client"), ("etcd-keyfile", "client-key")];
+    let flags = flags.map(|(flag, name)| certificates.flag(flag, &format!("{name}.pem")));
+    for api in APIS {
+        let mut lab = certificates.lab(true)?;
+        let flags = flags.each_ref().map(String::as_str);
+        lab.start_daemon(0, &[&[api, "--subnet-lease-ttl=10s"], &flags[..]].concat())?;
+        lab.wait_ready(0, DEADLINE)?;
+        certificates.issue()?;
+        lab.etcd(0).kill()?;
+        lab.start_etcd(0)?;
+        renews(&lab, 0)?;
         lab.remove()?;
     }
     Ok(())

@@ -139,6 +139,29 @@ fn no_flow_is_reordered_and_every_worker_takes_part() -> Result<()> {
     Ok(())
 }
 
+/// For strict firewalls: all of it leaves by the port that it comes in at.
+#[test]
+fn a_fixed_source_port_is_the_only_one() -> Result<()> {
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &["--workers=2", "--udp-source-port=fixed"])?;
+    let host = &lab.host(0).netns;
+    host.tool("nft", &["add table ip ports"])?;
+    host.tool("nft", &["add chain ip ports out { type filter hook output priority 0; }"])?;
+    for sport in ["8285", "!= 8285"] {
+        host.tool(
+            "nft",
+            &[&format!("add rule ip ports out udp dport 8285 udp sport {sport} counter")],
+        )?;
+    }
+    all_keep_their_order(&lab)?;
+    let listed = host.tool("nft", &["list table ip ports"])?;
+    let counts =
+        listed.lines().filter_map(|line| line.split_once("counter packets ")?.1.split(' ').next());
+    let counts = counts.map(str::parse).collect::<Result<Vec<u64>, _>>()?;
+    assert!(counts.len() == 2 && counts[0] > 1000 && counts[1] == 0, "{listed}");
+    lab.remove()
+}
+
 /// How many datagrams are under way at a time: a few batches, and less than any queue holds, the
 /// receiving socket with its 208 KiB being the shortest.
 const UNDER_WAY: usize = 64;

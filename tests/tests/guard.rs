@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use weft_daemon::lab::Lab;
-use weft_tests::{bring_up, counter, hosts, overlay, udp_packet, until};
+use weft_tests::{bring_up, counter, dual_stack, hosts, overlay, udp_packet, until};
 
 const WEFT_PORT: u16 = 8285;
 const PORT: u16 = 9999;
@@ -16,8 +16,12 @@ struct Ear(UdpSocket);
 
 impl Ear {
     fn open(lab: &Lab) -> Result<Self> {
+        Self::at(lab, lab.container(0)?.address()?)
+    }
+
+    fn at(lab: &Lab, address: IpAddr) -> Result<Self> {
         let container = lab.container(0)?;
-        let address = SocketAddr::new(container.address()?, PORT);
+        let address = SocketAddr::new(address, PORT);
         let socket = container.netns.run(|| UdpSocket::bind(address))??;
         socket.set_read_timeout(Some(Duration::from_secs(10)))?;
         Ok(Self(socket))
@@ -118,6 +122,41 @@ fn nothing_invalid_comes_out_and_the_valid_does() -> Result<()> {
     // A process of the peer's host may use the host's own address.
     inject(&lab, peer, &udp_packet(lab.host(1).address, us, PORT, 60, b"host")?)?;
     assert_eq!(ear.next()?, b"host");
+    lab.remove()
+}
+
+#[test]
+fn nothing_invalid_of_ipv6_comes_out_and_the_valid_does() -> Result<()> {
+    let mut lab = hosts(2)?;
+    dual_stack(&lab)?;
+    bring_up(&mut lab, &[])?;
+    let address = |host: usize| -> Result<IpAddr> {
+        let mut addresses = lab.container(host)?.addresses.iter().map(|net| net.ip());
+        addresses.find(IpAddr::is_ipv6).context("the container has no IPv6 address")
+    };
+    let (us, them) = (address(0)?, address(1)?);
+    let packet = |from, to, hops| udp_packet(from, to, PORT, hops, b"injected");
+    let good = packet(them, us, 60)?;
+    let ear = Ear::at(&lab, us)?;
+
+    for source in [us, ip("2001:db8::1"), ip("fd00:42:0:ffff::1"), ip("::1"), ip("fe80::1")] {
+        is_counted(&lab, 1, &packet(source, us, 60)?, "udp_to_tun_foreign_source")?;
+    }
+    for to in [them, ip("fd00:168::94"), ip("ff02::1"), ip("::1"), ip("fe80::1")] {
+        is_counted(&lab, 1, &packet(them, to, 60)?, "udp_to_tun_foreign_destination")?;
+    }
+    let mut longer = good.clone();
+    longer[5] += 1;
+    for malformed in [&good[..39], &good[..good.len() - 1], &longer] {
+        is_counted(&lab, 1, malformed, "udp_to_tun_malformed")?;
+    }
+    for hops in [0, 1] {
+        is_counted(&lab, 1, &packet(them, us, hops)?, "udp_to_tun_ttl_expired")?;
+    }
+
+    // Had any of the above come out, it would be heard before this.
+    inject(&lab, 1, &udp_packet(them, us, PORT, 60, b"valid")?)?;
+    assert_eq!(ear.next()?, b"valid");
     lab.remove()
 }
 

@@ -355,6 +355,13 @@ fn what_of_this_host_is_in_the_way_is_told() -> Result<()> {
     host.ip(&["address", "add", "10.42.200.1/24", "dev", "left"])?;
     tells(&lab, 0, "left has the address 10.42.200.1, which lies in the Network")?;
     host.ip(&["link", "del", "left"])?;
+    let forward =
+        |value: &'static str| host.run(move || fs::write("/proc/sys/net/ipv4/ip_forward", value));
+    forward("0")??;
+    host.ip(&["link", "add", "left", "type", "bridge"])?;
+    tells(&lab, 0, "forwards no ipv4 packets that come in by flannel0")?;
+    forward("1")??;
+    host.ip(&["link", "del", "left"])?;
     host.ip(&["address", "add", "10.168.0.61/24", "dev", "eth0"])?;
     let former = lab.registry()?.join("subnets/10.42.250.0-24");
     fs::write(&former, r#"{"PublicIP":"10.168.0.61","PublicIPv6":null}"#)?;

@@ -448,23 +448,25 @@ fn two_daemons_of_vxlan_leave_each_others_state_alone() -> Result<()> {
 #[test]
 fn the_devices_options_are_the_configs() -> Result<()> {
     let mut lab = lab(1)?;
-    let options = r#"{"Type":"vxlan","VNI":7,"Port":4790,"GBP":true,"Learning":true}"#;
+    let options = r#"{"Type":"vxlan","VNI":7,"Port":4790,"MTU":1400,"GBP":true,"Learning":true}"#;
     write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16","Backend":{options}}}"#))?;
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, DEADLINE)?;
-    let data = link(&lab.host(0).netns, "flannel.7")?["linkinfo"]["info_data"].clone();
+    let device = link(&lab.host(0).netns, "flannel.7")?;
+    assert_eq!((&device["mtu"], lab.status(0)?.mtu), (&json!(1350), Some(1350)));
+    let data = &device["linkinfo"]["info_data"];
     assert_eq!(
         json!([data["id"], data["port"], data["gbp"], data["learning"]]),
         json!([7, 4790, true, true]),
         "{data}"
     );
-    // Without a port in the config it is the one that all new devices have.
+    // Without a port and an MTU in the config they are those that all new devices have.
     lab.stop_daemon(0)?;
     let options = r#"{"Type":"vxlan","VNI":7,"GBP":true,"Learning":true}"#;
     write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16","Backend":{options}}}"#))?;
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, DEADLINE)?;
     let data = link(&lab.host(0).netns, "flannel.7")?["linkinfo"]["info_data"].clone();
-    assert_eq!(data["port"], 8472, "{data}");
+    assert_eq!((&data["port"], lab.status(0)?.mtu), (&json!(8472), Some(1450)), "{data}");
     lab.remove()
 }

@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::FutureExt;
-use futures_util::future::select_ok;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{Mutex, Notify};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::RegistryError;
 
@@ -37,6 +37,11 @@ pub(super) trait Dial: Send + Sync + 'static {
         DEADLINE
     }
 
+    /// How long one endpoint has before the next one is looked for beside it.
+    fn head_start(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// What an error of a request means.
     fn failure(url: &str, error: &Self::Error) -> Failure;
 }
@@ -57,6 +62,15 @@ impl Failure {
             Self::Final(RegistryError::Refused { endpoint: url.to_owned(), reason })
         } else {
             Self::Endpoint(format!("{url}: {reason}"))
+        }
+    }
+}
+
+impl From<Failure> for RegistryError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Endpoint(reason) => Self::Away(reason),
+            Failure::Final(error) => error,
         }
     }
 }
@@ -160,7 +174,8 @@ impl<D: Dial> Endpoints<D> {
         Err(RegistryError::Away(reasons.join("; ")))
     }
 
-    /// Sends a small request to all at once, and stays with the first that answers.
+    /// Sends a small request to all, from the one that last worked on, each a [`Dial::head_start`] after the
+    /// other or once that has failed, and stays with the first that answers.
     ///
     /// # Errors
     /// None has; the reason is the last one's.
@@ -171,17 +186,27 @@ impl<D: Dial> Endpoints<D> {
     where
         F: Future<Output = Result<T, D::Error>> + Send,
     {
-        let one = |at| {
+        let first = self.current();
+        let mut others = (0..self.all.len()).map(|turn| {
+            let at = (first + turn) % self.all.len();
             let asked = self.ask_one(at, DEADLINE, &request);
             asked.map(move |answer| answer.map(|_| at)).boxed()
-        };
-        match select_ok((0..self.all.len()).map(one)).await {
-            Ok((at, _)) => {
-                self.current.store(at, Ordering::Relaxed);
-                Ok(())
+        });
+        let mut asked: FuturesUnordered<_> = others.next().into_iter().collect();
+        loop {
+            let answer = tokio::select! {
+                answer = asked.next() => answer,
+                () = sleep(self.dial.head_start()), if others.len() > 0 => None,
+            };
+            asked.extend(others.next());
+            match answer {
+                Some(Ok(at)) => {
+                    self.current.store(at, Ordering::Relaxed);
+                    return Ok(());
+                }
+                Some(Err(failure)) if asked.is_empty() => return Err(failure.into()),
+                Some(Err(_)) | None => {}
             }
-            Err(Failure::Endpoint(reason)) => Err(RegistryError::Away(reason)),
-            Err(Failure::Final(error)) => Err(error),
         }
     }
 
@@ -226,5 +251,73 @@ impl<C: Clone> Endpoint<C> {
         if let Ok(mut client) = self.client.try_lock() {
             *client = None;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex as SyncMutex;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    /// Endpoints that answer, fail or hang, as their names say; and when each was connected to.
+    #[derive(Default)]
+    struct Named {
+        begun: Option<Instant>,
+        dialled: SyncMutex<Vec<(String, u64)>>,
+    }
+
+    #[async_trait]
+    impl Dial for Named {
+        type Client = ();
+        type Error = ();
+
+        async fn dial(&self, url: &str) -> Result<(), Failure> {
+            let since = self.begun.map_or(0, |begun| begun.elapsed().as_secs());
+            self.dialled.lock().unwrap().push((url.to_owned(), since));
+            match url {
+                "answers" => Ok(()),
+                "fails" => Err(Failure::Endpoint(url.to_owned())),
+                _ => std::future::pending().await,
+            }
+        }
+
+        fn deadline(&self) -> Duration {
+            Duration::from_secs(60)
+        }
+
+        fn head_start(&self) -> Duration {
+            Duration::from_secs(5)
+        }
+
+        fn failure(url: &str, (): &()) -> Failure {
+            Failure::Endpoint(url.to_owned())
+        }
+    }
+
+    /// Whether a probe finds somebody, and whom it has connected to by then.
+    async fn probe(urls: &[&str]) -> (bool, Vec<(String, u64)>) {
+        let dial = Named { begun: Some(Instant::now()), ..Named::default() };
+        let endpoints = Endpoints::new(dial, urls.iter().map(ToString::to_string));
+        let found = endpoints.probe(async |()| Ok(())).await.is_ok();
+        let dialled = std::mem::take(&mut *endpoints.dial.dialled.lock().unwrap());
+        (found, dialled)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_endpoint_has_its_head_start() {
+        let dialled = |list: &[(&str, u64)]| -> Vec<(String, u64)> {
+            list.iter().map(|(url, at)| ((*url).to_owned(), *at)).collect()
+        };
+        let alone = probe(&["answers", "hangs"]).await;
+        assert_eq!(alone, (true, dialled(&[("answers", 0)])));
+        let late = probe(&["hangs", "hangs", "answers"]).await;
+        assert_eq!(late, (true, dialled(&[("hangs", 0), ("hangs", 5), ("answers", 10)])));
+        let at_once = probe(&["fails", "answers"]).await;
+        assert_eq!(at_once, (true, dialled(&[("fails", 0), ("answers", 0)])));
+        let none = probe(&["hangs", "fails"]).await;
+        assert_eq!(none, (false, dialled(&[("hangs", 0), ("fails", 5)])));
     }
 }

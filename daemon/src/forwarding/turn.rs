@@ -1,6 +1,6 @@
 //! What the loop that forwards knows, and what follows from it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -12,6 +12,9 @@ use weft_control::{Lease, LeaseAttrs, NetworkConfig, RegistryError};
 use crate::place::Place;
 use crate::probe::Prober;
 use crate::repairs::Repairs;
+
+/// A problem that comes back sooner is not logged once more.
+const LOGGED_AGAIN: Duration = Duration::from_secs(60);
 
 /// What changes from turn to turn.
 #[derive(Debug)]
@@ -41,6 +44,8 @@ pub(super) struct Turn {
     pub(super) is_away: bool,
     /// What could not be done, at the last reconciliation.
     pub(super) problems: BTreeSet<String>,
+    /// When problems were last logged, not long ago: some come and go with a link that flaps.
+    logged: HashMap<String, Instant>,
     /// Of those, another node at our address, and a network config that is not gone by.
     pub(super) rival: Option<String>,
     pub(super) config_problem: Option<String>,
@@ -52,8 +57,8 @@ pub(super) struct Turn {
     pub(super) repairs: Repairs,
     /// Why what the registry said is not written down.
     pub(super) forgetful: Option<String>,
-    /// Devices with addresses that are not our subnet's, as of the last look.
-    pub(super) strays: Vec<String>,
+    /// What of this host keeps packets from containers, as of the last look.
+    pub(super) in_the_way: Vec<String>,
     /// Renewals of the lease, and of the node's record.
     pub(super) renewals: Failing,
     pub(super) records: Failing,
@@ -142,6 +147,7 @@ impl Turn {
             readable: false,
             is_away: false,
             problems: BTreeSet::new(),
+            logged: HashMap::new(),
             rival: None,
             config_problem: None,
             judged: None,
@@ -149,7 +155,7 @@ impl Turn {
             is_announced: false,
             repairs: Repairs::new(),
             forgetful: None,
-            strays: Vec::new(),
+            in_the_way: Vec::new(),
             renewals: Failing::default(),
             records: Failing::default(),
             published: None,
@@ -174,6 +180,17 @@ impl Turn {
             self.renewal = renewal(&lease, &self.identity.attrs, margin);
         }
         self.lease = lease;
+    }
+
+    /// Logs those problems that were not there at the last look.
+    pub(super) fn log_news(&mut self, problems: &BTreeSet<String>) {
+        self.logged.retain(|_, at| at.elapsed() < LOGGED_AGAIN);
+        for problem in problems.difference(&self.problems) {
+            if !self.logged.contains_key(problem) {
+                tracing::warn!("{problem}");
+                self.logged.insert(problem.clone(), Instant::now());
+            }
+        }
     }
 
     /// The lease is to say this of us. Peers must know of a change at once.

@@ -149,6 +149,8 @@ impl Course {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::super::found::Path;
     use super::reach::REPEATS;
     use super::*;
@@ -224,7 +226,7 @@ mod tests {
     }
 
     const MINUTE: Duration = Duration::from_secs(60);
-    /// An interval, and a round of either kind.
+    /// An interval, and two rounds of either kind.
     const ENOUGH: Duration = Duration::from_secs(14);
 
     #[test]
@@ -370,7 +372,17 @@ mod tests {
         world.pass(MINUTE, all);
         world.pass(ENOUGH, no_pairs);
         assert_eq!(world.path(), Path::NoOffload);
-        // Half a pair is ordinary loss.
+        // The pairs of one round are ordinary loss.
+        let mut world = World::new(true);
+        world.pass(MINUTE, all);
+        let lost = Cell::new(0);
+        world.pass(ENOUGH, |it| {
+            let is_lost = matches!(it, Send::Pair(..)) && lost.get() < 3;
+            lost.set(lost.get() + u8::from(is_lost));
+            if is_lost { vec![] } else { all(it) }
+        });
+        assert_eq!((world.path(), lost.get()), (Path::Full, 3));
+        // So is half a pair.
         let mut world = World::new(true);
         world.pass(ENOUGH, |it| if let Send::Pair(pair, _) = it { vec![pair[0]] } else { all(it) });
         assert_eq!(world.path(), Path::Unknown);

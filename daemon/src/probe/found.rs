@@ -190,8 +190,9 @@ impl Reach {
                  a firewall rejects it",
             ),
             Self::Blocked => Some(
-                "cannot be reached: its host answers pings, but the overlay's packets get lost; a \
-                 firewall drops the backend's port",
+                "cannot be reached: its host answers pings, but the overlay's packets get lost: a \
+                 firewall drops the backend's port, or weftd there hangs or does not know this node; \
+                 `weft doctor` there tells",
             ),
             Self::Silent => {
                 Some("cannot be reached: its host does not answer at all; it is down, or cut off")

@@ -12,6 +12,9 @@ use super::{TICK, Target};
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) peers: Peers,
+    /// Their addresses on the overlay, by those on the underlay: anybody may make the kernel tell of errors, and
+    /// often.
+    pub(super) by_outer: HashMap<IpAddr, Vec<IpAddr>>,
     /// When to look at whom.
     pub(super) agenda: Agenda,
     /// Of peers that are peers no more.
@@ -47,7 +50,7 @@ impl Peer {
 impl Known {
     /// Goes on with those that are known, and spreads those that are new. `pings`: whether we can.
     pub(super) fn aim(&mut self, targets: &[Target], pings: bool, mtu: u16, now: Instant) {
-        let Self { peers, agenda, left } = self;
+        let Self { peers, by_outer, agenda, left } = self;
         let wanted: HashSet<IpAddr> = targets.iter().map(|target| target.inner).collect();
         peers.retain(|inner, peer| {
             let stays = wanted.contains(inner);
@@ -82,7 +85,9 @@ impl Known {
                 }
             }
         }
+        by_outer.clear();
         for peer in peers.values_mut() {
+            by_outer.entry(peer.target.outer).or_default().push(peer.target.inner);
             peer.course.set_pace(targets.len());
             peer.note(agenda);
         }

@@ -262,7 +262,7 @@ impl Work {
     }
 
     fn heard(&self, heard: Heard) -> Option<Instant> {
-        let Known { peers, agenda, .. } = &mut *self.findings.lock();
+        let Known { peers, by_outer, agenda, .. } = &mut *self.findings.lock();
         match heard {
             Heard::Answer { from, nonce } => {
                 if let Some(peer) = peers.get_mut(&from) {
@@ -272,15 +272,20 @@ impl Work {
                     peer.note(agenda);
                     return Some(peer.course.due());
                 }
-                let outer = peers.values_mut().filter(|peer| peer.target.outer == from);
-                outer.for_each(|peer| peer.course.outer_answered(nonce));
+                for inner in by_outer.get(&from).into_iter().flatten() {
+                    if let Some(peer) = peers.get_mut(inner) {
+                        peer.course.outer_answered(nonce);
+                    }
+                }
             }
             Heard::Refused { from, port } => {
-                for Peer { target, course, .. } in peers.values_mut() {
-                    if target.inner == from && target.port == Some(port) {
-                        course.probe_refused();
-                    } else if target.outer == from && self.overlay_port == Some(port) {
-                        course.refused();
+                if let Some(peer) = peers.get_mut(&from).filter(|it| it.target.port == Some(port)) {
+                    peer.course.probe_refused();
+                } else if self.overlay_port == Some(port) {
+                    for inner in by_outer.get(&from).into_iter().flatten() {
+                        if let Some(peer) = peers.get_mut(inner) {
+                            peer.course.refused();
+                        }
                     }
                 }
             }

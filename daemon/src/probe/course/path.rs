@@ -8,17 +8,23 @@ use super::super::found::{Found, Path};
 use super::clock::Clock;
 use super::{INTERVAL, Send};
 
-/// How long answers may take before more is sent.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// How long answers may take before more is sent, and up to half as long again.
+const PATIENCE: Duration = Duration::from_millis(250);
 /// Pairs in turn with single packets; a pair begins and ends.
 const TRIES: u8 = 5;
 /// IP packets' lengths that are tried where full size does not get through: what tunnels and links
 /// commonly carry.
 const SIZES: [u16; 7] = [576, 1_280, 1_350, 1_400, 1_422, 1_450, 1_472];
 
+/// Rounds in a row that have to come to the same before it is believed: packets get lost by chance, too, and
+/// what is given up for the sake of a path stays so.
+const ROUNDS: u8 = 2;
+
 #[derive(Debug)]
 pub(super) struct PathRound {
     pub(super) clock: Clock,
+    /// What the last rounds came to, and how many in a row.
+    verdict: (Option<Path>, u8),
     /// Bytes of the largest packet that containers send.
     mtu: u16,
     pairs: Vec<[(u64, bool); 2]>,
@@ -28,14 +34,16 @@ pub(super) struct PathRound {
 
 impl PathRound {
     pub(super) fn new(mtu: u16, begin: Instant) -> Self {
-        Self { clock: Clock::new(begin), mtu, pairs: Vec::new(), sized: Vec::new(), damaged: false }
+        let clock = Clock::new(begin);
+        let (pairs, sized) = (Vec::new(), Vec::new());
+        Self { clock, verdict: (None, 0), mtu, pairs, sized, damaged: false }
     }
 
     /// Begins anew with a peer that has just been reached. `die`: any number. Where there are many peers
     /// all are reached within one interval, and their paths are probed in more than one: each begins at
     /// a time of its own.
     pub(super) fn begin_anew(&mut self, now: Instant, die: u64) {
-        let part = u32::from(die.to_le_bytes()[0]);
+        let part = self::die(die);
         self.clock.end(now + (self.clock.interval - INTERVAL) * part / u32::from(u8::MAX));
     }
 
@@ -52,12 +60,19 @@ impl PathRound {
             self.damaged = false;
         }
         if self.clock.tries == TRIES {
-            if let Some(path) = self.judge() {
-                self.note(path, found);
-            }
-            return self.clock.end(now + self.clock.interval);
+            let verdict = self.judge();
+            let times = if verdict == self.verdict.0 { self.verdict.1 } else { 0 };
+            self.verdict = (verdict, (times + 1).min(ROUNDS));
+            return match verdict {
+                Some(path) if self.is_in_doubt(path, found) => self.clock.end(now),
+                _ => {
+                    verdict.into_iter().for_each(|path| self.note(path, found));
+                    self.clock.end(now + self.clock.interval);
+                }
+            };
         }
-        self.clock.wait(now, PATIENCE);
+        // Not in step with what comes and goes.
+        self.clock.wait(now, PATIENCE + PATIENCE * die(nonce()) / 510);
         if self.clock.tries % 2 == 1 {
             let pair = [nonce(), nonce()];
             self.pairs.push(pair.map(|nonce| (nonce, false)));
@@ -70,6 +85,11 @@ impl PathRound {
             self.sized.push((sized, len, false));
             sends.push(Send::Sized(sized, len));
         }
+    }
+
+    /// Damage is none by chance.
+    fn is_in_doubt(&self, path: Path, found: &Found) -> bool {
+        self.verdict.1 < ROUNDS && path != Path::Damaged && path != found.path
     }
 
     /// What it means that no pair has come through whole; nothing if that is too little to say.
@@ -114,8 +134,14 @@ impl PathRound {
         let is_whole = pair.iter().all(|(_, answered)| *answered);
         self.damaged |= !intact;
         if self.clock.tries > 0 && is_whole && !self.damaged {
+            self.verdict = (None, 0);
             self.note(Path::Full, found);
             self.clock.end(now + self.clock.interval);
         }
     }
+}
+
+/// A number up to 255, by any number.
+fn die(number: u64) -> u32 {
+    number.to_le_bytes()[0].into()
 }
