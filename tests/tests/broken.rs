@@ -12,8 +12,8 @@ use anyhow::{Context, Result, ensure};
 use weft_daemon::lab::{Lab, PingOptions};
 use weft_tests::doctor::{Check, finds, finds_within};
 use weft_tests::{
-    DEADLINE, bring_up, etcd, free_subnet, hosts, hosts_of, overlay, plain_wire, program, until,
-    until_within,
+    DEADLINE, bring_up, etcd, free_subnet, hosts, hosts_of, overlay, plain_wire, program, subnet,
+    until, until_within,
 };
 
 /// How long a break may go unnamed.
@@ -108,6 +108,21 @@ fn a_port_that_is_blocked() -> Result<()> {
     })?;
     ensure!(found.cure.contains("--dport 8285 -j ACCEPT"), "{found:?}");
     peer.tool("iptables-nft", &[&["-D"], &rule[..]].concat())?;
+    probed(&lab)
+}
+
+#[test]
+fn a_route_that_swallows_packets() -> Result<()> {
+    let lab = pair()?;
+    let host = &lab.host(0).netns;
+    let blackhole = ["blackhole", &subnet(&lab, 1)?.to_string(), "metric", "5"].map(str::to_owned);
+    let route = |what: &str| {
+        let blackhole = blackhole.iter().map(String::as_str);
+        host.ip(&["route", what].into_iter().chain(blackhole).collect::<Vec<_>>())
+    };
+    route("add")?;
+    named(&lab, "routes", "FAIL", "the kernel discards packets for the peer's")?;
+    route("del")?;
     probed(&lab)
 }
 

@@ -9,6 +9,7 @@ use weft_control::lease::contains;
 use super::check::Check;
 use super::seen::Seen;
 use crate::overlap;
+use crate::status::{PeerStatus, Status};
 
 /// The bridges that container runtimes make.
 const BRIDGES: [&str; 3] = ["docker0", "cni0", "cbr0"];
@@ -100,7 +101,7 @@ fn restart(bridge: &str) -> String {
     }
 }
 
-/// Routes that take packets for some node's containers elsewhere.
+/// Routes, or rules, that take packets for some node's containers elsewhere.
 pub(super) fn stale_routes(seen: &Seen) -> Check {
     const NAME: &str = "routes";
     let Some(status) = seen.status() else {
@@ -121,7 +122,10 @@ pub(super) fn stale_routes(seen: &Seen) -> Check {
     };
     let stale = inside(seen).find(is_stale);
     match stale {
-        None => Check::ok(NAME, "none takes packets of the overlay elsewhere"),
+        None => match status.peers.iter().find_map(|peer| astray(seen, status, peer)) {
+            None => Check::ok(NAME, "none takes packets of the overlay elsewhere"),
+            Some((what, cure)) => Check::fail(NAME, what, cure),
+        },
         Some(route) => {
             let KernelRoute { destination, .. } = route;
             let what = format!(
@@ -132,6 +136,22 @@ pub(super) fn stale_routes(seen: &Seen) -> Check {
             Check::fail(NAME, what, format!("ip route del {destination}{}", way(seen, route)))
         }
     }
+}
+
+/// Where else the kernel sends what is for a peer that is not reached: routes that discard, and rules, are in
+/// no list of routes. And what shows it.
+fn astray(seen: &Seen, status: &Status, peer: &PeerStatus) -> Option<(String, String)> {
+    let subnet = peer.subnets.first().filter(|_| peer.probe.reachable == Some(false))?;
+    let ip = subnet.network();
+    let cure = format!("ip route get {ip}; ip rule   # and remove what comes before weft's route");
+    let Some(index) = seen.ways.get(&ip)? else {
+        return Some((format!("the kernel discards packets for the peer's {subnet}"), cure));
+    };
+    let mut ours = status.device.iter().chain(&status.other_devices).chain(&status.interface);
+    let name = &seen.links.iter().find(|link| link.index == *index)?.name;
+    let what =
+        format!("packets for the peer's {subnet} leave by {name}, which is none of weft's ways");
+    (!ours.any(|it| it == name)).then_some((what, cure))
 }
 
 /// Networks of this host that lie within the overlay's.
