@@ -53,8 +53,8 @@ const NODE_INTERVAL: Duration = Duration::from_secs(20);
 const NODE_TTL: Duration = Duration::from_secs(60);
 /// Between tries, where the registry does not show it: what it tells may be from before the last one.
 const NODE_RETRY: Duration = Duration::from_secs(5);
-/// How long the loop stands still for a write to the registry.
-const WRITE_LIMIT: Duration = Duration::from_secs(60);
+/// How long the loop stands still for the registry.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
 
@@ -531,12 +531,12 @@ impl Forwarding<'_> {
     }
 }
 
-/// A write may have come to nothing because the loop waits no longer.
-async fn in_time<T>(
-    write: impl Future<Output = Result<T, RegistryError>>,
+/// What the registry answers, unless that takes longer than anybody waits.
+pub(crate) async fn in_time<T>(
+    asked: impl Future<Output = Result<T, RegistryError>>,
 ) -> Result<T, RegistryError> {
-    let late = |_| Err(RegistryError::Away(format!("no answer within {WRITE_LIMIT:?}")));
-    timeout(WRITE_LIMIT, write).await.unwrap_or_else(late)
+    let late = |_| Err(RegistryError::Away(format!("no answer within {ANSWER_LIMIT:?}")));
+    timeout(ANSWER_LIMIT, asked).await.unwrap_or_else(late)
 }
 
 /// When a lease ends, for whoever reads the log.

@@ -27,7 +27,7 @@ use crate::external::{self, Prepared, Surroundings};
 use crate::firewall::{Firewall, Wanted};
 use crate::flags::{Flags, Note, Settings};
 use crate::former;
-use crate::forwarding::{Ended, Forwarding, Memory, Tenure, expiry};
+use crate::forwarding::{Ended, Forwarding, Memory, Tenure, expiry, in_time};
 use crate::health::Health;
 use crate::http;
 use crate::leasing::Claim;
@@ -229,7 +229,11 @@ impl Daemon<'_> {
             tenure = match ended {
                 Ended::Lost { tenure, .. } | Ended::OtherLease(tenure) => *tenure,
                 Ended::OtherInterface { prepared, tenure } => {
-                    self.move_station(&mut station, *prepared).await?;
+                    let next = &prepared.interface;
+                    // After a pause it may be another one again, which whoever starts next finds out.
+                    if let Ok(None) = external::changed(settings, &self.config, next).await {
+                        self.move_station(&mut station, *prepared).await?;
+                    }
                     *tenure
                 }
             };
@@ -270,7 +274,7 @@ impl Daemon<'_> {
         station.place.move_to(self.settings, &registry, interface, attrs)?;
         self.record_made(station).await;
         self.tell_place(&station.place, why);
-        station.memory.last_known = StateFile::new(station.place.node.files.last_known.clone());
+        station.memory.last_known.move_to(&station.place.node.files.last_known);
         Ok(())
     }
 
@@ -323,9 +327,9 @@ impl Daemon<'_> {
                 Err(error) => end_or_warn(error, &mut said)?,
             }
             backoff.wait().await;
-            self.keep_lease(&station.place, tenure).await;
             let known = &station.place.interface;
             let Ok(Some(next)) = external::changed(self.settings, &self.config, known).await else {
+                self.keep_lease(&station.place, tenure).await;
                 continue;
             };
             let Self { settings, ref config, kind, .. } = *self;
@@ -346,14 +350,19 @@ impl Daemon<'_> {
             return;
         }
         let ttl = keeper::ttl(&tenure.lease, self.settings.lease_ttl);
-        match self.registry.renew(&tenure.lease, attrs, ttl).await {
+        tenure.may_be_told(attrs.clone());
+        match in_time(self.registry.renew(&tenure.lease, attrs, ttl)).await {
             Ok(Some(lease)) => {
                 tenure.renewed(lease);
                 let due = tenure.renewal(attrs, margin);
                 self.board.lease(&tenure.lease, due);
             }
-            // Whoever forwards next finds out, and says so.
-            Ok(None) => {}
+            // By somebody else's write, or one of ours whose answer got lost.
+            Ok(None) => {
+                if let Ok(found) = in_time(self.registry.snapshot()).await {
+                    tenure.look(&found.leases);
+                }
+            }
             Err(error) => tracing::debug!("cannot renew the lease: {error}"),
         }
     }

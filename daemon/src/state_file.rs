@@ -4,7 +4,7 @@
 use std::fs;
 use std::io;
 use std::marker::PhantomData;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -37,14 +37,22 @@ pub(crate) struct StateFile<T> {
     path: PathBuf,
     /// What the file has, as far as is known.
     written: Vec<u8>,
-    /// Until it is known what came of it; then the file has this.
-    writing: Option<JoinHandle<io::Result<Vec<u8>>>>,
+    /// Until it is known what came of it; then the file at this path has that.
+    writing: Option<(PathBuf, JoinHandle<io::Result<Vec<u8>>>)>,
     value: PhantomData<T>,
 }
 
 impl<T: Serialize + DeserializeOwned> StateFile<T> {
     pub(crate) fn new(path: PathBuf) -> Self {
         Self { path, written: Vec::new(), writing: None, value: PhantomData }
+    }
+
+    /// Goes on with a file of another name. What is still being written is waited for first.
+    pub(crate) fn move_to(&mut self, path: &Path) {
+        if path != self.path {
+            let writing = self.writing.take();
+            *self = Self { writing, ..Self::new(path.to_owned()) };
+        }
     }
 
     /// What is in it, and since when. A file that cannot be read is as good as none: it is only
@@ -68,26 +76,30 @@ impl<T: Serialize + DeserializeOwned> StateFile<T> {
         self.end_of_write().await?;
         if text != self.written {
             let (path, is_unknown) = (self.path.clone(), self.written.is_empty());
-            self.writing = Some(spawn_blocking(move || {
+            let write = spawn_blocking(move || {
                 if !is_unknown || fs::read(&path).ok().as_ref() != Some(&text) {
                     file::replace(&path, &text, PRIVATE)?;
                 }
                 Ok(text)
-            }));
+            });
+            self.writing = Some((self.path.clone(), write));
         }
         self.end_of_write().await
     }
 
     async fn end_of_write(&mut self) -> anyhow::Result<()> {
-        let Some(writing) = &mut self.writing else { return Ok(()) };
-        let path = self.path.display();
-        let Ok(written) = timeout(PATIENCE, writing).await else {
+        let Some((path, write)) = &mut self.writing else { return Ok(()) };
+        let (is_this, path) = (*path == self.path, path.display().to_string());
+        let Ok(written) = timeout(PATIENCE, write).await else {
             bail!(
                 "{path} is still being written after {PATIENCE:?}; does the disk of --state-dir hang?"
             )
         };
         self.writing = None;
-        self.written = written?.with_context(|| format!("cannot write {path}; see --state-dir"))?;
+        let text = written?.with_context(|| format!("cannot write {path}; see --state-dir"))?;
+        if is_this {
+            self.written = text;
+        }
         Ok(())
     }
 }

@@ -472,7 +472,8 @@ fn all_that_start_at_once_know_each_other() -> Result<()> {
 #[test]
 fn a_lease_is_kept_while_nothing_forwards() -> Result<()> {
     let mut lab = hosts(1, 1)?;
-    lab.start_daemon(0, &["--subnet-lease-ttl=10s"])?;
+    // Between two tries to start there are five seconds.
+    lab.start_daemon(0, &["--subnet-lease-ttl=16s"])?;
     lab.wait_ready(0, DEADLINE)?;
     let (own, netns) = (subnet(&lab, 0)?, &lab.host(0).netns);
     netns.ip(&["link", "del", "flannel0"])?;

@@ -244,10 +244,12 @@ impl Shared {
         if id == 0 || !self.ask(|client| keep_alive(client, id)).await? {
             return Ok(None);
         }
-        if unsigned(self.time_to_live(id).await?.granted_ttl()) != ttl.as_secs() {
+        let answer = self.time_to_live(id).await?;
+        if unsigned(answer.granted_ttl()) != ttl.as_secs() {
             return Ok(None);
         }
-        Ok(Some(Lease { expires: Expiry::after(Some(ttl)), ..seen.clone() }))
+        let left = Duration::from_secs(unsigned(answer.ttl()));
+        Ok(Some(Lease { expires: Expiry::after(Some(left)), ..seen.clone() }))
     }
 
     async fn time_to_live(&self, id: i64) -> Result<LeaseTimeToLiveResponse, RegistryError> {

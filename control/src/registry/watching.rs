@@ -49,7 +49,7 @@ pub(super) trait Source: Send + Sync + 'static {
     /// Everything at one moment.
     async fn list(&self) -> Result<(Entries, Self::Mark), RegistryError>;
 
-    /// Asks for next to nothing, all endpoints at once.
+    /// Asks all endpoints for next to nothing, at once or one after the other.
     async fn probe(&self) -> Result<(), RegistryError>;
 
     /// Takes in what has happened since the mark, and calls `publish` after each change, until it

@@ -147,11 +147,14 @@ fn astray(seen: &Seen, status: &Status, peer: &PeerStatus) -> Option<(String, St
     let Some(index) = seen.ways.get(&ip)? else {
         return Some((format!("the kernel discards packets for the peer's {subnet}"), cure));
     };
-    let mut ours = status.device.iter().chain(&status.other_devices).chain(&status.interface);
+    // A peer that is routed to directly is on whatever link its address is; of two families one may be.
+    let may_be_direct = peer.way == "direct" || peer.subnets.len() > 1;
+    let is_direct = may_be_direct && seen.ways.get(&peer.public_ip) == Some(&Some(*index));
+    let mut ours = status.device.iter().chain(&status.other_devices);
     let name = &seen.links.iter().find(|link| link.index == *index)?.name;
     let what =
         format!("packets for the peer's {subnet} leave by {name}, which is none of weft's ways");
-    (!ours.any(|it| it == name)).then_some((what, cure))
+    (!is_direct && !ours.any(|it| it == name)).then_some((what, cure))
 }
 
 /// Networks of this host that lie within the overlay's.

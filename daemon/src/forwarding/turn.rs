@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::time::Instant;
 use weft_backends::ExternalInterface;
-use weft_control::keeper::{self, Identity, KnownEnd};
+use weft_control::keeper::{self, Identity, KnownEnd, Own};
 use weft_control::{Lease, LeaseAttrs, NetworkConfig, RegistryError};
 
 use crate::place::Place;
@@ -104,7 +104,17 @@ impl Tenure {
         self.renewal = None;
     }
 
-    fn may_be_told(&mut self, attrs: LeaseAttrs) {
+    /// Goes by what the registry has.
+    pub(crate) fn look(&mut self, leases: &[Lease]) {
+        match keeper::check_own(&self.lease, &self.former, leases) {
+            Own::Held(lease) => self.renewed(lease),
+            Own::Missing => self.lost = Some(Lost::Gone),
+            Own::TakenBy(_) => self.lost = Some(Lost::Taken),
+        }
+    }
+
+    /// The registry may say this of us, now or when an answer got lost.
+    pub(crate) fn may_be_told(&mut self, attrs: LeaseAttrs) {
         if !self.former.contains(&attrs) {
             self.former.push(attrs);
         }

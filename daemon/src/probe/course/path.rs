@@ -43,6 +43,7 @@ impl PathRound {
     /// all are reached within one interval, and their paths are probed in more than one: each begins at
     /// a time of its own.
     pub(super) fn begin_anew(&mut self, now: Instant, die: u64) {
+        self.verdict = (None, 0);
         let part = self::die(die);
         self.clock.end(now + (self.clock.interval - INTERVAL) * part / u32::from(u8::MAX));
     }
