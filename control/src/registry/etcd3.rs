@@ -5,24 +5,25 @@
 //! revision on. Where it ends, another one goes on from there; where it is in doubt, everything is listed
 //! again and compared.
 
-use std::error::Error as _;
+mod grpc;
+
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use etcd_client::{
-    Certificate, Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions,
-    Identity, KeyValue, LeaseTimeToLiveResponse, PutOptions, ResponseHeader, TlsOptions, Txn,
-    TxnOp, TxnOpResponse, WatchOptions, WatchResponse, WatchStream,
+    Client, Compare, CompareOp, Error, EventType, GetOptions, KeyValue, LeaseTimeToLiveResponse,
+    PutOptions, ResponseHeader, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchResponse,
+    WatchStream,
 };
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
 use tokio::sync::{Mutex, watch};
-use tonic::Code;
 
-use super::access::{Access, Secret};
-use super::endpoints::{CONNECT_TIMEOUT, DEADLINE, Dial, Endpoints, Failure, LIST_DEADLINE};
+use self::grpc::{Grpc, reason};
+use super::access::Access;
+use super::endpoints::{Endpoints, LIST_DEADLINE};
 use super::entries::{CONFIG, Entries, Entry, NODES, SUBNETS, clean, json};
 use super::watching::{self, Broken, Publish, Source};
 use super::{Registry, RegistryError, View};
@@ -30,120 +31,8 @@ use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot, en
 
 /// Bytes of a list at most: some 500,000 leases.
 const LIST_LEN_MAX: usize = 128 << 20;
-/// A connection whose server says nothing for so long, and then does not answer a ping, is dead. etcd
-/// closes one that is pinged more often than each 5 s (its --grpc-keepalive-min-time).
-const PING_INTERVAL: Duration = Duration::from_secs(6);
-const PING_TIMEOUT: Duration = Duration::from_secs(3);
-/// A server that hangs is noticed soon.
-const _: () = assert!(PING_INTERVAL.as_secs() + PING_TIMEOUT.as_secs() < 10);
-
 /// Responses of a watch that are taken in before what they come to is told.
 const TOGETHER_MAX: usize = 1000;
-
-/// Connects to endpoints by gRPC.
-struct Grpc(Access);
-
-#[async_trait]
-impl Dial for Grpc {
-    type Client = Client;
-    type Error = Error;
-
-    async fn dial(&self, url: &str) -> Result<Client, Failure> {
-        let mut options = ConnectOptions::new()
-            .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
-            // etcd closes idle connections that are pinged; a watch, or a request, is none.
-            .with_keep_alive_while_idle(false)
-            .with_require_leader(true)
-            .with_auto_token_refresh(true);
-        if url.starts_with("https://") {
-            options = options.with_tls(self.tls().await.map_err(Failure::Final)?);
-        }
-        let mut made = match &self.0.user {
-            Some((name, Secret(password))) => {
-                let options = options.clone().with_user(name, password);
-                Client::connect([url], Some(options)).await
-            }
-            None => Client::connect([url], Some(options.clone())).await,
-        };
-        if made.as_ref().is_err_and(asks_for_no_user) {
-            made = Client::connect([url], Some(options)).await;
-        }
-        made.map_err(|error| Self::failure(url, &error))
-    }
-
-    /// To log in costs etcd some 75 ms of a core (bcrypt), and a fleet does so all at once when it is back.
-    /// Who asks again before the answer has come makes etcd begin anew. That a server hangs is noticed by
-    /// its pings.
-    fn deadline(&self) -> Duration {
-        if self.0.user.is_some() { LIST_DEADLINE } else { DEADLINE }
-    }
-
-    /// One login a node is enough.
-    fn head_start(&self) -> Duration {
-        if self.0.user.is_some() { DEADLINE } else { Duration::ZERO }
-    }
-
-    fn failure(url: &str, error: &Error) -> Failure {
-        Failure::new(url, reason(error), is_final(error))
-    }
-}
-
-impl Grpc {
-    async fn tls(&self) -> Result<TlsOptions, RegistryError> {
-        let found = self.0.credentials().await?;
-        // No ping finds out that a server hangs before it has shown its certificate.
-        let tls = TlsOptions::new().timeout(CONNECT_TIMEOUT);
-        let mut tls = match found.authority {
-            Some(pem) => tls.ca_certificate(Certificate::from_pem(pem)),
-            None => tls.with_native_roots(),
-        };
-        if let Some((cert, key)) = found.client {
-            tls = tls.identity(Identity::from_pem(cert, key));
-        }
-        Ok(tls)
-    }
-}
-
-/// Whether etcd's authentication is switched off (ErrGRPCAuthNotEnabled): then anybody may do anything.
-fn asks_for_no_user(error: &Error) -> bool {
-    matches!(error, Error::GRpcStatus(status) if status.code() == Code::FailedPrecondition
-        && status.message().contains("authentication is not enabled"))
-}
-
-/// Whether the request or its sender is at fault, not the server.
-fn is_final(error: &Error) -> bool {
-    if let Error::GRpcStatus(status) = error {
-        return matches!(
-            status.code(),
-            Code::InvalidArgument
-                | Code::PermissionDenied
-                | Code::Unauthenticated
-                | Code::FailedPrecondition
-        );
-    }
-    matches!(error, Error::InvalidArgs(_) | Error::InvalidUri(_))
-}
-
-/// What went wrong, down to its cause, which the error's own text leaves out.
-fn reason(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = None;
-    if let Error::GRpcStatus(status) = error {
-        status.message().clone_into(&mut text);
-        cause = status.source();
-    } else if let Error::TransportError(error) = error {
-        cause = error.source();
-    }
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
-}
 
 /// The registry under one prefix of an etcd.
 #[derive(Debug, Clone)]
@@ -218,14 +107,6 @@ impl Shared {
     async fn get(&self, key: &str) -> Result<Option<KeyValue>, RegistryError> {
         let found = self.ask(|mut client| async move { client.get(key, None).await });
         Ok(found.await?.take_kvs().pop())
-    }
-
-    /// Whether a key is there: somebody may have removed it.
-    async fn is_there(&self, key: &str) -> Result<bool, RegistryError> {
-        let found = self.ask(|mut client| async move {
-            client.get(key, Some(GetOptions::new().with_count_only())).await
-        });
-        Ok(found.await?.count() > 0)
     }
 
     /// Lets a lease live for its `ttl` again without a write, which would wake the whole fleet, and which
@@ -423,8 +304,9 @@ impl Registry for Etcd3Registry {
         if let Some((id, published)) = &*held
             && *published == value
             && self.shared.ask(|client| keep_alive(client, *id)).await?
-            && self.shared.is_there(&key).await?
+            && self.shared.get(&key).await?.is_some()
         {
+            // And nobody has removed it.
             return Ok(());
         }
         let granted = self.shared.grant(ttl).await?;
