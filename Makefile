@@ -88,4 +88,5 @@ build-packages:
 lab-packages:
 	packaging/install-debian-packages etcd-server ethtool iproute2 iptables iputils-ping nftables
 test-packages:
-	packaging/install-debian-packages etcd-client fish libfaketime man-db openssl systemd zsh
+	packaging/install-debian-packages etcd-client fish libfaketime man-db openssl systemd \
+		systemd-container zsh

@@ -216,8 +216,8 @@ pub struct LoggingFlags {
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = log_level)]
     #[arg(verbatim_doc_comment)]
     pub log_level: String,
-    /// How it is logged: text, with fields for the journal where there is one; or json, an object a
-    /// line
+    /// How it is logged: text, whose fields are the journal's, too, where there is one; or json, an
+    /// object a line
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
     /// flannel's log level; changes nothing, see --log-level

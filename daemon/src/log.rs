@@ -1,11 +1,11 @@
-//! What goes to the log, and how: one line a state change, as text, as JSON, or with its fields to
-//! the journal. The last lines are kept for `weft status`; levels can be changed while the daemon
-//! runs.
+//! What goes to the log, and how: one line a state change, as text, as JSON, or to the journal. The
+//! last lines are kept for `weft status`; levels can be changed while the daemon runs.
 
 use std::collections::VecDeque;
 use std::fmt::{self, Write};
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::ValueEnum;
@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
@@ -26,7 +26,7 @@ const KEPT: usize = 10;
 /// How lines are written to stderr.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people; where stderr is the journal, with the fields as the journal's.
+    /// For people; where stderr is the journal, the fields are the journal's, too.
     Text,
     /// One object a line.
     Json,
@@ -97,7 +97,7 @@ fn writer(format: LogFormat) -> Box<dyn Layer<Registry> + Send + Sync> {
             .flatten_event(true)
             .with_writer(io::stderr)
             .boxed(),
-        LogFormat::Text => match journal() {
+        LogFormat::Text => match Journal::behind_stderr() {
             Some(journal) => journal.boxed(),
             None => tracing_subscriber::fmt::layer()
                 .with_writer(io::stderr)
@@ -108,15 +108,54 @@ fn writer(format: LogFormat) -> Box<dyn Layer<Registry> + Send + Sync> {
     }
 }
 
-/// The journal, where stderr leads there (systemd.exec(5), JOURNAL_STREAM).
-fn journal() -> Option<tracing_journald::Layer> {
-    let stream = std::env::var("JOURNAL_STREAM").ok()?;
-    let stderr = rustix::fs::fstat(io::stderr().as_fd()).ok()?;
-    if stream != format!("{}:{}", stderr.st_dev, stderr.st_ino) {
-        return None;
+/// The journal by its own protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL). The message holds the fields,
+/// too: it is all that `journalctl` and `systemctl status` show. tracing-journald leaves them out there.
+struct Journal(UnixDatagram);
+
+impl Journal {
+    /// The one that stderr leads to (systemd.exec(5), JOURNAL_STREAM).
+    fn behind_stderr() -> Option<Self> {
+        let stream = std::env::var("JOURNAL_STREAM").ok()?;
+        let stderr = rustix::fs::fstat(io::stderr().as_fd()).ok()?;
+        if stream != format!("{}:{}", stderr.st_dev, stderr.st_ino) {
+            return None;
+        }
+        let socket = UnixDatagram::unbound().ok()?;
+        socket.connect("/run/systemd/journal/socket").ok()?;
+        Some(Self(socket))
     }
-    let journal = tracing_journald::layer().ok()?;
-    Some(journal.with_syslog_identifier("weftd".into()).with_field_prefix(Some("WEFT".into())))
+}
+
+impl<S: Subscriber> Layer<S> for Journal {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        // syslog(3)
+        let priority = match *event.metadata().level() {
+            Level::ERROR => "3",
+            Level::WARN => "4",
+            Level::INFO => "6",
+            Level::DEBUG | Level::TRACE => "7",
+        };
+        let text = Text::of(event);
+        let mut entry = Vec::new();
+        put(&mut entry, "MESSAGE", &text.line());
+        put(&mut entry, "PRIORITY", priority);
+        put(&mut entry, "SYSLOG_IDENTIFIER", "weftd");
+        put(&mut entry, "TARGET", event.metadata().target());
+        for (name, value) in text.fields {
+            put(&mut entry, &format!("WEFT_{}", name.to_uppercase()), &value);
+        }
+        // Nobody is left to be told that it cannot be.
+        let _ = self.0.send(&entry);
+    }
+}
+
+/// Adds a field of any text to an entry for the journal.
+fn put(entry: &mut Vec<u8>, name: &str, value: &str) {
+    entry.extend_from_slice(name.as_bytes());
+    entry.push(b'\n');
+    entry.extend_from_slice(&(value.len() as u64).to_le_bytes());
+    entry.extend_from_slice(value.as_bytes());
+    entry.push(b'\n');
 }
 
 /// Keeps the last lines.
@@ -136,12 +175,10 @@ impl<S: Subscriber> Layer<S> for Recent {
         if !metadata.target().starts_with("weft") {
             return;
         }
-        let mut text = Text::default();
-        event.record(&mut text);
         let line = LogLine {
             at: Timestamp::now(),
             level: metadata.level().as_str().to_lowercase(),
-            text: text.message + &text.fields,
+            text: Text::of(event).line(),
         };
         let mut lines = self.lines();
         if lines.len() == KEPT {
@@ -151,11 +188,29 @@ impl<S: Subscriber> Layer<S> for Recent {
     }
 }
 
-/// The message of an event, and its fields behind it.
+/// What an event says.
 #[derive(Default)]
 struct Text {
     message: String,
-    fields: String,
+    fields: Vec<(&'static str, String)>,
+}
+
+impl Text {
+    fn of(event: &Event<'_>) -> Self {
+        let mut text = Self::default();
+        event.record(&mut text);
+        text
+    }
+
+    /// The message, and the fields behind it.
+    fn line(&self) -> String {
+        let mut line = self.message.clone();
+        for (name, value) in &self.fields {
+            // Writing to a string does not fail.
+            let _ = write!(line, " {name}={value}");
+        }
+        line
+    }
 }
 
 impl Visit for Text {
@@ -164,11 +219,10 @@ impl Visit for Text {
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // Writing to a string does not fail.
-        let _ = match field.name() {
-            "message" => write!(self.message, "{value:?}"),
-            name => write!(self.fields, " {name}={value:?}"),
-        };
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            name => self.fields.push((name, format!("{value:?}"))),
+        }
     }
 }
 

@@ -11,9 +11,8 @@ use ipnetwork::IpNetwork;
 use regex::Regex;
 use weft_daemon::flags;
 use weft_daemon::lab::Lab;
-use weft_daemon::netns::NetNs;
-use weft_tests::service::{enter, make_root};
-use weft_tests::{Weftd, etcd, output_of, program, repository, until};
+use weft_tests::machine::Machine;
+use weft_tests::{Weftd, etcd, program, repository, until};
 
 fn read(name: &str) -> Result<String> {
     fs::read_to_string(repository().join(name)).with_context(|| name.to_owned())
@@ -107,26 +106,6 @@ fn every_error_in_the_document_is_the_programs() -> Result<()> {
     Ok(())
 }
 
-/// A host of the quick start: its namespace, and what it has in place of some directories.
-struct Site<'a> {
-    netns: &'a NetNs,
-    root: tempfile::TempDir,
-}
-
-impl Site<'_> {
-    fn command(&self, line: &str) -> Result<Command> {
-        let programs = program("weft")?.parent().context("no directory")?.display().to_string();
-        let script = format!("PATH={programs}:$PATH; exec {line}");
-        Ok(enter(self.root.path(), &["sh", "-c", &script].map(str::to_owned)))
-    }
-
-    fn run(&self, line: &str) -> Result<(bool, String)> {
-        let output = output_of(self.netns, &mut self.command(line)?)?;
-        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        Ok((output.status.success(), text))
-    }
-}
-
 /// The text's own commands, on two hosts and an etcd.
 #[test]
 fn the_quick_start_works_as_it_is_written() -> Result<()> {
@@ -134,41 +113,42 @@ fn the_quick_start_works_as_it_is_written() -> Result<()> {
     let url = lab.etcd_urls()[0].clone();
     let text = read("docs/quickstart.md")?.replace("http://10.0.0.1:2379", &url);
     let lines: Vec<&str> = code(&text).collect();
-    let sites = (0..2).map(|host| {
-        let root = tempfile::tempdir()?;
-        make_root(root.path())?;
-        Ok(Site { netns: &lab.host(host).netns, root })
-    });
-    let sites: Vec<Site<'_>> = sites.collect::<Result<_>>()?;
+    let mut machines = Vec::new();
+    for host in 0..2 {
+        let mut machine = Machine::new(&lab.host(host).netns)?;
+        machine.boot()?;
+        machines.push(machine);
+    }
     let mut daemons = Vec::new();
     for line in lines {
         if line.starts_with("weftd ") {
-            for (host, site) in sites.iter().enumerate() {
+            for (host, machine) in machines.iter().enumerate() {
                 let log = lab.host(host).log.clone();
-                let mut command = site.command(line)?;
-                daemons.push(Weftd::start_command(site.netns, &log, &mut command)?);
+                let mut command = machine.command(line)?;
+                daemons.push(Weftd::start_command(machine.netns(), &log, &mut command)?);
             }
-            for site in &sites {
+            for machine in &machines {
                 until("both know each other", || {
-                    let (ok, text) = site.run("weft status")?;
-                    Ok(ok && text.contains("10.168.0.9") && text.contains("tunnel"))
+                    let text = machine.shell("weft status")?;
+                    Ok(text.contains("10.168.0.9") && text.contains("tunnel"))
                 })?;
             }
         } else if line.contains("trace") {
-            let (_, status) = sites[0].run("weft status -o json")?;
+            let status = machines[0].shell("weft status -o json")?;
             let status: serde_json::Value = serde_json::from_str(&status)?;
             let subnet: IpNetwork =
                 serde_json::from_value(status[0]["peers"][0]["subnets"][0].clone())?;
             let line = line.replace("10.42.7.9", &subnet.network().to_string());
-            let (ok, text) = sites[0].run(&line)?;
-            assert!(ok && text.contains(&format!("{subnet} of the peer 10.168.0.95")), "{text}");
+            let text = machines[0].shell(&line)?;
+            assert!(text.contains(&format!("{subnet} of the peer 10.168.0.95")), "{text}");
         } else {
             // Once: the config is there the second time.
-            let (ok, text) = sites[0].run(line)?;
-            assert!(ok, "{line}: {text}");
+            machines[0].shell(line)?;
         }
     }
     assert_eq!(daemons.len(), 2);
-    drop(daemons);
+    for machine in &mut machines {
+        machine.cut_power()?;
+    }
     lab.remove()
 }

@@ -1,20 +1,16 @@
 //! The commands by which an operator looks into a running daemon, and what `make install` puts in
 //! place for them.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
-use weft_daemon::netns::NetNs;
-use weft_tests::service::{enter, make_root};
 use weft_tests::terminal::Terminal;
-use weft_tests::{bring_up, hosts, install, output_of, program, run_to_end, until};
+use weft_tests::{bring_up, hosts, install, output_of, program, until};
 
 const PASSWORD: &str = "hunter2hunter2";
 
@@ -255,61 +251,4 @@ fn what_others_read_they_get_to() -> Result<()> {
         assert_eq!(found & 0o777, mode, "{path}");
     }
     Ok(())
-}
-
-/// The fields of an entry for the journal (systemd.io/JOURNAL_NATIVE_PROTOCOL): `KEY=value`, or the
-/// key, the length of the value in eight bytes, and the value.
-fn entry(mut message: &[u8]) -> Option<BTreeMap<String, String>> {
-    let mut fields = BTreeMap::new();
-    while !message.is_empty() {
-        let end = message.iter().position(|byte| *byte == b'\n')?;
-        let line = String::from_utf8_lossy(&message[..end]).into_owned();
-        message = &message[end + 1..];
-        if let Some((key, value)) = line.split_once('=') {
-            fields.insert(key.to_owned(), value.to_owned());
-            continue;
-        }
-        let (len, rest) = message.split_first_chunk()?;
-        let len = usize::try_from(u64::from_le_bytes(*len)).ok()?;
-        fields.insert(line, String::from_utf8_lossy(rest.get(..len)?).into_owned());
-        message = rest.get(len + 1..)?;
-    }
-    Some(fields)
-}
-
-#[test]
-fn the_journal_gets_levels_and_fields() -> Result<()> {
-    let root = tempfile::tempdir()?;
-    make_root(root.path())?;
-    let directory = root.path().join("run/systemd/journal");
-    fs::create_dir_all(&directory)?;
-    let journal = UnixDatagram::bind(directory.join("socket"))?;
-    journal.set_nonblocking(true)?;
-    let netns = NetNs::create(format!("weft-journal-{}", std::process::id()))?;
-    netns.ip(&["link", "set", "lo", "up"])?;
-    let weftd = program("weftd")?.display().to_string();
-    // What systemd sets for a service whose stderr it has connected to the journal. The interface
-    // ends the daemon.
-    let script = "exec 2>/run/stderr; export JOURNAL_STREAM=$(stat -L -c %d:%i /run/stderr); exec \
-                  \"$0\" --registry=dir:/var/lib/weft/r --network=10.42.0.0/16 --iface=nowhere \
-                  --healthz-port=8081";
-    let words = ["sh", "-c", script, &weftd].map(str::to_owned);
-    run_to_end(&netns, &mut enter(root.path(), &words))?;
-    let mut entries = Vec::new();
-    let mut message = [0; 8192];
-    while let Ok(len) = journal.recv(&mut message) {
-        entries.push(entry(&message[..len]).context("an entry that cannot be read")?);
-    }
-    let with = |text: &str| {
-        // The first one is empty: it asks whether somebody listens.
-        let says =
-            |entry: &&BTreeMap<_, String>| entry.get("MESSAGE").is_some_and(|it| it.contains(text));
-        let found = entries.iter().find(says);
-        found.with_context(|| format!("no {text:?} in {entries:?}"))
-    };
-    let answering = with("answering health checks")?;
-    assert_eq!(answering["WEFT_ADDRESS"], "127.0.0.1:8081");
-    assert_eq!(answering["SYSLOG_IDENTIFIER"], "weftd");
-    assert_eq!(with("no such network interface")?["PRIORITY"], "3");
-    netns.remove()
 }

@@ -1,20 +1,19 @@
 //! docs/walkthrough.md, step by step, as an operator goes through it: its files, its commands, and
-//! what it shows. Systemd's part is played by `weft_tests::service`, Docker's by the lab.
+//! what it shows, under systemd. Docker's part is played by the lab.
 
 use std::env;
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use ipnetwork::IpNetwork;
 use serde_json::Value;
-use tempfile::TempDir;
-use weft_daemon::lab::{Lab, PingOptions};
+use weft_daemon::lab::PingOptions;
 use weft_daemon::netns::NetNs;
 use weft_daemon::status;
-use weft_tests::service::{Service, Unit, enter, make_root};
-use weft_tests::{has_device, hosts, install, until};
+use weft_tests::machine::Machine;
+use weft_tests::{has_device, hosts, until};
 
 const TEXT: &str = include_str!("../../docs/walkthrough.md");
 
@@ -42,18 +41,11 @@ const LIST_BY_V2: &[&str] = &["ETCDCTL_API=2", " ls "];
 const SHOW: &[&str] = &["weft registry"];
 const DOCKER_OPTIONS: &[&str] = &["mk-docker-opts.sh"];
 
-/// Its single commands. Those of systemctl are the test's to play.
+/// Its single commands.
 const LINK: &str = "ln -sf weftd /usr/local/bin/flanneld";
-const RELOAD: &str = "systemctl daemon-reload";
-const SINGLE_COMMANDS: [&str; 7] = [
-    "make install",
-    LINK,
-    RELOAD,
-    "systemctl enable --now etcd",
-    RELOAD,
-    "systemctl enable flanneld",
-    "systemctl start --no-block flanneld",
-];
+const START_ETCD: [&str; 2] = ["systemctl daemon-reload", "systemctl enable --now etcd"];
+const START_WEFTD: [&str; 3] =
+    ["systemctl daemon-reload", "systemctl enable flanneld", "systemctl start --no-block flanneld"];
 
 fn blocks() -> impl Iterator<Item = &'static str> {
     TEXT.split("\n```sh\n").skip(1).filter_map(|rest| rest.split("\n```").next())
@@ -82,48 +74,8 @@ fn every_command_of_the_text_is_tried() -> Result<()> {
         line.strip_prefix("    ").filter(|_| !is_fenced)
     });
     let single: Vec<&str> = single.collect();
-    assert_eq!(single, SINGLE_COMMANDS);
+    assert_eq!(single, [&["make install", LINK], &START_ETCD[..], &START_WEFTD[..]].concat());
     Ok(())
-}
-
-/// One of the three hosts, with directories of its own.
-struct Node {
-    netns: NetNs,
-    root: PathBuf,
-}
-
-impl Node {
-    /// `installed` is what all hosts have.
-    fn new(lab: &Lab, host: usize, directory: &TempDir, installed: &Path) -> Result<Self> {
-        let root = directory.path().join(format!("{host}"));
-        make_root(&root)?;
-        for program in fs::read_dir(installed.join("usr/local/bin"))? {
-            let program = program?;
-            symlink(program.path(), root.join("usr/local/bin").join(program.file_name()))?;
-        }
-        let it = Self { netns: NetNs::open(lab.host(host).netns.name()), root };
-        it.shell(LINK)?;
-        Ok(it)
-    }
-
-    fn path(&self, path: &str) -> PathBuf {
-        self.root.join(path.trim_start_matches('/'))
-    }
-
-    /// Runs commands as the operator's shell does.
-    fn shell(&self, commands: &str) -> Result<String> {
-        let words = ["bash", "-e", "-u", "-o", "pipefail", "-c", commands].map(str::to_owned);
-        let output = self.netns.output(&mut enter(&self.root, &words))?;
-        let told = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{commands}: {told}");
-        Ok(String::from_utf8(output.stdout)?)
-    }
-
-    fn start(&self, unit: &str) -> Result<Service> {
-        let path = format!("/usr/lib/systemd/system/{unit}.service");
-        let log = self.root.join(format!("{unit}.log"));
-        Service::start(&self.netns, &Unit::parse(file(&path)?)?, &self.root, &[], &log)
-    }
 }
 
 fn address(host: usize) -> String {
@@ -156,53 +108,63 @@ struct Api {
     list: &'static str,
 }
 
+/// Runs commands on all hosts at once: none of etcd's members is up before most are.
+fn on_all(machines: &[Machine], commands: &[&str]) -> Result<()> {
+    let commands = commands.join("\n");
+    thread::scope(|scope| {
+        let running = machines.iter().map(|machine| scope.spawn(|| machine.shell(&commands)));
+        let running: Vec<_> = running.collect();
+        running.into_iter().try_for_each(|it| it.join().expect("no panic").map(drop))
+    })
+}
+
 fn walk(api: &Api) -> Result<()> {
     let mut lab = hosts(HOSTS)?;
-    let directory = tempfile::tempdir()?;
     let etcd = etcd()?;
-    let installed = directory.path().join("installed");
-    install(&installed, "/usr/local")?;
-    for (name, program) in [("etcd", etcd.clone()), ("etcdctl", etcd.with_file_name("etcdctl"))] {
-        symlink(program, installed.join("usr/local/bin").join(name))?;
-    }
-    let nodes: Vec<Node> = (0..HOSTS)
-        .map(|host| Node::new(&lab, host, &directory, &installed))
-        .collect::<Result<_>>()?;
-
-    nodes[0].shell(commands(CERTIFICATES)?)?;
-    for (host, node) in nodes.iter().enumerate() {
-        let ssl = node.path("/opt/etcd/ssl");
-        fs::create_dir_all(&ssl)?;
-        fs::create_dir_all(node.path("/opt/flannel"))?;
-        for name in ["ca.pem", "etcd.pem", "etcd-key.pem"].into_iter().filter(|_| host > 0) {
-            fs::copy(nodes[0].path("/opt/etcd/ssl").join(name), ssl.join(name))?;
+    let mut machines = Vec::new();
+    for host in 0..HOSTS {
+        let mut machine = Machine::new(&lab.host(host).netns)?;
+        for (name, program) in [("etcd", etcd.clone()), ("etcdctl", etcd.with_file_name("etcdctl"))]
+        {
+            fs::copy(program, machine.path("/usr/local/bin").join(name))?;
         }
-        fs::write(node.path("/opt/etcd/etcd.conf"), etcd_conf(host)?)?;
-        let conf = "/opt/flannel/flanneld.conf";
-        fs::write(node.path(conf), file(conf)?)?;
+        machine.boot()?;
+        machine.shell(LINK)?;
+        machines.push(machine);
     }
-    let mut members: Vec<Service> =
-        nodes.iter().map(|node| node.start("etcd")).collect::<Result<_>>()?;
-    for member in &mut members {
-        member.says("READY=1")?;
-    }
-    nodes[0].shell(commands(HEALTH)?)?;
 
-    // Up first, and waiting: loaded, not active.
-    let mut daemons: Vec<Service> =
-        nodes.iter().map(|node| node.start("flanneld")).collect::<Result<_>>()?;
-    for (node, daemon) in nodes.iter().zip(&mut daemons) {
-        daemon.says("STATUS=waiting for the network config")?;
-        daemon.says("EXTEND_TIMEOUT_USEC=")?;
-        assert!(!daemon.is_ready()?);
-        assert!(!has_device(&node.netns, "flannel0")?);
-        assert!(!node.path("/run/flannel/subnet.env").exists());
+    machines[0].shell(commands(CERTIFICATES)?)?;
+    for (host, machine) in machines.iter().enumerate() {
+        for name in ["ca.pem", "etcd.pem", "etcd-key.pem"].into_iter().filter(|_| host > 0) {
+            let path = format!("/opt/etcd/ssl/{name}");
+            machine.write(&path, &fs::read_to_string(machines[0].path(&path))?)?;
+        }
+        machine.write("/opt/etcd/etcd.conf", &etcd_conf(host)?)?;
+        for path in [
+            "/usr/lib/systemd/system/etcd.service",
+            "/opt/flannel/flanneld.conf",
+            "/usr/lib/systemd/system/flanneld.service",
+        ] {
+            machine.write(path, file(path)?)?;
+        }
     }
-    nodes[0].shell(api.set)?;
+    on_all(&machines, &START_ETCD)?;
+    machines[0].shell(commands(HEALTH)?)?;
+
+    on_all(&machines, &START_WEFTD)?;
+    for machine in &machines {
+        machine.says("flanneld", "waiting for the network config")?;
+        let status = machine.shell("systemctl status flanneld || true")?;
+        assert!(status.contains("Active: activating (start)"), "{status}");
+        assert!(status.contains("Status: \"waiting for the network config"), "{status}");
+        assert!(!has_device(machine.netns(), "flannel0")?);
+        assert!(!machine.path("/run/flannel/subnet.env").exists());
+    }
+    machines[0].shell(api.set)?;
     let mut subnets = Vec::new();
-    for (node, daemon) in nodes.iter().zip(&mut daemons) {
-        daemon.says("READY=1")?;
-        let env = fs::read_to_string(node.path("/run/flannel/subnet.env"))?;
+    for machine in &machines {
+        machine.is("flanneld", "active")?;
+        let env = fs::read_to_string(machine.path("/run/flannel/subnet.env"))?;
         let subnet: IpNetwork = env
             .lines()
             .find_map(|line| line.strip_prefix("FLANNEL_SUBNET="))
@@ -210,17 +172,17 @@ fn walk(api: &Api) -> Result<()> {
             .parse()?;
         let shown = shown("cat /run/flannel/subnet.env")?;
         assert_eq!(env, shown.replace("172.22.82.1", &subnet.ip().to_string()));
-        device_is_as_shown(&node.netns, subnet)?;
-        rules_are_as_shown(&node.netns, subnet)?;
+        device_is_as_shown(machine.netns(), subnet)?;
+        rules_are_as_shown(machine.netns(), subnet)?;
         subnets.push(IpNetwork::new(subnet.network(), subnet.prefix())?);
     }
-    leases_are_as_shown(&nodes[0], api, &subnets)?;
+    leases_are_as_shown(&machines[0], api, &subnets)?;
 
-    for (host, node) in nodes.iter().enumerate() {
-        let options = node.shell(commands(DOCKER_OPTIONS)?)?;
+    for (host, machine) in machines.iter().enumerate() {
+        let options = machine.shell(commands(DOCKER_OPTIONS)?)?;
         let (_, wanted) = TEXT.split_once("\n```\nDOCKER_OPTS=").context("no DOCKER_OPTS")?;
         let wanted = wanted.split_once("```").context("no end")?.0;
-        let gateway = fs::read_to_string(node.path("/run/flannel/subnet.env"))?;
+        let gateway = fs::read_to_string(machine.path("/run/flannel/subnet.env"))?;
         let gateway =
             gateway.lines().nth(1).and_then(|line| line.split_once('=')).context("no 2nd")?;
         assert_eq!(options, format!("DOCKER_OPTS={}", wanted.replace("172.22.82.1/24", gateway.1)));
@@ -238,19 +200,19 @@ fn walk(api: &Api) -> Result<()> {
         fs::write(&lab.host(host).subnet_file, bridge)?;
         lab.attach_container(host)?;
     }
-    for node in &nodes {
+    for machine in &machines {
         until("it knows the others", || {
-            Ok(status::read(&node.path("/run/weft"))?.peers.len() == HOSTS - 1)
+            Ok(status::read(&machine.path("/run/weft"))?.peers.len() == HOSTS - 1)
         })?;
     }
     let report = lab.ping(1, 0, &PingOptions::default())?;
     assert!(report.complete() && report.replies.iter().all(|reply| reply.ttl == 60), "{report:?}");
 
-    for daemon in &mut daemons {
-        assert!(daemon.stop()?.success());
-        daemon.says("STOPPING=1")?;
+    for mut machine in machines {
+        machine.shell("systemctl stop flanneld")?;
+        assert_eq!(machine.property("flanneld", "Result")?, "success");
+        machine.cut_power()?;
     }
-    drop(members);
     lab.remove()
 }
 
@@ -272,6 +234,7 @@ fn device_is_as_shown(netns: &NetNs, subnet: IpNetwork) -> Result<()> {
     found.sort_unstable();
     assert_eq!(found, wanted);
     assert!(rest.starts_with(&format!(" mtu {} ", links[0]["mtu"])), "{rest}");
+    assert!(rest.contains(&format!(" qlen {}\n", links[0]["txqlen"])), "{rest}");
     assert_eq!(links[0]["link_type"], "none");
     let inet = &links[0]["addr_info"][0];
     assert_eq!(inet["local"], subnet.network().to_string());
@@ -297,9 +260,9 @@ fn rules_are_as_shown(netns: &NetNs, subnet: IpNetwork) -> Result<()> {
     Ok(())
 }
 
-fn leases_are_as_shown(node: &Node, api: &Api, subnets: &[IpNetwork]) -> Result<()> {
-    let listed = node.shell(api.list)?;
-    let shown = node.shell(commands(SHOW)?)?;
+fn leases_are_as_shown(machine: &Machine, api: &Api, subnets: &[IpNetwork]) -> Result<()> {
+    let listed = machine.shell(api.list)?;
+    let shown = machine.shell(commands(SHOW)?)?;
     for (host, subnet) in subnets.iter().enumerate() {
         let key = format!("/subnets/{}-24", subnet.network());
         let value = format!("{{\"PublicIP\":\"{}\",\"PublicIPv6\":null}}", address(host));
