@@ -49,7 +49,8 @@ pub enum Plan {
 
 /// flannel's order: the lease that is ours, then the subnet of the last run, then any. A subnet that
 /// somebody else holds is never taken. Of several that are ours, those that can be used come first, and
-/// of these a reservation, for which the others are given up. `unreadable` leases are somebody's.
+/// of these a reservation, for which the others are given up, or the last run's. `unreadable` leases are
+/// somebody's.
 pub fn plan(
     config: &NetworkConfig,
     identity: &Identity,
@@ -59,8 +60,11 @@ pub fn plan(
     rng: &mut fastrand::Rng,
 ) -> Plan {
     let fits = |lease: &Lease| is_compatible(config, &lease.key) && !came_second(lease, leases);
-    let ours = || leases.iter().filter(|lease| is_ours(lease, identity, previous));
-    if let Some(best) = ours().min_by_key(|it| (!fits(it), it.expires != Expiry::Never)) {
+    let is_ours = |it: &&Lease| is_ours(it, identity, previous) && !is_set_aside(config, it);
+    let ours = || leases.iter().filter(is_ours);
+    let last = LeaseKey::new(previous.ipv4, previous.ipv6);
+    let rank = |it: &&Lease| (!fits(it), it.expires != Expiry::Never, it.key != last);
+    if let Some(best) = ours().min_by_key(rank) {
         let is_reserved = best.expires == Expiry::Never;
         let superseded = ours().find(|it| is_reserved && it.expires != Expiry::Never);
         return match superseded.filter(|_| fits(best)) {
@@ -105,6 +109,25 @@ fn is_ours(lease: &Lease, identity: &Identity, previous: &Previous) -> bool {
         && data(ours) != (None, None)
         && data(ours) == data(theirs);
     theirs.same_node(ours) || was_ours
+}
+
+/// Whether a reservation is outside of the range that subnets are given out of: an operator made it, and
+/// may mend the config.
+fn is_set_aside(config: &NetworkConfig, lease: &Lease) -> bool {
+    let has = |ipv6: bool| config.family(ipv6).is_some();
+    let has_families =
+        (has(false), has(true)) == (lease.key.ipv4.is_some(), lease.key.ipv6.is_some());
+    lease.expires == Expiry::Never && has_families && !is_compatible(config, &lease.key)
+}
+
+/// Reservations for this node that it cannot take up.
+pub fn set_aside<'a>(
+    config: &'a NetworkConfig,
+    identity: &'a Identity,
+    leases: &'a [Lease],
+) -> impl Iterator<Item = &'a Lease> {
+    let ours = leases.iter().filter(|it| it.attrs.same_node(&identity.attrs));
+    ours.filter(|it| is_set_aside(config, it))
 }
 
 /// Whether to give a lease of ours back: another node's has part of it, and was there before. The
@@ -235,7 +258,8 @@ mod tests {
         let ours = lease("10.3.4.0-24", "192.0.2.9");
         let leases = [lease("10.3.3.0-24", "192.0.2.1"), ours.clone()];
         assert_eq!(next("10.3.7.0/24", &leases), Plan::Reuse(ours));
-        let outside = lease("10.4.0.0-24", "192.0.2.9");
+        let mut outside = lease("10.4.0.0-24", "192.0.2.9");
+        outside.expires = Expiry::Unknown;
         assert_eq!(next("", std::slice::from_ref(&outside)), Plan::Remove(outside));
     }
 
@@ -244,12 +268,29 @@ mod tests {
         let mut leased = lease("10.3.4.0-24", "192.0.2.9");
         leased.expires = Expiry::Unknown;
         let reserved = lease("10.3.9.0-24", "192.0.2.9");
-        let outside = lease("10.3.0.0-24", "192.0.2.9");
+        let mut outside = lease("10.3.0.0-24", "192.0.2.9");
+        outside.expires = Expiry::Unknown;
         let leases = [outside.clone(), leased.clone(), reserved.clone()];
-        assert_eq!(next("", &leases), Plan::Remove(leased.clone()));
-        assert_eq!(next("", &[outside.clone(), reserved.clone()]), Plan::Reuse(reserved));
-        assert_eq!(next("", &leases[..2]), Plan::Reuse(leased));
+        assert_eq!(next("", &leases), Plan::Remove(outside.clone()));
+        assert_eq!(next("", &leases[1..]), Plan::Remove(leased.clone()));
+        assert_eq!(next("", &leases[2..]), Plan::Reuse(reserved));
+        assert_eq!(next("", &leases[..2]), Plan::Reuse(leased.clone()));
         assert_eq!(next("", &leases[..1]), Plan::Remove(outside));
+        let mut another = lease("10.3.7.0-24", "192.0.2.9");
+        another.expires = Expiry::Unknown;
+        let two = [leased.clone(), another.clone()];
+        assert_eq!(next("10.3.4.0/24", &two), Plan::Reuse(leased));
+        assert_eq!(next("10.3.7.0/24", &two), Plan::Reuse(another));
+    }
+
+    #[test]
+    fn a_reservation_outlives_a_config_that_does_not_allow_it() {
+        let reserved = lease("10.3.0.0-24", "192.0.2.9");
+        let plan = next("10.3.0.0/24", std::slice::from_ref(&reserved));
+        assert!(matches!(&plan, Plan::Create(key) if !key.overlaps(&reserved.key)), "{plan:?}");
+        let mut leased = lease("10.3.7.0-24", "192.0.2.9");
+        leased.expires = Expiry::Unknown;
+        assert_eq!(next("", &[reserved, leased.clone()]), Plan::Reuse(leased));
     }
 
     #[test]

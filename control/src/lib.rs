@@ -17,7 +17,7 @@ pub mod subnet_env;
 pub use backoff::Backoff;
 pub use config::{ConfigError, NetworkConfig};
 pub use lease::{Lease, LeaseAttrs, LeaseKey};
-pub use registry::access::{Access, Secret};
+pub use registry::access::{Access, Password, Secret};
 pub use registry::directory::DirectoryRegistry;
 pub use registry::etcd2::Etcd2Registry;
 pub use registry::etcd3::Etcd3Registry;

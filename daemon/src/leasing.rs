@@ -10,6 +10,7 @@ use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry, RegistryEr
 
 use crate::board::Board;
 use crate::health::Health;
+use crate::node::host_name;
 use crate::retry::Repeats;
 
 /// Rounds of losing a race for a subnet before the daemon takes a breath.
@@ -49,6 +50,12 @@ impl Claim<'_> {
                     "out of subnets: every subnet between SubnetMin and SubnetMax is leased; \
                      remove leases of nodes that are gone, or widen the range in the network config",
                 ),
+                Ok(Attempt::Claimed(other)) if other.name == host_name() => said.error(&format!(
+                    "a node of this host's name (id {}) lives with our public address: if that was \
+                     this host, its --state-dir is gone; keep that over restarts, as by a volume; \
+                     waiting until its record ends, a minute after its weftd",
+                    other.id
+                )),
                 Ok(Attempt::Claimed(other)) => said.error(&format!(
                     "the node {} (id {}) lives with our public address; two nodes cannot share \
                      one: give either a --public-ip of its own; waiting until that node is gone",
@@ -91,6 +98,13 @@ impl Claim<'_> {
         }
         let unreadable: Vec<LeaseKey> = snapshot.unreadable().map(|(key, _)| key).collect();
         let plan = keeper::plan(config, identity, previous, &snapshot.leases, &unreadable, rng);
+        for reserved in keeper::set_aside(config, identity, &snapshot.leases) {
+            tracing::warn!(
+                "the network config does not allow {}, which is reserved for this node; it stays \
+                 reserved, and we take another subnet",
+                reserved.key
+            );
+        }
         let lease = match plan {
             Plan::Reuse(seen) => {
                 tracing::info!(subnet = %seen.key, "taking up the lease that is ours");

@@ -109,10 +109,7 @@ async fn find_config(
                 }
                 return Box::new(v3);
             }
-            (false, true)
-                if by_v3.is_ok()
-                    || !is_refused(&by_v3) && config_file(settings, &v3).load().is_none() =>
-            {
+            (false, true) if !is_refused(&by_v3) && config_file(settings, &v3).load().is_none() => {
                 return Box::new(v2);
             }
             (false, _) => {}
@@ -120,7 +117,13 @@ async fn find_config(
         let reason = match by_v3 {
             Ok(_) if settings.network.is_some() => return Box::new(v3),
             Ok(_) => {
-                format!("there is none in {}; write one, or start with --network", v3.describe())
+                let by_v2 = if has_config(&by_v2) {
+                    "; there is one by its v2 API, which --etcd-api v2 takes"
+                } else {
+                    ""
+                };
+                let v3 = v3.describe();
+                format!("there is none in {v3}; write one, or start with --network{by_v2}")
             }
             Err(error) => {
                 let is_v2_left_behind = by_v2.is_err() || has_config(&by_v2);

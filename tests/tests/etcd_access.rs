@@ -171,6 +171,29 @@ fn the_api_is_the_one_that_has_a_config() -> Result<()> {
     put_by_v3(&lab, "config", CONFIG)?;
     lab.start_daemon(1, &[])?;
     logs(&lab, 1, "and one by its v2 API; taking v3's")?;
+    lab.wait_ready(1, DEADLINE)?;
+
+    // A fleet that has moved to v3 does not go back to what it left behind because somebody takes v3's
+    // config away for a moment.
+    lab.stop_daemon(1)?;
+    client(&lab, |mut client| async move {
+        Ok(client.delete(format!("{PREFIX}/config"), None).await.map(drop)?)
+    })?;
+    let host = lab.host(1);
+    let flags = [
+        ("etcd-endpoints", lab.etcd_urls()[0].clone()),
+        ("state-dir", host.state_dir.display().to_string()),
+        ("run-dir", host.run_dir.display().to_string()),
+        ("subnet-file", host.subnet_file.display().to_string()),
+    ];
+    let flags = flags.map(|(name, value)| format!("--{name}={value}"));
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let weftd = Weftd::start(&host.netns, &host.log, &flags)?;
+    weftd.logs("there is one by its v2 API, which --etcd-api v2 takes")?;
+    put_by_v3(&lab, "config", CONFIG)?;
+    weftd.logs("wrote subnet.env")?;
+    assert!(!lab.status(1)?.registry.contains("v2 API"), "{}", lab.status(1)?.registry);
+    drop(weftd);
     lab.remove()
 }
 
@@ -206,11 +229,18 @@ fn users_are_known_by_password_and_again_when_tokens_are_gone() -> Result<()> {
     // Between two renewals nothing is asked for twice as long as the token lasts.
     renews(&lab, 0)?;
     renews(&lab, 0)?;
+    // Another password, and no token that the former one has brought.
+    inside(&lab.host(0).netns, || async {
+        let user = ConnectOptions::new().with_user("root", "hunter2");
+        let mut client = Client::connect([&url], Some(user)).await?;
+        Ok(client.user_change_password("root", "hunter4").await.map(drop)?)
+    })?;
+    fs::write(password.path(), "hunter4\n")?;
     lab.etcd(0).kill()?;
     lab.start_etcd(0)?;
     renews(&lab, 0)?;
     inside(&lab.host(0).netns, || async {
-        let user = ConnectOptions::new().with_user("root", "hunter2");
+        let user = ConnectOptions::new().with_user("root", "hunter4");
         Ok(Client::connect([&url], Some(user)).await?.auth_disable().await.map(drop)?)
     })?;
     lab.etcd(0).kill()?;

@@ -21,7 +21,15 @@ pub struct Access {
     pub cert_file: Option<PathBuf>,
     pub key_file: Option<PathBuf>,
     /// Name and password.
-    pub user: Option<(String, Secret)>,
+    pub user: Option<(String, Password)>,
+}
+
+/// A user's password.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Password {
+    Given(Secret),
+    /// In this file, but for a line's end. Read for each connection, so that it may be changed.
+    File(PathBuf),
 }
 
 /// A password that stays out of logs.
@@ -57,6 +65,19 @@ impl Access {
             host if wants_tls => format!("https://{host}"),
             host => format!("http://{host}"),
         })
+    }
+
+    /// Name and password, for one connection.
+    pub(super) async fn login(&self) -> Result<Option<(String, Secret)>, RegistryError> {
+        let Some((name, password)) = &self.user else { return Ok(None) };
+        let secret = match password {
+            Password::Given(secret) => secret.clone(),
+            Password::File(path) => {
+                let text = read("password-file", path).await?;
+                Secret(text.trim_end_matches(['\r', '\n']).to_owned())
+            }
+        };
+        Ok(Some((name.clone(), secret)))
     }
 
     /// Read for each connection, so that certificates may be renewed.
@@ -111,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_secret_is_not_printed() {
-        let user = Some(("root".into(), Secret("hunter2".into())));
+        let user = Some(("root".into(), Password::Given(Secret("hunter2".into()))));
         assert!(!format!("{:?}", Access { user, ..Access::default() }).contains("hunter2"));
     }
 }

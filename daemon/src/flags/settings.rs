@@ -11,7 +11,7 @@ use std::time::Duration;
 use ipnetwork::IpNetwork;
 use weft_backends::{BackendKind, GuardMode, Tuning};
 use weft_control::firewall::rules::Switches;
-use weft_control::{Access, Secret};
+use weft_control::{Access, Password};
 
 use super::engine::MAX_WORKERS;
 use super::{EtcdApi, Flags, KubernetesFlags, LoggingFlags, RegistryFlags};
@@ -249,18 +249,19 @@ fn asks_for_etcd(flags: &RegistryFlags) -> bool {
         || flags.etcd_password_file.is_some()
 }
 
-fn password(flags: &RegistryFlags) -> Result<Option<Secret>, FlagError> {
+fn password(flags: &RegistryFlags) -> Result<Option<Password>, FlagError> {
     let Some(path) = &flags.etcd_password_file else {
-        return Ok(flags.etcd_password.clone());
+        return Ok(flags.etcd_password.clone().map(Password::Given));
     };
     if flags.etcd_password.is_some() {
         return Err(FlagError::TwoPasswords);
     }
-    let text = fs::read_to_string(path).map_err(|error| FlagError::PasswordFile {
+    // It is read when it is needed, but a wrong path is told at once.
+    fs::read_to_string(path).map_err(|error| FlagError::PasswordFile {
         path: path.display().to_string(),
         reason: error.to_string(),
     })?;
-    Ok(Some(Secret(text.trim_end_matches(['\r', '\n']).to_owned())))
+    Ok(Some(Password::File(path.clone())))
 }
 
 fn notes(flags: &Flags) -> Vec<Note> {
@@ -375,9 +376,9 @@ mod tests {
         fs::write(file.path(), "hunter2\n").unwrap();
         let flag = format!("--etcd-password-file={}", file.path().display());
         let found = settings(&["--etcd-username=root", &flag]).unwrap();
-        assert!(!format!("{found:?}").contains("hunter2"));
         let RegistrySettings::Etcd { access, .. } = found.registry else { panic!() };
-        assert_eq!(access.user, Some(("root".into(), Secret("hunter2".into()))));
+        let password = Password::File(file.path().to_owned());
+        assert_eq!(access.user, Some(("root".into(), password)));
         let both = settings(&["--etcd-username=root", &flag, "--etcd-password=x"]);
         assert_eq!(both, Err(FlagError::TwoPasswords));
         let none = settings(&["--etcd-username=root", "--etcd-password-file=/nowhere"]);

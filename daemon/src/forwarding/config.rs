@@ -32,7 +32,7 @@ pub(super) fn follow_config(
         Ok(config) => {
             // Once: it opens a backend.
             if turn.judged.as_ref().is_none_or(|(judged, _)| *judged != config) {
-                let verdict = judge(settings, &config, &turn.interface);
+                let verdict = judge(settings, &config, turn);
                 turn.judged = Some((config, verdict));
             }
             turn.judged.as_ref().map(|(_, verdict)| verdict.clone())
@@ -44,11 +44,16 @@ pub(super) fn follow_config(
 }
 
 /// What is said of another config, by which a running daemon cannot go.
-fn judge(settings: &Settings, config: &NetworkConfig, interface: &ExternalInterface) -> String {
-    match unusable(settings, config, interface) {
+fn judge(settings: &Settings, config: &NetworkConfig, turn: &Turn) -> String {
+    match unusable(settings, config, &turn.interface) {
         Some(reason) => format!(
             "the network config has become one that weftd would not start with ({reason}); going on \
              with what it was"
+        ),
+        None if !keeper::is_compatible(config, &turn.lease.key) => format!(
+            "the network config has changed; restart weftd to go by it, which gives up our subnet \
+             {}, since it is not in the range",
+            turn.lease.key
         ),
         None => "the network config has changed; restart weftd to go by it".into(),
     }

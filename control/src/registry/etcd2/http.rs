@@ -116,10 +116,10 @@ impl Dial for Http {
     async fn dial(&self, url: &str) -> Result<Client, Failure> {
         let found = self.0.credentials().await.map_err(Failure::Final)?;
         let agent = agent(&found).map_err(|error| Failure::new(url, error.to_string(), true))?;
-        let basic = |(name, Secret(password)): &(String, Secret)| {
+        let basic = |(name, Secret(password))| {
             format!("Basic {}", BASE64_STANDARD.encode(format!("{name}:{password}")))
         };
-        let authorization = self.0.user.as_ref().map(basic);
+        let authorization = self.0.login().await.map_err(Failure::Final)?.map(basic);
         Ok(Client { agent, url: url.to_owned(), authorization })
     }
 

@@ -37,7 +37,7 @@ impl Dial for Grpc {
         if url.starts_with("https://") {
             options = options.with_tls(self.tls().await.map_err(Failure::Final)?);
         }
-        let mut made = match &self.0.user {
+        let mut made = match self.0.login().await.map_err(Failure::Final)? {
             Some((name, Secret(password))) => {
                 let options = options.clone().with_user(name, password);
                 Client::connect([url], Some(options)).await
