@@ -9,8 +9,22 @@ use weft_control::LeaseAttrs;
 use weft_control::keeper::Identity;
 
 use crate::flags::Settings;
+use crate::made::files_of;
 use crate::node::{Node, NodeFiles};
 use crate::socket::Socket;
+use crate::state_file::{LastKnown, StateFile};
+
+/// Under what others knew the nodes of this registry that have lived by this state directory.
+pub(crate) fn formerly(settings: &Settings, registry: &str) -> Vec<LeaseAttrs> {
+    let found = files_of(&settings.state_dir, |name| name.starts_with("last-known-"));
+    let known = found.unwrap_or_default().into_iter().filter_map(|path| {
+        let (known, _): (LastKnown, _) = StateFile::new(path.clone()).load()?;
+        let public_ip = known.lease.attrs.public_addresses().next()?;
+        // Another registry's has another name.
+        (files(settings, registry, public_ip).last_known == path).then_some(known.lease.attrs)
+    });
+    known.collect()
+}
 
 /// One node's place.
 #[derive(Debug)]

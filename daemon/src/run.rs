@@ -5,6 +5,7 @@
 //! that the backend can never use end the daemon. When forwarding breaks, or the lease or the interface becomes another one, the backend
 //! starts again.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -20,7 +21,7 @@ use weft_control::keeper;
 use weft_control::lease::{Expiry, Snapshot};
 use weft_control::registry::minimal_config;
 use weft_control::subnet_env::read_previous;
-use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry};
+use weft_control::{Backoff, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 
 use crate::board::Board;
 use crate::external::{self, Prepared, Surroundings};
@@ -36,7 +37,7 @@ use crate::made::Made;
 use crate::node::Node;
 use crate::notify;
 use crate::overlay::Overlay;
-use crate::place::Place;
+use crate::place::{self, Place};
 use crate::registry::{self, config_file};
 use crate::retry::Repeats;
 use crate::socket::Socket;
@@ -44,6 +45,10 @@ use crate::state_file::{LastKnown, StateFile};
 
 /// How often a missing config is looked for, as flannel does.
 pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long a start waits for an address that this node used to have. Where it is gone for good, the node
+/// goes on without.
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often who waits for a lease looks whether it still asks for the right one.
 const OUTDATED_INTERVAL: Duration = Duration::from_secs(5);
@@ -85,11 +90,23 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
     let mut said = Repeats::told_to(health);
     let mut backoff = Backoff::default();
     let mut told = None;
+    let formerly = place::formerly(settings, &registry.identity());
+    let held: Vec<IpAddr> = formerly.iter().flat_map(LeaseAttrs::public_addresses).collect();
+    let begun = Instant::now();
     loop {
         let (text, config, kind) =
             wait_for_config(registry.as_ref(), settings, board, &mut said).await?;
         let around = Surroundings::look(settings.wish.can_reach).await?;
-        let chosen = around.choose(settings, &config, &[])?;
+        let chosen = around.choose(settings, &config, &held)?;
+        let late = external::late_family(&formerly, &chosen.interface);
+        if let Some(family) = late.filter(|_| begun.elapsed() < ADDRESS_PATIENCE) {
+            said.warn(&format!(
+                "waiting: {} has no {family} address yet, by which other nodes know this one",
+                chosen.interface.name
+            ));
+            tokio::time::sleep(CONFIG_INTERVAL).await;
+            continue;
+        }
         if let Some(reason) = around.conflict(settings, &config, &chosen.interface) {
             said.error(&format!("waiting: {reason}"));
             tokio::time::sleep(CONFIG_INTERVAL).await;

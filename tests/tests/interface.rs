@@ -10,7 +10,7 @@ use weft_daemon::lab::{Bytes, EtcdOptions, Lab, LabOptions, Patience, transfer};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status::Status;
 use weft_tests::load::{ends, outage_while};
-use weft_tests::{DEADLINE, bring_up, counter, etcd, tells, until};
+use weft_tests::{DEADLINE, bring_up, counter, etcd, logs, tells, until};
 
 /// What is promised. On a machine that is busy with other tests one change may take longer; not each
 /// of several.
@@ -180,6 +180,41 @@ fn further_addresses_interrupt_nothing() -> Result<()> {
 }
 
 /// Addresses and routes stay where a cable is pulled, or where the interface is named and set down.
+/// A host's own address may be DHCP's, and a further one, such as a virtual router's, set by hand.
+#[test]
+fn a_start_stays_at_the_address_that_the_node_is_known_by() -> Result<()> {
+    let mut lab = weft_tests::overlay(2)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let before = lab.status(0)?;
+    lab.stop_daemon(0)?;
+    let own = format!("{}/24", lab.host(0).address);
+    let lifetimes = ["valid_lft", "3600", "preferred_lft", "3600"];
+    host.ip(&[&["address", "change", &own, "dev", "eth0"], &lifetimes[..]].concat())?;
+    host.ip(&["address", "add", "10.168.0.200/24", "dev", "eth0"])?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    has_moved(&lab, &before, &lab.host(0).address.to_string())?;
+    lab.remove()
+}
+
+/// As where router advertisements are faster than DHCP.
+#[test]
+fn a_start_waits_for_the_family_that_the_node_is_known_by() -> Result<()> {
+    let mut lab = weft_tests::overlay(2)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let before = lab.status(0)?;
+    lab.stop_daemon(0)?;
+    let own = format!("{}/24", lab.host(0).address);
+    host.ip(&["address", "del", &own, "dev", "eth0"])?;
+    host.ip(&["address", "add", "fd00:168::94/64", "dev", "eth0", "nodad"])?;
+    lab.start_daemon(0, &["--iface=eth0"])?;
+    logs(&lab, 0, "waiting: eth0 has no IPv4 address yet, by which other nodes know this one")?;
+    host.ip(&["address", "add", &own, "dev", "eth0"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    has_moved(&lab, &before, &lab.host(0).address.to_string())?;
+    lab.remove()
+}
+
 #[test]
 fn a_link_that_carries_nothing_is_told() -> Result<()> {
     let mut lab = weft_tests::hosts(1)?;
