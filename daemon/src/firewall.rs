@@ -143,15 +143,27 @@ impl Writer {
 
     /// What keeps the overlay's packets from passing in spite of our rules.
     async fn obstacle(&self, ipv6: bool) -> Option<String> {
-        let Self::Nftables(_) = self else { return None };
-        let drops = Iptables::find().await.ok()?.forward_drops(ipv6).await.ok()?;
-        let program = if ipv6 { "ip6tables" } else { "iptables" };
-        drops.then(|| {
-            format!(
-                "the chain FORWARD of {program} drops by its policy, which rules of nftables cannot \
-                 overrule: use --firewall iptables, or `{program} -P FORWARD ACCEPT`"
-            )
-        })
+        let found;
+        let iptables = match self {
+            Self::Iptables(iptables) => iptables,
+            Self::Nftables(_) => {
+                found = Iptables::find().await.ok()?;
+                if found.forward_drops(ipv6).await.ok()? {
+                    let program = if ipv6 { "ip6tables" } else { "iptables" };
+                    return Some(format!(
+                        "the chain FORWARD of {program} drops by its policy, which rules of nftables \
+                         cannot overrule: use --firewall iptables, or `{program} -P FORWARD ACCEPT`"
+                    ));
+                }
+                &found
+            }
+        };
+        let other = iptables.other_that_drops(ipv6).await?;
+        Some(format!(
+            "the chain FORWARD of {other} drops by its policy, which rules by {} cannot overrule: have \
+             who set it use the same kind as weft, or `{other} -P FORWARD ACCEPT`",
+            self.describe()
+        ))
     }
 
     /// Says that others' packets do not pass, for whoever looks for the reason.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use weft_daemon::lab::Lab;
+use weft_daemon::lab::{Lab, PingOptions, ping};
 use weft_daemon::netns::NetNs;
 use weft_tests::doctor::{check, doctor, finds, run};
 use weft_tests::refusing::{Call, refusing};
@@ -78,6 +78,37 @@ fn what_is_wrong_with_the_host_is_named_and_the_cure_mends_it() -> Result<()> {
     finds(&lab, 0, "docker0", "FAIL", "docker0 has 172.17.0.1/16, subnet.env says")?;
     netns.ip(&["address", "add", gateway, "dev", "docker0"])?;
     finds(&lab, 0, "docker0", "OK", "")
+}
+
+/// The rules of Docker 28 for a bridge and a container behind it.
+#[test]
+fn docker_that_lets_no_other_host_in_is_told_and_the_cure_opens_it() -> Result<()> {
+    let lab = healthy()?;
+    let netns = &lab.host(0).netns;
+    for rule in [
+        "-N DOCKER-USER",
+        "-N DOCKER",
+        "-I FORWARD -o docker0 -j DOCKER",
+        "-I FORWARD -j DOCKER-USER",
+        "-A DOCKER ! -i docker0 -o docker0 -j DROP",
+    ] {
+        netns.tool("iptables-nft", &rule.split(' ').collect::<Vec<_>>())?;
+    }
+    let reach =
+        || ping(&lab.container(1)?.netns, lab.container(0)?.address()?, &PingOptions::default());
+    assert_eq!(reach()?.received, 0);
+    finds(&lab, 0, "Docker", "FAIL", "drops what other hosts send to containers behind docker0")?;
+    cure(&lab, 0, "Docker")?;
+    finds(&lab, 0, "Docker", "OK", "")?;
+    assert!(reach()?.complete());
+
+    let container = format!("{}/32", lab.container(0)?.address()?);
+    let rule =
+        ["-t", "raw", "-A", "PREROUTING", "-d", &container, "!", "-i", "docker0", "-j", "DROP"];
+    netns.tool("iptables-nft", &rule)?;
+    assert_eq!(reach()?.received, 0);
+    finds(&lab, 0, "Docker", "FAIL", "dockerd --allow-direct-routing")?;
+    lab.remove()
 }
 
 #[test]

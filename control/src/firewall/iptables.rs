@@ -3,6 +3,8 @@
 //! there makes the chain or empties it (iptables-restore(8)).
 
 use std::fmt::{self, Write as _};
+use std::fs;
+use std::path::Path;
 
 use ipnetwork::IpNetwork;
 
@@ -71,14 +73,32 @@ impl Iptables {
     /// it is installed, and there is anything of flannel's in them. To look into the older kind
     /// would make them, so only those that are there are looked into.
     pub async fn other_kind(&self) -> Option<Self> {
-        let kind = if self.version.contains("nf_tables") { "-legacy" } else { "-nft" };
-        let other = Self { kind, ..self.clone() };
+        let other = self.other();
         for ipv6 in [false, true] {
             if run(&other.program(ipv6, "-save"), &[], "").await.ok()?.contains("flanneld ") {
                 return Some(other);
             }
         }
         None
+    }
+
+    fn other(&self) -> Self {
+        let kind = if self.version.contains("nf_tables") { "-legacy" } else { "-nft" };
+        Self { kind, ..self.clone() }
+    }
+
+    /// The program of the other kind, if what no rule of its chain FORWARD knows is dropped: our rules are
+    /// not there. Nothing is looked into that is not there, as above.
+    pub async fn other_that_drops(&self, ipv6: bool) -> Option<String> {
+        let other = self.other();
+        let tables = if ipv6 { "ip6_tables_names" } else { "ip_tables_names" };
+        let tables = || fs::read_to_string(Path::new("/proc/self/net").join(tables)).ok();
+        let is_filter = |tables: String| tables.lines().any(|table| table == FORWARD.table);
+        if other.kind == "-legacy" && !tables().is_some_and(is_filter) {
+            return None;
+        }
+        let drops = other.forward_drops(ipv6).await.ok()?;
+        drops.then(|| other.program(ipv6, ""))
     }
 
     /// Makes the kernel have just these rules in our chains, and our chains jumped to. Writes only

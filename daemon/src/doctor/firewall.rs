@@ -118,9 +118,15 @@ pub(super) fn firewalld(seen: &Seen) -> Check {
         return Check::unknown(NAME);
     };
     let source = network.to_string();
-    let trusts = |line: &str| line.contains("trusted") && line.contains(&source);
-    if table.lines().any(trusts) {
-        return Check::ok(NAME, format!("trusts {source}"));
+    let device = seen.status().and_then(|status| status.device.as_deref());
+    let trusts = |line: &str, whom: &str| {
+        let mut words = line.split_whitespace().map(|word| word.trim_matches('"'));
+        line.contains("trusted") && words.any(|word| word == whom)
+    };
+    for whom in device.into_iter().chain([source.as_str()]) {
+        if table.lines().any(|line| trusts(line, whom)) {
+            return Check::ok(NAME, format!("trusts {whom}"));
+        }
     }
     Check::fail(
         NAME,
@@ -129,6 +135,36 @@ pub(super) fn firewalld(seen: &Seen) -> Check {
             "firewall-cmd --permanent --zone=trusted --add-source={source} && firewall-cmd --reload"
         ),
     )
+}
+
+/// Whether Docker, from 28 on, lets packets from other hosts in to the containers behind its bridge.
+pub(super) fn docker_lets_in(seen: &Seen) -> Check {
+    const NAME: &str = "Docker";
+    let Some(Ok(handed)) = &seen.subnet_env else {
+        return Check::unknown(NAME);
+    };
+    let is_ours = |name: &&String| {
+        let addresses = seen.link(name).into_iter().flat_map(|link| &link.addresses);
+        addresses.map(|it| it.network).any(|network| handed.gateways.contains(&network))
+    };
+    for filter in of_our_families(seen) {
+        let shut = filter.docker.shut.iter().find(is_ours);
+        let raw = filter.docker.raw.iter().find(is_ours);
+        let Some(bridge) = shut.or(raw) else { continue };
+        // What comes unwrapped is not to pass: where there is no device, by its source.
+        let status = seen.status();
+        let from = match status.and_then(|status| status.device.as_deref()) {
+            Some(device) => format!("-i {device}"),
+            None => seen.networks().first().map(|it| format!("-s {it}")).unwrap_or_default(),
+        };
+        let program = &filter.program;
+        let accept = format!("{program} -I DOCKER-USER {from} -o {bridge} -j ACCEPT");
+        let direct = "dockerd --allow-direct-routing   # in its unit, or daemon.json";
+        let cures = [shut.map(|_| accept.as_str()), raw.map(|_| direct)];
+        let what = format!("Docker drops what other hosts send to containers behind {bridge}");
+        return Check::fail(NAME, what, cures.into_iter().flatten().collect::<Vec<_>>().join("; "));
+    }
+    Check::ok(NAME, "none of its rules keeps other hosts from our containers")
 }
 
 fn of_our_families(seen: &Seen) -> impl Iterator<Item = &Filter> {
@@ -143,9 +179,11 @@ fn blocking(seen: &Seen) -> impl Iterator<Item = &Filter> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::seen::Daemon;
     use super::*;
     use crate::doctor::check::Verdict;
     use crate::handed::Handed;
+    use crate::status::Status;
 
     fn seen() -> Seen {
         let subnet_env = Some(Ok(Handed {
@@ -166,6 +204,16 @@ mod tests {
         assert!(rejecting.cure.unwrap().contains("--add-source=10.42.0.0/16"));
         let trusting = table("ip saddr 10.42.0.0/16 goto filter_FORWARD_trusted");
         assert_eq!(trusting.verdict, Verdict::Ok);
+        for (zone, verdict) in [("trusted", Verdict::Ok), ("public", Verdict::Fail)] {
+            let text = format!("iifname \"flannel0\" goto filter_FORWARD_{zone}");
+            let seen = Seen { firewalld: Some(text), daemon: Some(daemon()), ..seen() };
+            assert_eq!(firewalld(&seen).verdict, verdict);
+        }
+    }
+
+    fn daemon() -> Daemon {
+        let status = Status { device: Some("flannel0".into()), ..Status::default() };
+        Daemon { status, ..Daemon::default() }
     }
 
     #[test]

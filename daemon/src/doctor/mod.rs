@@ -28,7 +28,7 @@ use crate::socket::{self, Request};
 use crate::status::Status;
 
 /// In the order in which one thing stands on another.
-const CHECKS: [fn(&Seen) -> Check; 23] = [
+const CHECKS: [fn(&Seen) -> Check; 24] = [
     host::daemon,
     registry::registry,
     registry::clock,
@@ -41,6 +41,7 @@ const CHECKS: [fn(&Seen) -> Check; 23] = [
     firewall::forward,
     firewall::rules,
     firewall::firewalld,
+    firewall::docker_lets_in,
     routing::interface,
     routing::bridge,
     routing::stale_routes,

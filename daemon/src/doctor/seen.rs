@@ -88,6 +88,16 @@ pub(super) struct Filter {
     pub(super) drops: bool,
     /// weft's or flannel's chain is jumped to.
     pub(super) passes_ours: bool,
+    pub(super) docker: DockerRules,
+}
+
+/// Bridges of Docker's whose containers nobody outside reaches by their own addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct DockerRules {
+    /// By a rule of the chain DOCKER, and none of DOCKER-USER that accepts anything.
+    pub(super) shut: Vec<String>,
+    /// By a rule of the table raw, which no other can overrule.
+    pub(super) raw: Vec<String>,
 }
 
 /// A chain of nftables.
@@ -356,20 +366,33 @@ fn filters() -> Vec<Filter> {
         let name = if ipv6 { "ip6tables" } else { "iptables" };
         let tables = if ipv6 { "ip6_tables_names" } else { "ip_tables_names" };
         let tables = fs::read_to_string(Path::new("/proc/self/net").join(tables));
-        let is_there = tables.is_ok_and(|tables| tables.lines().any(|table| table == "filter"));
+        let tables = tables.unwrap_or_default();
+        let is_there = |name: &str| tables.lines().any(|table| table == name);
         let save = |kind: &str| {
             let program = format!("{name}{kind}");
-            let saved = output(&format!("{program}-save"), &["-t", "filter"])?;
-            Some(filter(program, ipv6, &saved))
+            let saved = |table| output(&format!("{program}-save"), &["-t", table]);
+            let may_look = kind == "-nft" || is_there("raw");
+            let raw = may_look.then(|| saved("raw")).flatten().unwrap_or_default();
+            let saved = saved("filter")?;
+            Some(filter(program, ipv6, &saved, &raw))
         };
         // Before there were two kinds, the one had no name.
         filters.extend(save("-nft").or_else(|| save("")));
-        filters.extend(is_there.then(|| save("-legacy")).flatten());
+        filters.extend(is_there("filter").then(|| save("-legacy")).flatten());
     }
     filters
 }
 
-fn filter(program: String, ipv6: bool, saved: &str) -> Filter {
+fn filter(program: String, ipv6: bool, saved: &str, raw: &str) -> Filter {
+    // `-A DOCKER ! -i docker0 -o docker0 -j DROP`, `-A PREROUTING -d 10.42.7.2/32 ! -i docker0 -j DROP`
+    let kept_in = |saved: &str, chain: &str| -> Vec<String> {
+        let lines =
+            saved.lines().filter(|line| line.starts_with(chain) && line.ends_with(" -j DROP"));
+        let bridges = lines.filter_map(|line| line.split_once("! -i ")?.1.split(' ').next());
+        bridges.map(str::to_owned).collect()
+    };
+    let accepts = |line: &str| line.starts_with("-A DOCKER-USER ") && line.ends_with(" -j ACCEPT");
+    let is_open = saved.lines().any(accepts);
     Filter {
         program,
         ipv6,
@@ -377,6 +400,10 @@ fn filter(program: String, ipv6: bool, saved: &str) -> Filter {
         passes_ours: saved
             .lines()
             .any(|line| line.starts_with("-A FORWARD ") && line.ends_with("-j FLANNEL-FWD")),
+        docker: DockerRules {
+            shut: if is_open { Vec::new() } else { kept_in(saved, "-A DOCKER ") },
+            raw: kept_in(raw, "-A PREROUTING -d "),
+        },
     }
 }
 
@@ -443,9 +470,18 @@ mod tests {
     fn a_chain_that_drops_is_told_from_one_that_lets_ours_pass() {
         let saved = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [1:60]\n:FLANNEL-FWD - [0:0]\n\
                      -A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\nCOMMIT\n";
-        let found = filter("iptables-nft".into(), false, saved);
+        let filter = |saved, raw| filter("iptables-nft".into(), false, saved, raw);
+        let found = filter(saved, "");
         assert!(found.drops && found.passes_ours);
-        let found = filter("iptables-nft".into(), false, ":FORWARD ACCEPT [0:0]\n-N FLANNEL-FWD\n");
+        let found = filter(":FORWARD ACCEPT [0:0]\n-N FLANNEL-FWD\n", "");
         assert!(!found.drops && !found.passes_ours);
+
+        let docker = "-A DOCKER -d 10.42.7.2/32 ! -i docker0 -o docker0 -p tcp -j ACCEPT\n\
+                      -A DOCKER ! -i docker0 -o docker0 -j DROP\n";
+        let raw = "-A PREROUTING -d 10.42.7.2/32 ! -i docker0 -j DROP\n";
+        let found = filter(docker, raw).docker;
+        assert_eq!((found.shut, found.raw), (vec!["docker0".into()], vec!["docker0".into()]));
+        let opened = format!("-A DOCKER-USER -i flannel0 -o docker0 -j ACCEPT\n{docker}");
+        assert_eq!(filter(&opened, "").docker, DockerRules::default());
     }
 }
