@@ -1,8 +1,8 @@
 //! A forwarder on tokio-uring, with the same offloads as the engine: what the choice of driving the
 //! ring itself is worth.
 //!
-//! It has what tokio-uring 0.5 offers: one read, one receive, one send and one write at a time on
-//! one ring, without multishot, provided buffers or registered files. Its receive hands out no
+//! It has what tokio-uring 0.5 offers: one thread, with one read, one receive, one send and one write at
+//! a time on one ring, without multishot, provided buffers or registered files. Its receive hands out no
 //! control messages, so where the kernel has joined datagrams (UDP_GRO) they are told apart by the
 //! lengths in their own IP headers.
 
@@ -12,14 +12,15 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use anyhow::Context;
-use nix::sys::socket::{setsockopt, sockopt::UdpGroSegment};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{RcvBufForce, SndBufForce, UdpGroSegment};
 use weft_engine::features::Features;
 use weft_engine::offload::coalesce::{Run, Segment};
 use weft_engine::offload::segment::{Cut, finish_checksum};
 use weft_engine::offload::{VirtioNetHdr, WHOLE};
 use weft_engine::packet::{IpView, decrement_ttl};
 use weft_engine::routes::Target;
-use weft_engine::{RouteTable, TunDevice};
+use weft_engine::{RouteTable, SOCKET_BUFFER_LEN, TunDevice};
 
 /// The largest super-packet, or datagrams joined by the kernel.
 const LEN_MAX: usize = 65_535;
@@ -44,6 +45,10 @@ pub fn forward(
     let queue = tun.into_queues().pop().context("no queue")?;
     let socket = std::net::UdpSocket::bind(listen)?;
     setsockopt(&socket, UdpGroSegment, &true)?;
+    // As large as the engine's, or bursts are lost here for another reason.
+    let len = SOCKET_BUFFER_LEN as usize;
+    setsockopt(&socket, RcvBufForce, &len)?;
+    setsockopt(&socket, SndBufForce, &len)?;
     tokio_uring::start(async move {
         let tun = Rc::new(tokio_uring::fs::File::from_std(File::from(queue)));
         let udp = Rc::new(tokio_uring::net::UdpSocket::from_std(socket));

@@ -63,7 +63,15 @@ impl Machine {
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
         Self {
             date: run(&["date", "--utc", "+%Y-%m-%d %H:%M"]),
-            commit: run(&["git", "describe", "--always", "--dirty", "--exclude=*"]),
+            commit: run(&[
+                "git",
+                "-C",
+                env!("CARGO_MANIFEST_DIR"),
+                "describe",
+                "--always",
+                "--dirty",
+                "--exclude=*",
+            ]),
             kernel: read("/proc/sys/kernel/osrelease"),
             processor: model.map_or("", |it| it.trim_start_matches([' ', '\t', ':'])).to_owned(),
             processors: std::thread::available_parallelism().map_or(0, usize::from),

@@ -166,7 +166,14 @@ impl Subject {
             Self::WeftOneRoute => running.weft_routes(1)?,
             Self::WeftManyRoutes => running.weft_routes(MANY_ROUTES)?,
             Self::Naive => running.forwarder("naive")?,
-            Self::TokioUring => running.forwarder("tokio-uring")?,
+            Self::TokioUring => {
+                let mtu = running.forwarder("tokio-uring")?;
+                // As weft's, or bursts are lost in it.
+                for side in [0, 1] {
+                    running.ip(side, "link set tokio-uring txqueuelen 2000", None)?;
+                }
+                mtu
+            }
             Self::Fastd => running.fastd()?,
             Self::Tinc => running.tinc()?,
         };
