@@ -62,10 +62,10 @@ pub trait Backend: Send + fmt::Debug {
     /// them by stays: the next start adopts it.
     fn stop(&mut self);
 
-    /// Does without an offload that loses packets on the way to a peer; says which that was and how to
-    /// have it again, or nothing if there is nothing to do without.
-    fn give_up(&mut self, offload: Offload) -> Option<GivenUp> {
-        let _ = offload;
+    /// Does without an offload that loses packets on the way to a peer, or to all: says which that was
+    /// and how to have it again, or nothing if there is nothing to do without.
+    fn give_up(&mut self, offload: Offload, towards: Towards) -> Option<GivenUp> {
+        let _ = (offload, towards);
         None
     }
 
@@ -87,11 +87,20 @@ pub enum Offload {
     Checksum,
 }
 
+/// To whom an offload loses packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Towards {
+    /// To this one, while others get theirs; by its public address.
+    One(IpAddr),
+    /// To all, as far as is known, and to this one.
+    All(IpAddr),
+}
+
 /// An offload that a backend does without.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GivenUp {
-    /// Its name.
-    pub what: &'static str,
+    /// Its name, and towards whom if not towards all.
+    pub what: String,
     /// How to have it again.
     pub cure: String,
 }

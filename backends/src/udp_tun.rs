@@ -5,7 +5,7 @@
 //! The device carries the whole overlay: its address is the base of our subnet, and one route for
 //! each Network leads into it. Which peer a packet goes to is the engine's business.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -24,8 +24,8 @@ use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
 use crate::{
     Backend, BackendError, BackendEvent, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
-    ExternalInterface, GivenUp, Offload, Opened, Options, PeerWay, Report, Started, Way, mtu_min,
-    vxlan,
+    ExternalInterface, GivenUp, Offload, Opened, Options, PeerWay, Report, Started, Towards, Way,
+    mtu_min, vxlan,
 };
 
 /// The name that flannel's device has; the kernel puts the next free number.
@@ -35,6 +35,9 @@ pub(crate) const DEFAULT_PORT: u16 = 8285;
 /// As many packets may wait in each queue of the device for the engine. flannel's 500 lose bursts; each may
 /// be of 64 KiB, which no socket's limit holds back any more.
 const QUEUE_LEN: u32 = 2_000;
+/// Peers that packets are cut for one by one, while others get them as the kernel cuts them. With more, it is
+/// not theirs.
+const APART_MAX: usize = 8;
 
 /// The udp-tun backend.
 #[derive(Debug)]
@@ -52,6 +55,8 @@ struct UdpTun {
     running: Option<Running>,
     /// Of each peer, for as long as it is one.
     traffic: HashMap<LeaseKey, Arc<Traffic>>,
+    /// Peers by their public addresses that get each packet in a send of its own.
+    apart: BTreeSet<IpAddr>,
 }
 
 #[derive(Debug)]
@@ -85,6 +90,7 @@ pub(crate) fn open(
         routes: PeerRoutes::default(),
         running: None,
         traffic: HashMap::new(),
+        apart: BTreeSet::new(),
     };
     Ok((Box::new(backend), receiver))
 }
@@ -158,7 +164,7 @@ impl Backend for UdpTun {
             let key = desired.lease.key;
             let traffic = known.get(&key).map(Arc::clone).unwrap_or_default();
             self.traffic.insert(key, Arc::clone(&traffic));
-            match peer(desired, underlay, self.port, traffic) {
+            match self.peer(desired, underlay, traffic) {
                 Some(peer) => peers.push(peer),
                 None => problems.push(format!(
                     "the node of {key} publishes no address of {underlay}'s family, so nothing can \
@@ -186,13 +192,26 @@ impl Backend for UdpTun {
         self.running = None;
     }
 
-    fn give_up(&mut self, offload: Offload) -> Option<GivenUp> {
+    fn give_up(&mut self, offload: Offload, towards: Towards) -> Option<GivenUp> {
         if offload != Offload::Segmentation {
             return None;
         }
-        let running = self.running.as_ref()?;
+        let name = Feature::UdpSegment.name();
+        let running = self.running.as_mut()?;
+        if let Towards::One(peer) = towards
+            && self.apart.len() < APART_MAX
+        {
+            if !self.apart.insert(peer) {
+                return None;
+            }
+            let desired = running.published.take()?;
+            // What fails is tried again, and told, with the next one.
+            self.reconcile(&desired, Basis::Memory);
+            let cure = "see what receives there, and start weftd here again when that is mended";
+            return Some(GivenUp { what: format!("{name} towards {peer}"), cure: cure.into() });
+        }
         running.engine.as_ref()?.give_up(Feature::UdpSegment).then(|| GivenUp {
-            what: Feature::UdpSegment.name(),
+            what: name.into(),
             cure: format!(
                 "see `ethtool -k {}`, and start weftd again when that is mended",
                 self.interface.name
@@ -337,6 +356,21 @@ impl UdpTun {
         Ok(changed)
     }
 
+    /// `None` where the peer has no address of our underlay's family.
+    fn peer(&self, desired: &DesiredPeer, underlay: IpAddr, traffic: Arc<Traffic>) -> Option<Peer> {
+        let mut publics = desired.lease.attrs.public_addresses();
+        let endpoint = publics.find(|ip| ip.is_ipv4() == underlay.is_ipv4())?;
+        Some(Peer {
+            endpoint: SocketAddr::new(endpoint, self.port),
+            outer: desired.addresses().collect(),
+            subnets: desired.lease.key.networks().collect(),
+            // flannel would lose the marks.
+            ecn: if desired.is_weft { EcnMode::Normal } else { EcnMode::Compatibility },
+            segments: !self.apart.contains(&endpoint),
+            traffic,
+        })
+    }
+
     fn link(&self, device: &str) -> Result<Link, BackendError> {
         let mut links = self.netlink.links()?.into_iter();
         links
@@ -371,18 +405,4 @@ fn way_to(peer: &Peer, direct: &HashSet<IpNetwork>) -> PeerWay {
         way,
         traffic: Some(Arc::clone(&peer.traffic)),
     }
-}
-
-/// `None` where the peer has no address of our underlay's family.
-fn peer(desired: &DesiredPeer, underlay: IpAddr, port: u16, traffic: Arc<Traffic>) -> Option<Peer> {
-    let mut publics = desired.lease.attrs.public_addresses();
-    let endpoint = publics.find(|ip| ip.is_ipv4() == underlay.is_ipv4())?;
-    Some(Peer {
-        endpoint: SocketAddr::new(endpoint, port),
-        outer: desired.addresses().collect(),
-        subnets: desired.lease.key.networks().collect(),
-        // flannel would lose the marks.
-        ecn: if desired.is_weft { EcnMode::Normal } else { EcnMode::Compatibility },
-        traffic,
-    })
 }

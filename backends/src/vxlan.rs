@@ -23,7 +23,7 @@ use crate::peer_routes::PeerRoutes;
 use crate::reconcile::{Changes, Territory};
 use crate::{
     Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, ExternalInterface, GivenUp,
-    Offload, Opened, PeerWay, Report, Started,
+    Offload, Opened, PeerWay, Report, Started, Towards,
 };
 use devices::{Device, devices};
 use ways::Ways;
@@ -138,7 +138,7 @@ impl Backend for Vxlan {
 
     fn stop(&mut self) {}
 
-    fn give_up(&mut self, offload: Offload) -> Option<GivenUp> {
+    fn give_up(&mut self, offload: Offload, _: Towards) -> Option<GivenUp> {
         if offload != Offload::Checksum {
             return None;
         }
@@ -147,7 +147,7 @@ impl Backend for Vxlan {
         let commands: Vec<String> =
             off.into_iter().map(|it| format!("`ethtool -K {it} {TX_CHECKSUM} on`")).collect();
         let cure = format!("{} when that is mended", commands.join(" and "));
-        (!commands.is_empty()).then_some(GivenUp { what: TX_CHECKSUM, cure })
+        (!commands.is_empty()).then(|| GivenUp { what: TX_CHECKSUM.into(), cure })
     }
 
     fn status(&self) -> BackendStatus {

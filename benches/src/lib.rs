@@ -53,6 +53,7 @@ pub fn route_table(peers: u32) -> RouteTable {
         outer: vec![outer_address(host)],
         subnets: vec![subnet(host)],
         ecn: EcnMode::Compatibility,
+        segments: true,
         traffic: Arc::default(),
     };
     RouteTable::new(&[subnet(0)], (1..=peers).map(peer).collect())

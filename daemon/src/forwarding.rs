@@ -19,7 +19,8 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 use weft_backends::netlink::Netlink;
 use weft_backends::{
-    BackendEvent, BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started, some,
+    BackendEvent, BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started, Towards,
+    some,
 };
 use weft_control::keeper::{self, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot};
@@ -472,8 +473,9 @@ impl Forwarding<'_> {
     async fn give_up_offload(&self, overlay: &mut Overlay, turn: &mut Turn) -> anyhow::Result<()> {
         let Some(prober) = &turn.prober else { return Ok(()) };
         let mut is_news = false;
-        for (offload, peer) in prober.findings().blamed() {
-            let given_up = overlay.call(move |backend| backend.give_up(offload)).await?;
+        for (offload, towards) in prober.findings().blamed() {
+            let (Towards::One(peer) | Towards::All(peer)) = towards;
+            let given_up = overlay.call(move |backend| backend.give_up(offload, towards)).await?;
             if let Some(GivenUp { what, cure }) = given_up {
                 let line = format!(
                     "{what} is given up: packets get lost by it on the way to {peer}; {cure}"

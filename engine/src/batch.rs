@@ -28,6 +28,8 @@ pub(crate) struct Outer {
     pub(crate) socket: usize,
     /// DSCP and ECN (RFC 2474, RFC 3168).
     pub(crate) traffic_class: u8,
+    /// Whether several packets may share a send.
+    pub(crate) segments: bool,
 }
 
 /// A send that is being filled.
@@ -52,7 +54,8 @@ impl Batch {
     pub(crate) fn takes(&self, outer: &Outer, len: usize) -> bool {
         let ended_by_a_shorter_one = self.len < self.count * self.segment_len;
         let has_room = self.count < SEGMENTS_MAX && self.len + len <= BYTES_MAX;
-        self.outer == *outer && len <= self.segment_len && !ended_by_a_shorter_one && has_room
+        let may_join = outer.segments && self.outer == *outer;
+        may_join && len <= self.segment_len && !ended_by_a_shorter_one && has_room
     }
 
     /// The place of the next datagram, which [`Self::takes`] has allowed.
@@ -79,7 +82,8 @@ mod tests {
     }
 
     fn peer(last: u8) -> Outer {
-        Outer { peer: ([192, 0, 2, last], 8285).into(), socket: 0, traffic_class: 0 }
+        let peer = ([192, 0, 2, last], 8285).into();
+        Outer { peer, socket: 0, traffic_class: 0, segments: true }
     }
 
     #[test]
@@ -95,6 +99,14 @@ mod tests {
         assert_eq!(batch.reserve(99), 100..199);
         assert!(!batch.takes(&peer(1), 99));
         assert!(!batch.takes(&peer(1), 1));
+    }
+
+    #[test]
+    fn a_peer_that_gets_each_alone() {
+        let alone = Outer { segments: false, ..peer(1) };
+        let mut batch = Batch::new(BufferId::new(0), alone, 100);
+        batch.reserve(100);
+        assert!(!batch.takes(&alone, 100));
     }
 
     #[test]

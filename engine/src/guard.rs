@@ -120,6 +120,7 @@ mod tests {
             outer: vec![public.parse().unwrap(), other.parse().unwrap()],
             subnets: vec![subnet.parse().unwrap()],
             ecn: EcnMode::Compatibility,
+            segments: true,
             traffic: Arc::default(),
         };
         RouteTable::new(

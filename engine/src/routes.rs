@@ -22,6 +22,10 @@ pub struct Peer {
     pub subnets: Vec<IpNetwork>,
     /// Which congestion marks its packets get on the underlay.
     pub ecn: EcnMode,
+    /// Whether the kernel may cut several packets to it out of one send ([`Feature::UdpSegment`]).
+    ///
+    /// [`Feature::UdpSegment`]: crate::features::Feature::UdpSegment
+    pub segments: bool,
     /// What goes to it and comes from it, also under the routes to come.
     pub traffic: Arc<Traffic>,
 }
@@ -290,6 +294,7 @@ mod tests {
             outer: vec![outer.into()],
             subnets: vec![subnet],
             ecn: EcnMode::Compatibility,
+            segments: true,
             traffic: Arc::default(),
         }
     }

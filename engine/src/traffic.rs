@@ -96,6 +96,7 @@ mod tests {
             outer: Vec::new(),
             subnets: vec![format!("10.42.{number}.0/24").parse().unwrap()],
             ecn: EcnMode::Normal,
+            segments: true,
             traffic: Arc::default(),
         });
         let routes = RouteTable::new(&[], peers.to_vec());

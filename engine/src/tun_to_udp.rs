@@ -122,7 +122,7 @@ impl TunToUdp {
         let Context { sockets, dscp, .. } = &self.context;
         let socket = if sockets.len() > 1 { view.flow_hash() as usize % sockets.len() } else { 0 };
         let traffic_class = ecn::outer(view.traffic_class(), peer.ecn, *dscp);
-        Outer { peer: peer.endpoint, socket, traffic_class }
+        Outer { peer: peer.endpoint, socket, traffic_class, segments: peer.segments }
     }
 
     /// Has `write` make a datagram of `len` bytes out of a received packet, in the open batch or
@@ -153,7 +153,9 @@ impl TunToUdp {
     fn send_batch(&mut self, io: &mut impl Io, routes: &RouteTable) {
         let Some(batch) = self.batch.take() else { return };
         let (buffer, transmit) = batch.finish();
-        if self.context.features.has(Feature::UdpSegment) || self.under_way > 0 {
+        // A peer that gets each packet alone gets them by this way only, so that their order stays.
+        let may_wait = self.context.features.has(Feature::UdpSegment) || self.under_way > 0;
+        if transmit.outer.segments && may_wait {
             self.under_way += 1;
             return io.send(buffer, transmit);
         }
@@ -308,19 +310,27 @@ impl TunToUdp {
         let (Ok(view), Some(peer)) = (IpView::check(packet), peer_of(routes, packet)) else {
             return stats.add(Counter::TunToUdpNoRoute, 1);
         };
-        if !view.dont_fragment() {
+        let is_ipv6 = matches!(view, IpView::V6(_));
+        if !view.dont_fragment() || is_ipv6 && packet.len() <= IPV6_MTU_MIN as usize {
             return self.send_fragmented(routes, packet, outer);
+        }
+        // Before the path is asked for, which costs five system calls: who takes no notice of errors would
+        // slow down all others.
+        if !self.context.may_tell(self.limits_of_too_big.of(view.source())) {
+            return stats.add(Counter::TunToUdpTooBig, 1);
         }
         let Ok(path) = udp.path_mtu(peer.endpoint) else {
             return stats.add(Counter::TunToUdpSendFailed, 1);
         };
         let fitting = path.saturating_sub(self.context.overhead);
-        let mtu = if matches!(view, IpView::V6(_)) { fitting.max(IPV6_MTU_MIN) } else { fitting };
-        if packet.len() > mtu as usize {
-            stats.add(Counter::TunToUdpTooBig, 1);
-            self.answer(IcmpError::TooBig { mtu }, packet);
-        } else {
-            self.send_fragmented(routes, packet, outer);
+        let mtu = if is_ipv6 { fitting.max(IPV6_MTU_MIN) } else { fitting };
+        if packet.len() <= mtu as usize {
+            return self.send_fragmented(routes, packet, outer);
+        }
+        stats.add(Counter::TunToUdpTooBig, 1);
+        let mut out = [0; ICMP_ERROR_LEN_MAX];
+        if let Some(answer) = self.context.icmp(IcmpError::TooBig { mtu }, packet, &mut out) {
+            self.tell(answer);
         }
     }
 
@@ -347,19 +357,20 @@ impl TunToUdp {
         }
     }
 
+    fn answer(&mut self, error: IcmpError, packet: &[u8]) {
+        let mut out = [0; ICMP_ERROR_LEN_MAX];
+        let Some(answer) = self.context.icmp(error, packet, &mut out) else { return };
+        if self.context.may_tell(&mut self.limit) {
+            self.tell(answer);
+        }
+    }
+
     /// Back to a container: through the TUN, on which the backend has allowed our own address as
     /// a source (accept_local).
-    fn answer(&mut self, error: IcmpError, packet: &[u8]) {
-        let Ok(view) = IpView::check(packet) else { return };
-        let mut out = [0; ICMP_ERROR_LEN_MAX];
-        let limit = match error {
-            IcmpError::TooBig { .. } => self.limits_of_too_big.of(view.source()),
-            IcmpError::Unreachable | IcmpError::TimeExceeded => &mut self.limit,
-        };
-        if let Some(answer) = self.context.icmp(limit, error, packet, &mut out) {
-            // A refused error is a lost packet like another; senders cope.
-            let pieces = [IoSlice::new(&WHOLE), IoSlice::new(answer)];
-            let _ = self.context.tun.write(&pieces);
+    fn tell(&self, answer: &[u8]) {
+        // A refused error is a lost packet like another; senders cope.
+        if self.context.tun.write(&[IoSlice::new(&WHOLE), IoSlice::new(answer)]).is_ok() {
+            self.context.stats.add(Counter::IcmpSent, 1);
         }
     }
 }
@@ -433,7 +444,12 @@ mod tests {
         let sent = |(number, socket)| Sent {
             buffer: BufferId::new(number),
             transmit: Transmit {
-                outer: Outer { peer: ([192, 0, 2, 1], 8285).into(), socket, traffic_class: 0 },
+                outer: Outer {
+                    peer: ([192, 0, 2, 1], 8285).into(),
+                    socket,
+                    traffic_class: 0,
+                    segments: true,
+                },
                 packets: 0..100,
                 segment_len: 100,
             },

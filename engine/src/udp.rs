@@ -125,7 +125,7 @@ impl UdpSocket {
 
     /// Sends one packet, outside of any batch.
     pub(crate) fn send(&self, packet: &[u8], peer: SocketAddr) -> io::Result<()> {
-        self.send_in(packet, &Outer { peer, socket: 0, traffic_class: 0 })
+        self.send_in(packet, &Outer { peer, socket: 0, traffic_class: 0, segments: false })
     }
 
     fn send_in(&self, packet: &[u8], outer: &Outer) -> io::Result<()> {

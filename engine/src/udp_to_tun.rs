@@ -136,9 +136,12 @@ impl UdpToTun {
         };
         let mut out = [0; ICMP_ERROR_LEN_MAX];
         let error = IcmpError::TimeExceeded;
-        if let Some(answer) = self.context.icmp(&mut self.limit, error, packet, &mut out) {
-            // A refused error is a lost packet like another; senders cope.
-            let _ = self.context.udp.send(answer, peer.endpoint);
+        let Some(answer) = self.context.icmp(error, packet, &mut out) else { return };
+        // A refused error is a lost packet like another; senders cope.
+        if self.context.may_tell(&mut self.limit)
+            && self.context.udp.send(answer, peer.endpoint).is_ok()
+        {
+            self.context.stats.add(Counter::IcmpSent, 1);
         }
     }
 }

@@ -67,20 +67,25 @@ impl Context {
         Files { source: self.source(), bell, sockets }
     }
 
-    /// The error about `packet`, unless none may be sent or too many were.
+    /// The error about `packet`, unless none may be sent.
     pub(crate) fn icmp<'a>(
         &self,
-        limit: &mut RateLimit,
         error: IcmpError,
         packet: &[u8],
         out: &'a mut [u8; ICMP_ERROR_LEN_MAX],
     ) -> Option<&'a [u8]> {
         let version = packet.first()? >> 4;
         let source = self.tunnel_addresses.iter().find(|ip| ip.is_ipv6() == (version == 6))?;
-        let answer = error.about(packet, *source, out)?;
+        error.about(packet, *source, out)
+    }
+
+    /// Whether one more error may be sent now; one that may not is counted.
+    pub(crate) fn may_tell(&self, limit: &mut RateLimit) -> bool {
         let allowed = limit.allow(Instant::now());
-        self.stats.add(if allowed { Counter::IcmpSent } else { Counter::IcmpLimited }, 1);
-        allowed.then_some(answer)
+        if !allowed {
+            self.stats.add(Counter::IcmpLimited, 1);
+        }
+        allowed
     }
 
     /// Gives a feature up because the kernel refused it, and says so once.

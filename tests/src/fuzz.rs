@@ -106,6 +106,7 @@ pub fn receive(bytes: &[u8]) {
         outer: Vec::new(),
         subnets: vec!["10.42.2.0/24".parse().expect("a subnet")],
         ecn: EcnMode::Normal,
+        segments: true,
         traffic: Arc::default(),
     };
     let ours = "10.42.1.0/24".parse().expect("a subnet");

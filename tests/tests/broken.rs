@@ -9,11 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use weft_daemon::lab::{Lab, PingOptions};
+use weft_daemon::lab::{Bytes, Lab, PingOptions};
+use weft_daemon::status::ProbeStatus;
 use weft_tests::doctor::{Check, finds, finds_within};
 use weft_tests::{
-    DEADLINE, bring_up, etcd, free_subnet, hosts, hosts_of, overlay, plain_wire, program, subnet,
-    until, until_within,
+    DEADLINE, bring_up, counter, etcd, free_subnet, hosts, hosts_of, overlay, plain_wire, program,
+    subnet, tells, until, until_within,
 };
 
 /// How long a break may go unnamed.
@@ -161,6 +162,39 @@ fn an_offload_that_loses_what_it_cuts() -> Result<()> {
         Ok(lab.ping(0, 1, &ping)?.complete())
     })?;
     until("without it the path is whole", || Ok(lab.status(0)?.peers[0].probe.fault.is_none()))
+}
+
+/// One host loses what the others get.
+#[test]
+fn a_host_that_loses_what_is_cut_slows_down_nobody_else() -> Result<()> {
+    let lab = overlay(3)?;
+    let wholly = |host: usize| -> Result<bool> {
+        let status = lab.status(host)?;
+        let is_whole = |probe: &ProbeStatus| probe.fault.is_none() && probe.path_mtu == status.mtu;
+        Ok(status.peers.iter().all(|peer| is_whole(&peer.probe)))
+    };
+    for host in 0..3 {
+        until("all get all", || wholly(host))?;
+    }
+    drop_on_the_wire(
+        &lab,
+        "ether type ip ip daddr 10.168.0.96 ip protocol udp meta length > 1600",
+    )?;
+    let towards = "udp-segment towards 10.168.0.96 is given up";
+    for host in 0..2 {
+        tells(&lab, host, towards)?;
+        until("without it the path is whole", || wholly(host))?;
+        ensure!(lab.status(host)?.offloads["udp-segment"] == "on");
+    }
+    let sends = |host: usize| counter(&lab, host, "tun_to_udp_sends");
+    let packets = |host: usize| counter(&lab, host, "tun_to_udp_packets");
+    for (to, share) in [(2, 1..2), (1, 5..100)] {
+        let before = (sends(0)?, packets(0)?);
+        lab.transfer(0, to, Bytes(4 << 20))?;
+        let (sends, packets) = (sends(0)? - before.0, packets(0)? - before.1);
+        ensure!(share.contains(&(packets / sends)), "{packets} packets in {sends} sends to {to}");
+    }
+    Ok(())
 }
 
 #[test]

@@ -158,6 +158,7 @@ fn routes(side: usize) -> RouteTable {
         outer: Vec::new(),
         subnets: vec![net(far)],
         ecn: EcnMode::Compatibility,
+        segments: true,
         traffic: Arc::default(),
     };
     RouteTable::new(&[net(side)], vec![peer])

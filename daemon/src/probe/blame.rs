@@ -1,9 +1,9 @@
 //! Which offloads may be what loses packets.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use weft_backends::Offload;
+use weft_backends::{Offload, Towards};
 
 use super::Target;
 use super::found::{Found, Path, Reach};
@@ -17,25 +17,31 @@ impl Found {
     }
 }
 
-/// The same of all peers, each with a peer on the way to which packets are lost. Where checksums go wrong
-/// here, no probe is answered: one that is tells that who does not answer hangs, or is firewalled. flannel's
-/// nodes answer echoes only, which fare better.
+/// The same of all peers, with whom packets get lost to. Where checksums go wrong here, no probe is answered:
+/// one that is tells that who does not answer hangs, or is firewalled. flannel's nodes answer echoes only,
+/// which fare better. Where one gets what was cut, it may be others that lose it.
 pub(super) fn blamed<'a>(
     findings: impl Iterator<Item = (&'a Target, &'a Found)>,
-) -> BTreeMap<Offload, IpAddr> {
-    let mut blamed = BTreeMap::new();
-    let mut is_any_reachable = false;
+) -> BTreeSet<(Offload, Towards)> {
+    let (mut cut, mut summed) = (BTreeSet::new(), BTreeSet::new());
+    let (mut is_any_reachable, mut is_any_whole) = (false, false);
     for (target, found) in findings {
         is_any_reachable |= target.port.is_some() && found.reach == Reach::Reachable;
+        is_any_whole |= found.path == Path::Full;
         for offload in found.blamed() {
-            let peer = blamed.entry(offload).or_insert(target.outer);
-            *peer = target.outer.min(*peer);
+            match offload {
+                Offload::Segmentation => cut.insert(target.outer),
+                Offload::Checksum => summed.insert(target.outer),
+            };
         }
     }
-    if is_any_reachable {
-        blamed.remove(&Offload::Checksum);
-    }
-    blamed
+    let all = |peers: &BTreeSet<IpAddr>| peers.first().map(|peer| Towards::All(*peer));
+    let summed = all(&summed).filter(|_| !is_any_reachable);
+    let summed = summed.map(|towards| (Offload::Checksum, towards));
+    let one_by_one = cut.iter().filter(|_| is_any_whole).map(|peer| Towards::One(*peer));
+    let together = all(&cut).filter(|_| !is_any_whole);
+    let cut = one_by_one.chain(together).map(|towards| (Offload::Segmentation, towards));
+    cut.chain(summed).collect()
 }
 
 #[cfg(test)]
@@ -61,11 +67,14 @@ mod tests {
             (target(4), found(Reach::Reachable, Path::Full)),
         ];
         let of = |last| IpAddr::from([192, 0, 2, last]);
-        let wanted = [(Offload::Segmentation, of(2)), (Offload::Checksum, of(2))];
+        let checksum = (Offload::Checksum, Towards::All(of(2)));
         let of_all =
             |findings: &[(Target, Found)]| blamed(findings.iter().map(|(at, it)| (at, it)));
-        assert_eq!(of_all(&findings[..4]), BTreeMap::from(wanted));
-        assert_eq!(of_all(&findings), BTreeMap::from([wanted[0]]), "one gets them right");
+        let everybodys = (Offload::Segmentation, Towards::All(of(2)));
+        assert_eq!(of_all(&findings[..2]), BTreeSet::from([everybodys, checksum]));
+        let theirs = (Offload::Segmentation, Towards::One(of(2)));
+        assert_eq!(of_all(&findings[..4]), BTreeSet::from([theirs, checksum]), "one is whole");
+        assert_eq!(of_all(&findings), BTreeSet::from([theirs]), "and one gets them right");
         assert!(of_all(&findings[2..]).is_empty());
     }
 }

@@ -12,7 +12,7 @@ mod known;
 pub(crate) mod packet;
 pub(crate) mod socket;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
@@ -23,7 +23,7 @@ use ipnetwork::IpNetwork;
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
-use weft_backends::{BackendKind, DesiredPeer, Offload};
+use weft_backends::{BackendKind, DesiredPeer, Offload, Towards};
 use weft_control::lease::NodeRecord;
 
 use self::course::{INTERVAL, Send};
@@ -323,8 +323,8 @@ impl Work {
 }
 
 impl Findings {
-    /// The offloads that may be what loses packets, each with a peer on the way to which it does.
-    pub(crate) fn blamed(&self) -> BTreeMap<Offload, IpAddr> {
+    /// The offloads that may be what loses packets, and to whom.
+    pub(crate) fn blamed(&self) -> BTreeSet<(Offload, Towards)> {
         blame::blamed(self.lock().peers.values().map(|it| (&it.target, it.course.found())))
     }
 

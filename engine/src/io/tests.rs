@@ -83,7 +83,11 @@ impl Fixture {
 
     fn to_peer(&self, packets: Range<usize>, segment_len: usize) -> Transmit {
         let peer = self.peer.local_addr().unwrap();
-        Transmit { outer: Outer { peer, socket: 0, traffic_class: 0 }, packets, segment_len }
+        Transmit {
+            outer: Outer { peer, socket: 0, traffic_class: 0, segments: true },
+            packets,
+            segment_len,
+        }
     }
 
     fn receive_at_peer(&self) -> Vec<u8> {
@@ -236,7 +240,8 @@ fn a_refused_send_brings_the_buffer_back_with_its_reason() {
         let buffer = it.io.take_buffer().unwrap();
         it.io.packet_mut(&buffer, &(0..6)).copy_from_slice(b"packet");
         // An IPv6 address on an IPv4 socket.
-        let outer = Outer { peer: "[::1]:9".parse().unwrap(), socket: 0, traffic_class: 0 };
+        let peer = "[::1]:9".parse().unwrap();
+        let outer = Outer { peer, socket: 0, traffic_class: 0, segments: false };
         let transmit = Transmit { outer, packets: 0..6, segment_len: 6 };
         it.io.send(buffer, transmit.clone());
         let sent = it.next_sent();
