@@ -68,6 +68,8 @@ struct Running {
     peers: Vec<PeerWay>,
     /// What the engine's routes were made of.
     published: Option<Desired>,
+    /// They are to be made again all the same.
+    is_stale: bool,
 }
 
 pub(crate) fn open(
@@ -131,6 +133,7 @@ impl Backend for UdpTun {
             device: device.clone(),
             peers: Vec::new(),
             published: None,
+            is_stale: false,
         });
         Ok(Started { device, other_devices: Vec::new(), mtu: mtu.into() })
     }
@@ -173,10 +176,12 @@ impl Backend for UdpTun {
             }
         }
         report.tell(problems);
+        self.apart.retain(|it| peers.iter().any(|peer| peer.endpoint.ip() == *it));
         if let Some(running) = &mut self.running {
             running.peers = peers.iter().map(|peer| way_to(peer, &direct)).collect();
-            if running.published.as_ref() != Some(desired) {
+            if running.is_stale || running.published.as_ref() != Some(desired) {
                 running.published = Some(desired.clone());
+                running.is_stale = false;
                 let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
                 let routes = RouteTable::new(&local, peers);
                 if let Err(error) = running.publish(routes, &self.events) {
@@ -190,6 +195,7 @@ impl Backend for UdpTun {
 
     fn stop(&mut self) {
         self.running = None;
+        self.apart.clear();
     }
 
     fn give_up(&mut self, offload: Offload, towards: Towards) -> Option<GivenUp> {
@@ -199,16 +205,21 @@ impl Backend for UdpTun {
         let name = Feature::UdpSegment.name();
         let running = self.running.as_mut()?;
         if let Towards::One(peer) = towards
-            && self.apart.len() < APART_MAX
+            && (self.apart.len() < APART_MAX || self.apart.contains(&peer))
         {
             if !self.apart.insert(peer) {
                 return None;
             }
-            let desired = running.published.take()?;
+            running.is_stale = true;
+            let desired = running.published.clone()?;
             // What fails is tried again, and told, with the next one.
             self.reconcile(&desired, Basis::Memory);
-            let cure = "see what receives there, and start weftd here again when that is mended";
-            return Some(GivenUp { what: format!("{name} towards {peer}"), cure: cure.into() });
+            let cure = format!(
+                "see what receives there, and `ethtool -k {}`; start weftd here again when that is \
+                 mended",
+                self.interface.name
+            );
+            return Some(GivenUp { what: format!("{name} towards {peer}"), cure });
         }
         running.engine.as_ref()?.give_up(Feature::UdpSegment).then(|| GivenUp {
             what: name.into(),

@@ -203,9 +203,7 @@ impl Measuring<'_> {
         self.put(format!("udp{len}_cpu_s_per_mp"), machine / megapackets);
         self.put(format!("udp{len}_daemon_s_per_mp"), daemon / megapackets);
         if !self.plan.quick {
-            // In a flood the sender may have taken the processors that packets are carried by.
-            let most = flood.offered().max(1.1 * flood.rate());
-            let rate = highest_rate(self.net, len, most, self.plan.time, self.cancel)?;
+            let rate = highest_rate(self.net, len, flood.rate(), self.plan.time, self.cancel)?;
             self.put(format!("udp{len}_lossless_kpps"), rate / 1000.0);
         }
         Ok(())
@@ -260,23 +258,29 @@ impl Measuring<'_> {
     }
 }
 
-/// The highest rate at which hardly anything is lost, by bisection below `most`.
+/// The highest rate at which hardly anything is lost, by bisection. It may be above what comes through a
+/// flood: there the sender takes the processors that packets are carried by.
 fn highest_rate(
     net: &Topology,
     len: usize,
-    most: f64,
+    flood: f64,
     time: Duration,
     cancel: &Cancel,
 ) -> anyhow::Result<f64> {
-    let (mut good, mut bad) = (0.0, most);
-    for _ in 0..SEARCH_STEPS {
+    let is_good = |rate: f64| -> anyhow::Result<bool> {
         cancel.check()?;
-        let rate = f64::midpoint(good, bad);
         let what = Datagrams { len, rate: Some(rate), scattered: false };
         let sent = load::datagrams(net, what, time / 2, &mut Unmetered)?;
         // A sender that does not reach the rate proves nothing about it.
-        let reached = sent.offered() > 0.95 * rate;
-        if reached && sent.loss() < LOSS_MAX { good = rate } else { bad = rate }
+        Ok(sent.offered() > 0.95 * rate && sent.loss() < LOSS_MAX)
+    };
+    let (mut good, mut bad) = (0.0, 1.1 * flood);
+    while is_good(bad)? {
+        (good, bad) = (bad, 2.0 * bad);
+    }
+    for _ in 0..SEARCH_STEPS {
+        let rate = f64::midpoint(good, bad);
+        if is_good(rate)? { good = rate } else { bad = rate }
     }
     Ok(good)
 }

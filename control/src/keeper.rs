@@ -114,10 +114,15 @@ fn is_ours(lease: &Lease, identity: &Identity, previous: &Previous) -> bool {
 /// Whether a reservation is outside of the range that subnets are given out of: an operator made it, and
 /// may mend the config.
 fn is_set_aside(config: &NetworkConfig, lease: &Lease) -> bool {
-    let has = |ipv6: bool| config.family(ipv6).is_some();
-    let has_families =
-        (has(false), has(true)) == (lease.key.ipv4.is_some(), lease.key.ipv6.is_some());
-    lease.expires == Expiry::Never && has_families && !is_compatible(config, &lease.key)
+    lease.expires == Expiry::Never && !is_in_range(config, &lease.key)
+}
+
+/// Whether the config would give out the subnets of those families that it has.
+pub fn is_in_range(config: &NetworkConfig, key: &LeaseKey) -> bool {
+    key.networks().all(|subnet| {
+        let family = config.family(subnet.is_ipv6());
+        family.is_none_or(|family| is_allowed(&family, subnet))
+    })
 }
 
 /// Reservations for this node that it cannot take up.

@@ -100,25 +100,19 @@ pub(crate) async fn changed(
 /// Without a family all its peers are cut off, and an address is often gone for a moment only, as while
 /// a host's network is set up anew.
 fn lost_family(known: &ExternalInterface, next: &ExternalInterface) -> Option<&'static str> {
-    lacking(known.ipv4.is_some(), known.ipv6.is_some(), next)
-}
-
-/// What every node lacks on this interface that has lived by our state directory: at a host's start one
-/// family may be there before the other, and others know this node by the other.
-pub(crate) fn late_family(
-    formerly: &[LeaseAttrs],
-    next: &ExternalInterface,
-) -> Option<&'static str> {
-    let lacks =
-        |attrs: &LeaseAttrs| lacking(attrs.public_ip.is_some(), attrs.public_ipv6.is_some(), next);
-    let all: Option<Vec<_>> = formerly.iter().map(lacks).collect();
-    all?.first().copied()
-}
-
-fn lacking(ipv4: bool, ipv6: bool, next: &ExternalInterface) -> Option<&'static str> {
-    let ipv4 = ipv4 && next.ipv4.is_none();
-    let ipv6 = ipv6 && next.ipv6.is_none();
+    let ipv4 = known.ipv4.is_some() && next.ipv4.is_none();
+    let ipv6 = known.ipv6.is_some() && next.ipv6.is_none();
     ipv4.then_some("IPv4").or(ipv6.then_some("IPv6"))
+}
+
+/// Whether others have known this node by an IPv4 address, and the interface has none: at a host's start IPv6
+/// may be there before it, and by that this would be another node.
+pub(crate) fn lacks_ipv4(
+    formerly: &LeaseAttrs,
+    config: &NetworkConfig,
+    next: &ExternalInterface,
+) -> bool {
+    config.ipv4.is_some() && formerly.public_ip.is_some() && next.ipv4.is_none()
 }
 
 /// A backend that is ready to begin on an interface.

@@ -2,7 +2,7 @@
 //! change, puts them back when somebody else removes them, and takes over what flannel or another
 //! `--firewall` left.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::ValueEnum;
@@ -17,6 +17,9 @@ use weft_control::firewall::{FirewallError, Rules};
 
 use crate::repairs::Repairs;
 use crate::retry::Repeats;
+
+/// How often the tables are looked at that are not ours.
+const DOUBT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// By what program rules come into the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -47,6 +50,8 @@ pub(crate) struct FirewallState {
     pub(crate) repairs: u64,
     /// What is not as it should be.
     pub(crate) problem: Option<String>,
+    /// What may not be as it should.
+    pub(crate) note: Option<String>,
 }
 
 /// The firewall; it stays as it is when this is dropped.
@@ -73,6 +78,8 @@ impl Firewall {
             said: Repeats::default(),
             repairs: Repairs::new(),
             repaired: 0,
+            doubt: None,
+            doubted: None,
         };
         tokio::spawn(keeper.keep(receiver, resync));
         Self { wanted, state }
@@ -143,26 +150,32 @@ impl Writer {
 
     /// What keeps the overlay's packets from passing in spite of our rules.
     async fn obstacle(&self, ipv6: bool) -> Option<String> {
+        let Self::Nftables(_) = self else { return None };
+        let drops = Iptables::find().await.ok()?.forward_drops(ipv6).await.ok()?;
+        let program = if ipv6 { "ip6tables" } else { "iptables" };
+        drops.then(|| {
+            format!(
+                "the chain FORWARD of {program} drops by its policy, which rules of nftables cannot \
+                 overrule: use --firewall iptables, or `{program} -P FORWARD ACCEPT`"
+            )
+        })
+    }
+
+    /// What may keep them from it: rules there that nobody reads may let them pass.
+    async fn doubt(&self, ipv6: bool) -> Option<String> {
         let found;
         let iptables = match self {
             Self::Iptables(iptables) => iptables,
             Self::Nftables(_) => {
                 found = Iptables::find().await.ok()?;
-                if found.forward_drops(ipv6).await.ok()? {
-                    let program = if ipv6 { "ip6tables" } else { "iptables" };
-                    return Some(format!(
-                        "the chain FORWARD of {program} drops by its policy, which rules of nftables \
-                         cannot overrule: use --firewall iptables, or `{program} -P FORWARD ACCEPT`"
-                    ));
-                }
                 &found
             }
         };
         let other = iptables.other_that_drops(ipv6).await?;
         Some(format!(
-            "the chain FORWARD of {other} drops by its policy, which rules by {} cannot overrule: have \
-             who set it use the same kind as weft, or `{other} -P FORWARD ACCEPT`",
-            self.describe()
+            "the chain FORWARD of {other} drops by its policy, and weft's rules are not there: unless \
+             others there accept the overlay's packets, have who set it use the same kind as weft, or \
+             `{other} -P FORWARD ACCEPT`"
         ))
     }
 
@@ -204,6 +217,9 @@ struct Keeper {
     repairs: Repairs,
     /// How many there were in all.
     repaired: u64,
+    /// What was last found of the other kind of iptables, and when that was looked for.
+    doubt: Option<String>,
+    doubted: Option<Instant>,
 }
 
 impl Keeper {
@@ -240,8 +256,34 @@ impl Keeper {
             None => self.said = Repeats::default(),
         }
         let by = self.writer.as_ref().map(Writer::describe);
-        let repairs = self.repaired;
-        self.state.send_replace(FirewallState { tried: Some(wanted), by, repairs, problem });
+        let (repairs, note) = (self.repaired, self.doubt.clone());
+        let tried = Some(wanted.clone());
+        self.state.send_replace(FirewallState { tried, by, repairs, problem, note });
+        // Nobody waits for that.
+        self.look_elsewhere(&wanted.rules).await;
+        self.state.send_if_modified(|state| {
+            let is_news = state.note != self.doubt;
+            state.note.clone_from(&self.doubt);
+            is_news
+        });
+    }
+
+    /// At the other kind of iptables, from time to time.
+    async fn look_elsewhere(&mut self, rules: &Rules) {
+        let Some(writer) = &self.writer else { return };
+        if self.doubted.is_some_and(|at| at.elapsed() < DOUBT_INTERVAL) {
+            return;
+        }
+        let mut found = None;
+        for ipv6 in [false, true] {
+            if found.is_none() && !rules.family(ipv6).forward.is_empty() {
+                found = writer.doubt(ipv6).await;
+            }
+        }
+        if let Some(doubt) = found.as_ref().filter(|_| found != self.doubt) {
+            tracing::warn!("{doubt}");
+        }
+        (self.doubt, self.doubted) = (found, Some(Instant::now()));
     }
 
     /// Makes it so; says what is in the way nevertheless.

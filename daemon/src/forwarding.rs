@@ -430,9 +430,10 @@ impl Forwarding<'_> {
         if turn.lost.is_some() {
             // What keeps us from a lease has been told.
         } else if turn.is_announced {
-            let firewall = self.firewall.state().problem;
-            let problems = firewall.iter().chain(&turn.rival).chain(&turn.failures).cloned();
-            self.health.forwards(problems.collect(), turn.config_problem.iter().cloned().collect());
+            let firewall = self.firewall.state();
+            let problems = firewall.problem.iter().chain(&turn.rival).chain(&turn.failures);
+            let notes = turn.config_problem.iter().chain(&firewall.note);
+            self.health.forwards(problems.cloned().collect(), notes.cloned().collect());
         } else {
             let problem = turn.subnet_file.as_ref().and_then(|written| written.as_ref().err());
             self.health.waits(problem.map_or("subnet.env is not written yet", String::as_str));

@@ -50,17 +50,21 @@ impl Claim<'_> {
                     "out of subnets: every subnet between SubnetMin and SubnetMax is leased; \
                      remove leases of nodes that are gone, or widen the range in the network config",
                 ),
-                Ok(Attempt::Claimed(other)) if other.name == host_name() => said.error(&format!(
-                    "a node of this host's name (id {}) lives with our public address: if that was \
-                     this host, its --state-dir is gone; keep that over restarts, as by a volume; \
-                     waiting until its record ends, a minute after its weftd",
-                    other.id
-                )),
-                Ok(Attempt::Claimed(other)) => said.error(&format!(
-                    "the node {} (id {}) lives with our public address; two nodes cannot share \
-                     one: give either a --public-ip of its own; waiting until that node is gone",
-                    other.name, other.id
-                )),
+                Ok(Attempt::Claimed(other)) => {
+                    let is_namesake = other.name == host_name();
+                    let perhaps_us = if is_namesake {
+                        " (if that was this host, its --state-dir was lost: keep that over restarts, \
+                         as by a volume)"
+                    } else {
+                        ""
+                    };
+                    said.error(&format!(
+                        "the node {} (id {}) lives with our public address; two nodes cannot share \
+                         one: give either a --public-ip of its own{perhaps_us}; waiting until that \
+                         node is gone",
+                        other.name, other.id
+                    ));
+                }
                 Err(error) => said.warn(&format!("cannot get a lease yet: {error}")),
             }
             backoff.wait().await;
@@ -98,13 +102,6 @@ impl Claim<'_> {
         }
         let unreadable: Vec<LeaseKey> = snapshot.unreadable().map(|(key, _)| key).collect();
         let plan = keeper::plan(config, identity, previous, &snapshot.leases, &unreadable, rng);
-        for reserved in keeper::set_aside(config, identity, &snapshot.leases) {
-            tracing::warn!(
-                "the network config does not allow {}, which is reserved for this node; it stays \
-                 reserved, and we take another subnet",
-                reserved.key
-            );
-        }
         let lease = match plan {
             Plan::Reuse(seen) => {
                 tracing::info!(subnet = %seen.key, "taking up the lease that is ours");
@@ -131,6 +128,14 @@ impl Claim<'_> {
             Plan::OutOfSubnets => return Ok(Attempt::Full),
         };
         let Some(lease) = lease else { return Ok(Attempt::Again) };
+        for reserved in keeper::set_aside(config, identity, &snapshot.leases) {
+            tracing::warn!(
+                "the network config does not allow {}, which is reserved for this node; it stays \
+                 reserved, and we have {} instead",
+                reserved.key,
+                lease.key
+            );
+        }
         snapshot.leases.retain(|it| it.key != lease.key);
         snapshot.leases.push(lease.clone());
         snapshot.leases.sort_by_key(|it| it.key);

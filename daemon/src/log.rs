@@ -3,10 +3,11 @@
 
 use std::collections::VecDeque;
 use std::fmt::{self, Write};
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use jiff::Timestamp;
@@ -108,6 +109,11 @@ fn writer(format: LogFormat) -> Box<dyn Layer<Registry> + Send + Sync> {
     }
 }
 
+/// Where the journal listens, also after it was started anew.
+const SOCKET: &str = "/run/systemd/journal/socket";
+/// How long a journal that hangs holds up who writes a line.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// The journal by its own protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL). The message holds the fields,
 /// too: it is all that `journalctl` and `systemctl status` show. tracing-journald leaves them out there.
 struct Journal(UnixDatagram);
@@ -121,7 +127,9 @@ impl Journal {
             return None;
         }
         let socket = UnixDatagram::unbound().ok()?;
-        socket.connect("/run/systemd/journal/socket").ok()?;
+        socket.set_write_timeout(Some(PATIENCE)).ok()?;
+        // An empty entry is none, but it finds out whether somebody listens.
+        socket.send_to(&[], SOCKET).ok()?;
         Some(Self(socket))
     }
 }
@@ -136,16 +144,19 @@ impl<S: Subscriber> Layer<S> for Journal {
             Level::DEBUG | Level::TRACE => "7",
         };
         let text = Text::of(event);
+        let line = text.line();
         let mut entry = Vec::new();
-        put(&mut entry, "MESSAGE", &text.line());
+        put(&mut entry, "MESSAGE", &line);
         put(&mut entry, "PRIORITY", priority);
         put(&mut entry, "SYSLOG_IDENTIFIER", "weftd");
         put(&mut entry, "TARGET", event.metadata().target());
         for (name, value) in text.fields {
             put(&mut entry, &format!("WEFT_{}", name.to_uppercase()), &value);
         }
-        // Nobody is left to be told that it cannot be.
-        let _ = self.0.send(&entry);
+        if self.0.send_to(&entry, SOCKET).is_err() {
+            // Leads there, too (sd-daemon(3)).
+            let _ = writeln!(io::stderr(), "<{priority}>{line}");
+        }
     }
 }
 

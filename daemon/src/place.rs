@@ -14,16 +14,17 @@ use crate::node::{Node, NodeFiles};
 use crate::socket::Socket;
 use crate::state_file::{LastKnown, StateFile};
 
-/// Under what others knew the nodes of this registry that have lived by this state directory.
-pub(crate) fn formerly(settings: &Settings, registry: &str) -> Vec<LeaseAttrs> {
-    let found = files_of(&settings.state_dir, |name| name.starts_with("last-known-"));
-    let known = found.unwrap_or_default().into_iter().filter_map(|path| {
-        let (known, _): (LastKnown, _) = StateFile::new(path.clone()).load()?;
-        let public_ip = known.lease.attrs.public_addresses().next()?;
+/// Under what others last knew a node of this registry that has lived by this state directory.
+pub(crate) fn formerly(settings: &Settings, registry: &str) -> Option<LeaseAttrs> {
+    let found = files_of(&settings.state_dir, |name| name.starts_with("last-known-")).ok()?;
+    let known = found.into_iter().filter_map(|path| {
+        let (LastKnown { lease, .. }, since) = StateFile::new(path.clone()).load()?;
+        let public_ip = lease.attrs.public_addresses().next()?;
         // Another registry's has another name.
-        (files(settings, registry, public_ip).last_known == path).then_some(known.lease.attrs)
+        let is_ours = files(settings, registry, public_ip).last_known == path;
+        is_ours.then_some((since, lease.attrs))
     });
-    known.collect()
+    known.max_by_key(|(since, _)| *since).map(|(_, attrs)| attrs)
 }
 
 /// One node's place.

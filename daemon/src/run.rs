@@ -21,7 +21,7 @@ use weft_control::keeper;
 use weft_control::lease::{Expiry, Snapshot};
 use weft_control::registry::minimal_config;
 use weft_control::subnet_env::read_previous;
-use weft_control::{Backoff, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
+use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry};
 
 use crate::board::Board;
 use crate::external::{self, Prepared, Surroundings};
@@ -46,8 +46,8 @@ use crate::state_file::{LastKnown, StateFile};
 /// How often a missing config is looked for, as flannel does.
 pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a start waits for an address that this node used to have. Where it is gone for good, the node
-/// goes on without.
+/// How long a start waits for an IPv4 address where this node used to have one. Where it is gone for good, the
+/// node goes on without.
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often who waits for a lease looks whether it still asks for the right one.
@@ -90,18 +90,19 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
     let mut said = Repeats::told_to(health);
     let mut backoff = Backoff::default();
     let mut told = None;
-    let formerly = place::formerly(settings, &registry.identity());
-    let held: Vec<IpAddr> = formerly.iter().flat_map(LeaseAttrs::public_addresses).collect();
-    let begun = Instant::now();
+    let formerly = place::formerly(settings, &registry.identity()).unwrap_or_default();
+    let held: Vec<IpAddr> = formerly.public_addresses().collect();
+    let mut late_since = None;
     loop {
         let (text, config, kind) =
             wait_for_config(registry.as_ref(), settings, board, &mut said).await?;
         let around = Surroundings::look(settings.wish.can_reach).await?;
         let chosen = around.choose(settings, &config, &held)?;
-        let late = external::late_family(&formerly, &chosen.interface);
-        if let Some(family) = late.filter(|_| begun.elapsed() < ADDRESS_PATIENCE) {
+        if external::lacks_ipv4(&formerly, &config, &chosen.interface)
+            && late_since.get_or_insert_with(Instant::now).elapsed() < ADDRESS_PATIENCE
+        {
             said.warn(&format!(
-                "waiting: {} has no {family} address yet, by which other nodes know this one",
+                "waiting: {} has no IPv4 address yet, by which other nodes know this one",
                 chosen.interface.name
             ));
             tokio::time::sleep(CONFIG_INTERVAL).await;

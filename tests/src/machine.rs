@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use weft_daemon::netns::NetNs;
 
-use crate::{Killed, ended, install, output_of, until};
+use crate::{Killed, install, output_of, until};
 
 /// What systemd gives to services, and login(1) to root.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -23,7 +23,7 @@ const SETTINGS: [&str; 2] = ["/etc/alternatives", "/etc/ssl"];
 
 /// Joins the control groups that the first argument names, and becomes the rest.
 const IN_CGROUPS: &str =
-    "for group in $1; do echo $$ > \"$group/cgroup.procs\"; done; shift; exec \"$@\"";
+    "set -e; for group in $1; do echo $$ > \"$group/cgroup.procs\"; done; shift; exec \"$@\"";
 
 /// A host with weft installed. Dropped, it loses its power.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub struct Machine {
 /// What there is of it while it is on.
 #[derive(Debug)]
 struct Power {
-    nspawn: Killed,
+    _nspawn: Killed,
     /// systemd, as seen from outside; 0 until it is known.
     init: i32,
 }
@@ -112,7 +112,7 @@ impl Machine {
         let command = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let nspawn = Killed(command.spawn().context("install systemd-container")?);
         let pid = nspawn.0.id();
-        self.power = Some(Power { nspawn, init: 0 });
+        self.power = Some(Power { _nspawn: nspawn, init: 0 });
         let is_up = until("systemd is up", || {
             let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
             let init = children.split_whitespace().next().context("it has no process")?.parse()?;
@@ -154,38 +154,33 @@ impl Machine {
         Ok(value.trim_end().to_owned())
     }
 
-    /// The messages of a unit, systemd's about it among them.
-    pub fn journal(&self, unit: &str) -> Result<String> {
-        self.shell(&format!("journalctl --unit={unit} --output=cat --no-pager"))
+    /// What the journal has of a unit so far, systemd's messages about it among them, by further options of
+    /// journalctl.
+    pub fn journal(&self, unit: &str, options: &str) -> Result<String> {
+        self.shell(&format!("journalctl --sync; journalctl --unit={unit} --no-pager {options}"))
     }
 
     /// Waits until a unit is in this state, such as "active".
     pub fn is(&self, unit: &str, state: &str) -> Result<()> {
         until(&format!("{unit} is {state}"), || Ok(self.property(unit, "ActiveState")? == state))
-            .with_context(|| self.journal(unit).unwrap_or_default())
+            .with_context(|| self.journal(unit, "--output=cat").unwrap_or_default())
     }
 
     /// Waits until a service says of itself what contains `text`.
     pub fn says(&self, unit: &str, text: &str) -> Result<()> {
         let said = || Ok(self.property(unit, "StatusText")?.contains(text));
         until(&format!("{unit} says {text:?}"), said)
-            .with_context(|| self.journal(unit).unwrap_or_default())
+            .with_context(|| self.journal(unit, "--output=cat").unwrap_or_default())
     }
 
     /// Cuts its power, and removes what nspawn then leaves behind.
     pub fn cut_power(&mut self) -> Result<()> {
-        let Some(Power { mut nspawn, init }) = self.power.take() else { return Ok(()) };
-        // nspawn ends with it; it does not end with nspawn.
-        if let Some(init) = Pid::from_raw(init) {
-            kill_process(init, Signal::KILL)?;
-            ended(&mut nspawn.0)?;
-        }
-        drop(nspawn);
-        for group in cgroups(self.netns.name())? {
-            // Not before the last of its processes has ended.
-            until("its control groups are empty", || remove_tree(&group).map(|()| true))?;
-        }
+        // systemd goes on without nspawn.
+        drop(self.power.take());
         let name = self.netns.name();
+        for group in cgroups(name)? {
+            until("its processes are gone", || remove_tree(&group).map(|()| true))?;
+        }
         let propagated = PathBuf::from(format!("/run/systemd/nspawn/propagate/{name}"));
         gone(fs::remove_dir(&propagated)).with_context(|| propagated.display().to_string())
     }
@@ -217,8 +212,13 @@ fn cgroups(name: &str) -> Result<Vec<PathBuf>> {
     Ok(groups.collect())
 }
 
-/// Removes a control group and those in it.
+/// Ends the processes of a control group and of those in it, and removes it, unless one has yet to end.
 fn remove_tree(group: &Path) -> Result<()> {
+    let processes = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    for process in processes.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+        // Fails for one that has ended.
+        let _ = kill_process(process, Signal::KILL);
+    }
     match fs::read_dir(group) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         entries => {

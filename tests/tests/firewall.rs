@@ -15,8 +15,8 @@ use tempfile::TempDir;
 use weft_daemon::lab::{Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::{
-    DEADLINE, all_acquainted, bring_up, dual_stack, hosts, pings, restart, run_weftd, tells, until,
-    write_config,
+    DEADLINE, all_acquainted, bring_up, dual_stack, health, hosts, logs, pings, restart, run_weftd,
+    tells, until, write_config,
 };
 
 /// How rules come into the kernel.
@@ -261,6 +261,19 @@ fn switches_leave_out_what_they_say() -> Result<()> {
     lab.start_daemon(0, &["--firewall=iptables", "--iptables-forward-rules=false"])?;
     lab.wait_ready(0, DEADLINE)?;
     assert!(listed(&lab.host(0).netns, Mode::Nft, false)?.is_empty());
+    lab.remove()
+}
+
+/// Docker may use the other kind of iptables, which weft's rules are not in.
+#[test]
+fn another_iptables_that_drops_is_told() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.host(0).netns.tool("iptables-legacy", &["-P", "FORWARD", "DROP"])?;
+    lab.start_daemon(0, &["--firewall=iptables", "--healthz-port=8081"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    logs(&lab, 0, "the chain FORWARD of iptables-legacy drops by its policy")?;
+    // It may be that others' rules there let the packets pass.
+    assert_eq!(health(&lab.host(0).netns, "/readyz")?.0, 200);
     lab.remove()
 }
 

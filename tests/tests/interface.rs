@@ -179,7 +179,6 @@ fn further_addresses_interrupt_nothing() -> Result<()> {
     lab.remove()
 }
 
-/// Addresses and routes stay where a cable is pulled, or where the interface is named and set down.
 /// A host's own address may be DHCP's, and a further one, such as a virtual router's, set by hand.
 #[test]
 fn a_start_stays_at_the_address_that_the_node_is_known_by() -> Result<()> {
@@ -199,7 +198,7 @@ fn a_start_stays_at_the_address_that_the_node_is_known_by() -> Result<()> {
 
 /// As where router advertisements are faster than DHCP.
 #[test]
-fn a_start_waits_for_the_family_that_the_node_is_known_by() -> Result<()> {
+fn a_start_waits_for_the_address_that_the_node_is_known_by() -> Result<()> {
     let mut lab = weft_tests::overlay(2)?;
     let host = NetNs::open(lab.host(0).netns.name());
     let before = lab.status(0)?;
@@ -215,6 +214,7 @@ fn a_start_waits_for_the_family_that_the_node_is_known_by() -> Result<()> {
     lab.remove()
 }
 
+/// Addresses and routes stay where a cable is pulled, or where the interface is named and set down.
 #[test]
 fn a_link_that_carries_nothing_is_told() -> Result<()> {
     let mut lab = weft_tests::hosts(1)?;

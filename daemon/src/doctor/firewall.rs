@@ -151,20 +151,28 @@ pub(super) fn docker_lets_in(seen: &Seen) -> Check {
         let shut = filter.docker.shut.iter().find(is_ours);
         let raw = filter.docker.raw.iter().find(is_ours);
         let Some(bridge) = shut.or(raw) else { continue };
-        // What comes unwrapped is not to pass: where there is no device, by its source.
-        let status = seen.status();
-        let from = match status.and_then(|status| status.device.as_deref()) {
-            Some(device) => format!("-i {device}"),
-            None => seen.networks().first().map(|it| format!("-s {it}")).unwrap_or_default(),
-        };
-        let program = &filter.program;
+        let (program, from) = (&filter.program, of_the_overlay(seen, filter.ipv6));
         let accept = format!("{program} -I DOCKER-USER {from} -o {bridge} -j ACCEPT");
-        let direct = "dockerd --allow-direct-routing   # in its unit, or daemon.json";
+        let direct = "dockerd --allow-direct-routing   # from 28.2 on; in its unit, or daemon.json";
         let cures = [shut.map(|_| accept.as_str()), raw.map(|_| direct)];
         let what = format!("Docker drops what other hosts send to containers behind {bridge}");
         return Check::fail(NAME, what, cures.into_iter().flatten().collect::<Vec<_>>().join("; "));
     }
     Check::ok(NAME, "none of its rules keeps other hosts from our containers")
+}
+
+/// What tells the overlay's packets from others in a rule: with udp-tun the device, since what comes
+/// unwrapped is not to pass; else their source.
+fn of_the_overlay(seen: &Seen, ipv6: bool) -> String {
+    let status = seen.status().filter(|status| {
+        let is_direct = status.peers.iter().any(|peer| peer.way != "tunnel");
+        status.backend.as_deref() == Some("udp-tun") && !is_direct
+    });
+    if let Some(device) = status.and_then(|status| status.device.as_deref()) {
+        return format!("-i {device}");
+    }
+    let network = seen.networks().iter().find(|network| network.is_ipv6() == ipv6);
+    network.map(|network| format!("-s {network}")).unwrap_or_default()
 }
 
 fn of_our_families(seen: &Seen) -> impl Iterator<Item = &Filter> {

@@ -391,8 +391,16 @@ fn filter(program: String, ipv6: bool, saved: &str, raw: &str) -> Filter {
         let bridges = lines.filter_map(|line| line.split_once("! -i ")?.1.split(' ').next());
         bridges.map(str::to_owned).collect()
     };
-    let accepts = |line: &str| line.starts_with("-A DOCKER-USER ") && line.ends_with(" -j ACCEPT");
-    let is_open = saved.lines().any(accepts);
+    let accepts = |line: &str| line.ends_with(" -j ACCEPT") && !line.contains(" -p ");
+    // Of new connections, which answers to our own are not.
+    let lets_in = |line: &str| {
+        accepts(line) && line.starts_with("-A DOCKER-USER ") && !line.contains("state ")
+    };
+    let is_open = saved.lines().any(lets_in);
+    // As where Docker was told to trust an interface.
+    let trusts =
+        |line: &str| accepts(line) && line.starts_with("-A PREROUTING ") && line.contains(" -i ");
+    let is_trusted = raw.lines().any(|line| trusts(line) && !line.contains(" -i lo "));
     Filter {
         program,
         ipv6,
@@ -402,7 +410,7 @@ fn filter(program: String, ipv6: bool, saved: &str, raw: &str) -> Filter {
             .any(|line| line.starts_with("-A FORWARD ") && line.ends_with("-j FLANNEL-FWD")),
         docker: DockerRules {
             shut: if is_open { Vec::new() } else { kept_in(saved, "-A DOCKER ") },
-            raw: kept_in(raw, "-A PREROUTING -d "),
+            raw: if is_trusted { Vec::new() } else { kept_in(raw, "-A PREROUTING -d ") },
         },
     }
 }
@@ -483,5 +491,11 @@ mod tests {
         assert_eq!((found.shut, found.raw), (vec!["docker0".into()], vec!["docker0".into()]));
         let opened = format!("-A DOCKER-USER -i flannel0 -o docker0 -j ACCEPT\n{docker}");
         assert_eq!(filter(&opened, "").docker, DockerRules::default());
+        let answers =
+            "-A DOCKER-USER -i eth0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n";
+        let answered = format!("{answers}{docker}");
+        assert_eq!(filter(&answered, "").docker.shut, ["docker0"]);
+        let trusted = format!("-A PREROUTING -d 10.42.7.2/32 -i flannel0 -j ACCEPT\n{raw}");
+        assert_eq!(filter("", &trusted).docker, DockerRules::default());
     }
 }

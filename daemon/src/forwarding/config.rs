@@ -50,7 +50,7 @@ fn judge(settings: &Settings, config: &NetworkConfig, turn: &Turn) -> String {
             "the network config has become one that weftd would not start with ({reason}); going on \
              with what it was"
         ),
-        None if !keeper::is_compatible(config, &turn.lease.key) => format!(
+        None if !keeper::is_in_range(config, &turn.lease.key) => format!(
             "the network config has changed; restart weftd to go by it, which gives up our subnet \
              {}, since it is not in the range",
             turn.lease.key

@@ -19,15 +19,18 @@ impl Found {
 
 /// The same of all peers, with whom packets get lost to. Where checksums go wrong here, no probe is answered:
 /// one that is tells that who does not answer hangs, or is firewalled. flannel's nodes answer echoes only,
-/// which fare better. Where one gets what was cut, it may be others that lose it.
+/// which fare better. Where one gets what was cut, and nobody is there who could not say, it may be others
+/// that lose it.
 pub(super) fn blamed<'a>(
     findings: impl Iterator<Item = (&'a Target, &'a Found)>,
 ) -> BTreeSet<(Offload, Towards)> {
     let (mut cut, mut summed) = (BTreeSet::new(), BTreeSet::new());
-    let (mut is_any_reachable, mut is_any_whole) = (false, false);
+    let (mut is_any_reachable, mut is_any_whole, mut is_any_mute) = (false, false, false);
     for (target, found) in findings {
-        is_any_reachable |= target.port.is_some() && found.reach == Reach::Reachable;
-        is_any_whole |= found.path == Path::Full;
+        let is_reachable = target.port.is_some() && found.reach == Reach::Reachable;
+        is_any_reachable |= is_reachable;
+        is_any_whole |= is_reachable && found.path == Path::Full;
+        is_any_mute |= target.port.is_none();
         for offload in found.blamed() {
             match offload {
                 Offload::Segmentation => cut.insert(target.outer),
@@ -38,8 +41,9 @@ pub(super) fn blamed<'a>(
     let all = |peers: &BTreeSet<IpAddr>| peers.first().map(|peer| Towards::All(*peer));
     let summed = all(&summed).filter(|_| !is_any_reachable);
     let summed = summed.map(|towards| (Offload::Checksum, towards));
-    let one_by_one = cut.iter().filter(|_| is_any_whole).map(|peer| Towards::One(*peer));
-    let together = all(&cut).filter(|_| !is_any_whole);
+    let is_theirs = is_any_whole && !is_any_mute;
+    let one_by_one = cut.iter().filter(|_| is_theirs).map(|peer| Towards::One(*peer));
+    let together = all(&cut).filter(|_| !is_theirs);
     let cut = one_by_one.chain(together).map(|towards| (Offload::Segmentation, towards));
     cut.chain(summed).collect()
 }
@@ -72,9 +76,11 @@ mod tests {
             |findings: &[(Target, Found)]| blamed(findings.iter().map(|(at, it)| (at, it)));
         let everybodys = (Offload::Segmentation, Towards::All(of(2)));
         assert_eq!(of_all(&findings[..2]), BTreeSet::from([everybodys, checksum]));
+        assert_eq!(of_all(&findings[..3]), BTreeSet::from([everybodys, checksum]), "long ago");
+        assert_eq!(of_all(&findings), BTreeSet::from([everybodys]), "flannel's would lose it");
         let theirs = (Offload::Segmentation, Towards::One(of(2)));
-        assert_eq!(of_all(&findings[..4]), BTreeSet::from([theirs, checksum]), "one is whole");
-        assert_eq!(of_all(&findings), BTreeSet::from([theirs]), "and one gets them right");
+        let without_flannel = [findings[1], findings[4]];
+        assert_eq!(of_all(&without_flannel), BTreeSet::from([theirs]), "one gets them right");
         assert!(of_all(&findings[2..]).is_empty());
     }
 }
