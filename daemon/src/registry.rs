@@ -1,5 +1,7 @@
 //! The registry that the flags name.
 
+use std::path::Path;
+
 use weft_control::{
     Access, DirectoryRegistry, Etcd2Registry, Etcd3Registry, Registry, RegistryError,
 };
@@ -42,12 +44,14 @@ pub(crate) async fn open(
     }
 }
 
-/// Opens it for one command: where the API is left open, v2 only if there alone is a config.
+/// Opens it for one command: where the API is left open, v2 only if there alone is a config, and the daemons
+/// that keep their state in `state_dir` have not used v3.
 ///
 /// # Errors
 /// A directory is missing, or cannot be a registry.
 pub(crate) async fn open_now(
     settings: &RegistrySettings,
+    state_dir: &Path,
 ) -> Result<Box<dyn Registry>, RegistryError> {
     match settings {
         RegistrySettings::Directory(path) => Ok(Box::new(DirectoryRegistry::open(path)?)),
@@ -58,7 +62,7 @@ pub(crate) async fn open_now(
                 EtcdApi::V3 => false,
                 EtcdApi::Auto => {
                     let (by_v3, by_v2) = tokio::join!(v3.config(), v2.config());
-                    !has_config(&by_v3) && !is_refused(&by_v3) && has_config(&by_v2)
+                    !has_config(&by_v3) && has_config(&by_v2) && is_unused(&v3, &by_v3, state_dir)
                 }
             };
             Ok(if is_v2 { Box::new(v2) } else { Box::new(v3) })
@@ -78,9 +82,14 @@ fn is_refused(found: &Found) -> bool {
     matches!(found, Err(RegistryError::Refused { .. }))
 }
 
+/// Whether a config by v2 is no remnant: v3, which has none, neither refuses us nor was used here before.
+fn is_unused(v3: &Etcd3Registry, by_v3: &Found, state_dir: &Path) -> bool {
+    !is_refused(by_v3) && config_file(state_dir, v3).load().is_none()
+}
+
 /// The config as it was last read from a registry.
-pub(crate) fn config_file(settings: &Settings, registry: &dyn Registry) -> StateFile<String> {
-    StateFile::new(node::config_path(&settings.state_dir, &registry.identity()))
+pub(crate) fn config_file(state_dir: &Path, registry: &dyn Registry) -> StateFile<String> {
+    StateFile::new(node::config_path(state_dir, &registry.identity()))
 }
 
 /// The API by which there is a network config, v3 before v2. A config by v2 may be what a fleet left
@@ -109,7 +118,7 @@ async fn find_config(
                 }
                 return Box::new(v3);
             }
-            (false, true) if !is_refused(&by_v3) && config_file(settings, &v3).load().is_none() => {
+            (false, true) if is_unused(&v3, &by_v3, &settings.state_dir) => {
                 return Box::new(v2);
             }
             (false, _) => {}
@@ -127,10 +136,10 @@ async fn find_config(
             }
             Err(error) => {
                 let is_v2_left_behind = by_v2.is_err() || has_config(&by_v2);
-                if is_v2_left_behind && config_file(settings, &v3).load().is_some() {
+                if is_v2_left_behind && config_file(&settings.state_dir, &v3).load().is_some() {
                     return Box::new(v3);
                 }
-                if by_v2.is_err() && config_file(settings, &v2).load().is_some() {
+                if by_v2.is_err() && config_file(&settings.state_dir, &v2).load().is_some() {
                     return Box::new(v2);
                 }
                 error.to_string()

@@ -21,6 +21,7 @@ use weft_control::peers::is_unusable;
 use weft_control::registry::minimal_config;
 use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 
+use crate::directories::Directories;
 use crate::flags::{RegistryFlags, RegistrySettings};
 use crate::output::Output;
 use crate::registry::open_now;
@@ -92,14 +93,18 @@ struct DocumentLease {
 ///
 /// # Errors
 /// The registry cannot be reached, or refuses; or what is asked for makes no sense.
-pub fn run(arguments: &RegistryArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+pub fn run(
+    arguments: &RegistryArgs,
+    directories: &Directories,
+    out: &mut dyn Write,
+) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let settings = arguments.flags.settings()?;
         if let (RegistrySettings::Directory(path), true) = (&settings, arguments.command.begins()) {
             DirectoryRegistry::make(path)?;
         }
-        let registry = open_now(&settings).await?;
+        let registry = open_now(&settings, &directories.state_dir).await?;
         let command = Operator { registry: registry.as_ref(), output: arguments.output, out };
         command.run(&arguments.command).await
     });

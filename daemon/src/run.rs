@@ -269,7 +269,7 @@ impl Daemon<'_> {
         self.tell_place(&place, why);
         let memory = Memory {
             last_known: StateFile::new(place.node.files.last_known.clone()),
-            config: config_file(self.settings, self.registry),
+            config: config_file(&self.settings.state_dir, self.registry),
         };
         tracing::info!(node = place.node.id, public_ip = %place.public_ip,
             registry = self.registry.describe(), "this node");
@@ -480,7 +480,7 @@ async fn wait_for_config(
     said: &mut Repeats,
 ) -> anyhow::Result<(String, NetworkConfig, BackendKind)> {
     let wanted = settings.network.map(minimal_config).transpose()?;
-    let file = config_file(settings, registry);
+    let file = config_file(&settings.state_dir, registry);
     loop {
         let text = read_config(registry, wanted.as_deref(), &file, board).await;
         let parsed = text.and_then(|text| {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use etcd_client::{Client, ConnectOptions};
@@ -12,7 +13,7 @@ use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
 use weft_tests::etcd::{
     PREFIX, client, get, hosts, inside, put as put_by_v3, wait_until_it_serves, weftd,
 };
-use weft_tests::{DEADLINE, Weftd, bring_up, doctor, log, logs, renews, until};
+use weft_tests::{DEADLINE, Weftd, bring_up, doctor, log, logs, output_of, program, renews, until};
 
 /// Where the lab's first member of etcd lives.
 const ADDRESS: &str = "10.168.0.1";
@@ -190,6 +191,11 @@ fn the_api_is_the_one_that_has_a_config() -> Result<()> {
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let weftd = Weftd::start(&host.netns, &host.log, &flags)?;
     weftd.logs("there is one by its v2 API, which --etcd-api v2 takes")?;
+    // Nor does the operator's command.
+    let mut weft = Command::new(program("weft")?);
+    weft.args(["registry", flags[0], flags[1], "show"]);
+    let shown = String::from_utf8(output_of(&host.netns, &mut weft)?.stdout)?;
+    assert!(!shown.is_empty() && !shown.contains("10.42.0.0/16"), "{shown}");
     put_by_v3(&lab, "config", CONFIG)?;
     weftd.logs("wrote subnet.env")?;
     assert!(!lab.status(1)?.registry.contains("v2 API"), "{}", lab.status(1)?.registry);

@@ -107,7 +107,7 @@ fn main() -> ExitCode {
         Command::Lab(LabArgs { command: Some(LabCommand::Down { id }), .. }) => down(id),
         Command::Lab(arguments) => run_lab(&arguments),
         Command::Registry(arguments) => {
-            registry_command::run(&arguments, out).map(|()| ExitCode::SUCCESS)
+            registry_command::run(&arguments, &directories, out).map(|()| ExitCode::SUCCESS)
         }
         Command::DockerOpts(arguments) => docker_opts::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Cni(arguments) => cni::run(&arguments, out).map(|()| ExitCode::SUCCESS),

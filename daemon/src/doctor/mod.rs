@@ -98,6 +98,7 @@ pub fn run(
     let fallback = Fallback {
         registry: arguments.registry.settings()?,
         subnet_file: arguments.subnet_file.clone(),
+        state_dir: directories.state_dir.clone(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut reports = Vec::new();

@@ -128,6 +128,7 @@ pub(super) struct RegistrySeen {
 pub(super) struct Fallback {
     pub(super) registry: RegistrySettings,
     pub(super) subnet_file: PathBuf,
+    pub(super) state_dir: PathBuf,
 }
 
 impl Seen {
@@ -142,15 +143,15 @@ impl Seen {
             Err(reason) => seen.no_daemon = reason,
         }
         let places = match &seen.daemon {
-            None => Some((&fallback.registry, &fallback.subnet_file)),
+            None => Some((&fallback.registry, &fallback.subnet_file, &fallback.state_dir)),
             // Where it keeps them elsewhere, ours would tell of another overlay.
             Some(Daemon { settings, .. }) => {
-                settings.as_ref().map(|settings| (&settings.registry, &settings.subnet_file))
+                settings.as_ref().map(|it| (&it.registry, &it.subnet_file, &it.state_dir))
             }
         };
-        if let Some((registry, subnet_file)) = places {
+        if let Some((registry, subnet_file, state_dir)) = places {
             seen.subnet_env = Some(Handed::read(subnet_file).map_err(|error| format!("{error:#}")));
-            seen.registry = Some(RegistrySeen::look(registry).await);
+            seen.registry = Some(RegistrySeen::look(registry, state_dir).await);
         }
         let settings = seen.daemon.as_ref().and_then(|daemon| daemon.settings.as_ref());
         seen.last_config = settings.and_then(|settings| last_config(&settings.state_dir));
@@ -305,14 +306,14 @@ fn settings(process: &Path) -> anyhow::Result<Settings> {
 }
 
 impl RegistrySeen {
-    async fn look(settings: &RegistrySettings) -> Self {
+    async fn look(settings: &RegistrySettings, state_dir: &Path) -> Self {
         let (name, servers) = match settings {
             RegistrySettings::Directory(path) => (format!("dir:{}", path.display()), Vec::new()),
             RegistrySettings::Etcd { access, .. } => {
                 (access.endpoints.join(","), servers(access).await)
             }
         };
-        let content = match open_now(settings).await {
+        let content = match open_now(settings, state_dir).await {
             Ok(registry) => {
                 // To find out which API has the config may have taken as long again.
                 let begun = Instant::now();
