@@ -180,11 +180,11 @@ impl Bundle {
             let metrics = socket::ask_now::<String>(socket, &Request::Metrics);
             let metrics = metrics.unwrap_or_else(|error| format!("{error:#}\n"));
             self.add(&format!("{name}/metrics"), metrics.as_bytes())?;
-            let words = fs::read(format!("/proc/{}/cmdline", status.pid)).unwrap_or_default();
+            let Some(process) = process_of(status) else { continue };
+            let words = fs::read(process.join("cmdline")).unwrap_or_default();
             self.add(&format!("{name}/process-cmdline"), &without_values(&words))?;
             for part in ["limits", "status", "cgroup"] {
-                let path = format!("/proc/{}/{part}", status.pid);
-                self.file(&format!("{name}/process-{part}"), Path::new(&path))?;
+                self.file(&format!("{name}/process-{part}"), &process.join(part))?;
             }
         }
         Ok(())
@@ -288,11 +288,20 @@ fn without_values(cmdline: &[u8]) -> Vec<u8> {
     shown.join(&0)
 }
 
+/// The process of a daemon, in /proc. In a container with pids of its own, what has its number here is
+/// another process, which is nobody's business.
+fn process_of(status: &Status) -> Option<PathBuf> {
+    let process = PathBuf::from(format!("/proc/{}", status.pid));
+    let name = fs::read_to_string(process.join("comm")).ok()?;
+    ["weftd", "flanneld"].contains(&name.trim_end()).then_some(process)
+}
+
 /// The passwords that these daemons were given: by a flag, a variable or a file.
 fn secrets(daemons: &[Asked]) -> BTreeSet<Vec<u8>> {
     let mut found = BTreeSet::new();
-    for pid in daemons.iter().filter_map(|(_, status)| Some(status.as_ref().ok()?.pid)) {
-        let read = |part: &str| fs::read(format!("/proc/{pid}/{part}")).unwrap_or_default();
+    let statuses = daemons.iter().filter_map(|(_, status)| status.as_ref().ok());
+    for process in statuses.filter_map(process_of) {
+        let read = |part: &str| fs::read(process.join(part)).unwrap_or_default();
         let words = [read("cmdline"), read("environ")].concat();
         let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
         found.extend(values(&words, SECRET_FLAG));

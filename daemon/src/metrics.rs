@@ -285,7 +285,7 @@ fn of_engine(status: &Status, engine: Option<&EngineMeter>) -> Vec<Family> {
         Some(counted(&[("outcome", outcome)], *count))
     });
     let offloads = status.offloads.iter().map(|(name, state)| Sample {
-        labels: vec![("offload", name.clone())],
+        labels: vec![("offload", name.clone()), ("state", state.clone())],
         value: Value::Gauge(yes_or_no(state == "on")),
     });
     let io =
@@ -300,9 +300,9 @@ fn of_engine(status: &Status, engine: Option<&EngineMeter>) -> Vec<Family> {
         },
         Family {
             name: "offload_in_use",
-            labels: &["offload"],
-            help: "Whether the kernel does this for many packets at once; `weft status` tells why \
-                   not",
+            labels: &["offload", "state"],
+            help: "Whether the kernel does this for many packets at once, and why not: off by a flag, \
+                   missing in it, refused by it, or lossy",
             kind: MetricType::Gauge,
             samples: offloads.collect(),
         },

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::mem;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -176,6 +176,9 @@ impl Operator<'_> {
     async fn reserve(&mut self, key: LeaseKey, public_ip: IpAddr) -> anyhow::Result<()> {
         ensure!(!is_unusable(public_ip), "packets cannot be sent to {public_ip}");
         let snapshot = self.registry.snapshot().await?;
+        if let Some(ipv4) = known_by_ipv4(&snapshot, public_ip) {
+            bail!("the node at {public_ip} is known by its IPv4 address: reserve it for {ipv4}");
+        }
         let attrs = match public_ip {
             IpAddr::V4(ip) => LeaseAttrs { public_ip: Some(ip), ..LeaseAttrs::default() },
             IpAddr::V6(ip) => LeaseAttrs { public_ipv6: Some(ip), ..LeaseAttrs::default() },
@@ -260,6 +263,8 @@ impl Operator<'_> {
 
     async fn export(&mut self) -> anyhow::Result<()> {
         let snapshot = self.registry.snapshot().await?;
+        let unreadable = snapshot.unreadable().map(|(key, it)| format!("{key} ({})", it.reason));
+        let unreadable: Vec<String> = unreadable.collect();
         let mut document = Document { config: snapshot.config, leases: Vec::new() };
         for lease in &snapshot.leases {
             let left = self.registry.time_left(lease).await?;
@@ -273,7 +278,14 @@ impl Operator<'_> {
                 ttl: left.map(|left| left.as_secs()),
             });
         }
-        Ok(writeln!(self.out, "{}", serde_json::to_string_pretty(&document)?)?)
+        writeln!(self.out, "{}", serde_json::to_string_pretty(&document)?)?;
+        ensure!(
+            unreadable.is_empty(),
+            "these leases cannot be read and are not in what was written, though their subnets are \
+             somebody's: {}",
+            unreadable.join("; ")
+        );
+        Ok(())
     }
 
     /// The config first, and only if it is the same or there is none: leases mean nothing under
@@ -288,20 +300,43 @@ impl Operator<'_> {
             }
             (Some(ours), None) => {
                 ours.parse::<NetworkConfig>().context("the config to import is a bad one")?;
-                self.registry.init_config(ours).await?;
+                ensure!(
+                    self.registry.init_config(ours).await?,
+                    "somebody else has written a network config this instant; look again"
+                );
             }
             _ => {}
         }
-        let (mut written, mut kept) = (0, 0);
+        let (mut written, mut kept, mut refused) = (0, 0, Vec::new());
         for DocumentLease { subnet, value, ttl } in &document.leases {
+            // Some registries compare whole keys only.
+            let is_in_the_way = |it: &&Lease| it.key.overlaps(subnet) && !it.attrs.same_node(value);
+            if let Some(other) = snapshot.leases.iter().find(is_in_the_way) {
+                refused.push(format!("{subnet} ({} is leased to {})", other.key, owner(other)));
+                continue;
+            }
             let ttl = ttl.map(Duration::from_secs);
             match self.registry.create(subnet, value, ttl).await? {
                 Some(_) => written += 1,
                 None => kept += 1,
             }
         }
-        Ok(writeln!(self.out, "{written} leases written, {kept} were there already")?)
+        writeln!(self.out, "{written} leases written, {kept} were there already")?;
+        ensure!(
+            refused.is_empty(),
+            "not written, since other nodes have them: {}",
+            refused.join("; ")
+        );
+        Ok(())
     }
+}
+
+/// The IPv4 address of the node with this IPv6 address: by that it is known where it has one.
+fn known_by_ipv4(snapshot: &Snapshot, ip: IpAddr) -> Option<Ipv4Addr> {
+    let leases = snapshot.leases.iter().map(|it| (it.attrs.public_ipv6, it.attrs.public_ip));
+    let nodes = snapshot.nodes.iter().map(|it| (it.public_ipv6, it.public_ip));
+    let mut known = leases.chain(nodes);
+    known.find_map(|(ipv6, ipv4)| ipv4.filter(|_| ipv6.map(IpAddr::V6) == Some(ip)))
 }
 
 fn read(file: Option<&Path>) -> anyhow::Result<String> {

@@ -157,7 +157,9 @@ struct View<'a> {
 impl<'a> View<'a> {
     fn of(before: &'a Look, now: &'a Look, daemon: usize) -> Self {
         let current = now.daemons.get(daemon).or(now.daemons.first());
-        let former = |status: &Status| before.daemons.iter().find(|it| it.pid == status.pid);
+        // In containers several may have one pid.
+        let key = |it: &Status| (it.pid, it.node_id.clone());
+        let former = |now: &Status| before.daemons.iter().find(|it| key(it) == key(now));
         Self {
             seconds: now.at.duration_since(before.at).as_secs_f64().max(1e-3),
             before: current.and_then(former),
@@ -169,9 +171,11 @@ impl<'a> View<'a> {
         self.now.and_then(|now| now.counters.get(name)).copied().unwrap_or_default()
     }
 
-    /// What a counter grew by. A backend that starts anew begins at zero.
+    /// What a counter grew by; nothing is known of that where the daemon was not seen before. A backend that
+    /// starts anew begins at zero.
     fn growth(&self, name: &str) -> u64 {
-        let before = self.before.and_then(|before| before.counters.get(name)).copied();
+        let Some(before) = self.before else { return 0 };
+        let before = before.counters.get(name).copied();
         self.total(name).saturating_sub(before.unwrap_or_default())
     }
 
@@ -211,6 +215,7 @@ impl<'a> View<'a> {
         let before: HashMap<&[IpNetwork], &PeerStatus> =
             self.before.into_iter().flat_map(peers).map(|it| (&it.subnets[..], it)).collect();
         let rates = |peer: &'a PeerStatus| {
+            self.before?;
             let former = before.get(&peer.subnets[..]).and_then(|it| it.traffic);
             Some(Rates::of(peer.traffic?, former.unwrap_or_default(), self.seconds))
         };
@@ -230,8 +235,9 @@ impl<'a> View<'a> {
     /// Of the whole process, for each packet that was handed on.
     fn cpu_each(&self) -> String {
         let packets = self.growth("tun_to_udp_packets") + self.growth("udp_to_tun_packets");
-        let used = |status: &Status| status.cpu_millis;
-        let millis = self.now.map_or(0, used).saturating_sub(self.before.map_or(0, used));
+        let used =
+            |(now, before): (&Status, &Status)| now.cpu_millis.saturating_sub(before.cpu_millis);
+        let millis = self.now.zip(self.before).map_or(0, used);
         let cores = float(millis) / 1000.0 / self.seconds;
         match packets {
             0 => format!("{cores:.2} cores"),
@@ -410,6 +416,19 @@ mod tests {
             traffic: Some(traffic),
             ..PeerStatus::example("192.0.2.1", &subnet, "tunnel")
         }
+    }
+
+    #[test]
+    fn what_was_not_seen_before_has_no_rate() {
+        let begin = Instant::now();
+        let before = Look { at: begin, daemons: Vec::new() };
+        let counters = [("tun_to_udp_packets", 1_000_000)];
+        let mut now = look(begin + Duration::from_secs(1), &counters, 86_400_000);
+        now.daemons[0].peers = vec![peer("c", 5_000, 0)];
+        let view = View::of(&before, &now, 0);
+        assert_eq!(view.rate("tun_to_udp_packets").to_bits(), 0f64.to_bits());
+        assert_eq!(view.cpu_each(), "0.00 cores");
+        assert!(view.peers(Order::Name)[0].1.is_none());
     }
 
     #[test]

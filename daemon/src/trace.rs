@@ -183,7 +183,10 @@ fn follow(
         }
         _ => {}
     }
-    let probe = peer.as_ref().and_then(|peer| Some((peer.public_ip, peer.probe.problem.as_ref()?)));
+    // Packets get there all the same where only its daemon has ended, or the probes are refused.
+    let gets_there = |fault: &String| ["no-daemon", "echo-only"].contains(&fault.as_str());
+    let unreached = peer.as_ref().filter(|it| !it.probe.fault.as_ref().is_some_and(gets_there));
+    let probe = unreached.and_then(|peer| Some((peer.public_ip, peer.probe.problem.as_ref()?)));
     problems.extend(probe.map(|(peer, problem)| format!("the peer {peer}: {problem}")));
     let rules = match (rules, from) {
         (Some(rules), Some(from)) if from.is_ipv6() == to.is_ipv6() => {

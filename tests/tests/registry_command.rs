@@ -131,7 +131,26 @@ fn leases_move_from_registry_to_registry() -> Result<()> {
         // What comes out goes into the next.
         fs::write(&document, target.run(&["export"])?)?;
     }
-    let [v3, ..] = Target::all(&lab, directory.path());
+    let [v3, _, in_directory] = Target::all(&lab, directory.path());
+    // A part of the second one's subnet, and a new one, beside one that nobody can read.
+    let others = r#"{"leases":[
+        {"subnet":"10.42.2.0-25","value":{"PublicIP":"192.0.2.3"}},
+        {"subnet":"10.42.4.0-24","value":{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::4"}},
+        {"subnet":"10.42.5.0-24","value":{"PublicIP":"192.0.2.5","PublicIPv6":"2001:db8::5"}}]}"#;
+    fs::write(&document, others)?;
+    for target in [&v3, &in_directory] {
+        let refused = target.refused(&["import", path])?;
+        assert!(
+            refused.contains("10.42.2.0-25 (10.42.2.0-24 is leased to 192.0.2.2)"),
+            "{refused}"
+        );
+        assert_eq!(target.show()?["leases"].as_array().map(Vec::len), Some(4));
+        let known = target.refused(&["reserve", "10.42.6.0/24", "2001:db8::5"])?;
+        assert!(known.contains("reserve it for 192.0.2.5"), "{known}");
+    }
+    fs::write(directory.path().join("registry/subnets/10.42.9.0-24"), "?")?;
+    let refused = in_directory.refused(&["export"])?;
+    assert!(refused.contains("not in what was written") && refused.contains("10.42.9.0-24"));
     fs::write(&document, r#"{"config":"{\"Network\":\"10.43.0.0/16\"}","leases":[]}"#)?;
     assert!(v3.refused(&["import", path])?.contains("there is another network config already"));
     lab.remove()

@@ -147,8 +147,9 @@ fn the_group_may_ask_and_nothing_ends_where_it_cannot() -> Result<()> {
     netns.remove()
 }
 
-/// Two hosts whose daemons run as our unit lets them: with etcd, a backend, and a firewall's program.
-fn is_let(backend: &str, firewall: &str) -> Result<()> {
+/// Two hosts whose daemons run as our unit lets them: with etcd, a backend, and a firewall's program. Their
+/// containers reach each other.
+fn by_our_unit(backend: &str, firewall: &str) -> Result<(Lab, Vec<Machine>)> {
     let mut lab = etcd::hosts(2, 1)?;
     let options = format!(
         "--etcd-endpoints={} --network=10.42.0.0/16 --backend={backend} --firewall={firewall}",
@@ -168,6 +169,11 @@ fn is_let(backend: &str, firewall: &str) -> Result<()> {
         until("its peer is reached", || Ok(machine.shell("weft status")?.contains("yes")))?;
     }
     pings(&lab)?;
+    Ok((lab, machines))
+}
+
+fn is_let(backend: &str, firewall: &str) -> Result<()> {
+    let (lab, machines) = by_our_unit(backend, firewall)?;
     for mut machine in machines {
         let diagnosis = machine.shell("weft doctor")?;
         assert!(!diagnosis.contains("WARN"), "{diagnosis}");
@@ -191,6 +197,30 @@ fn the_unit_lets_vxlan_work_with_iptables() -> Result<()> {
 #[test]
 fn the_unit_lets_host_gw_work() -> Result<()> {
     is_let("host-gw", "auto")
+}
+
+/// It takes addresses and routes out of its interfaces that are not its own, each time it sets them up.
+#[test]
+fn what_systemd_networkd_takes_away_is_put_back() -> Result<()> {
+    let (lab, machines) = by_our_unit("host-gw", "auto")?;
+    let network = format!(
+        "[Match]\nName=eth0\n[Network]\nAddress={}/24\nLinkLocalAddressing=no\n[Route]\nDestination=0.0.0.0/0\nScope=link\n",
+        lab.host(0).address
+    );
+    machines[0].write("/etc/systemd/network/eth0.network", &network)?;
+    // It does not take over the address that the lab has given.
+    lab.host(0).netns.ip(&["address", "flush", "dev", "eth0", "scope", "global"])?;
+    machines[0].shell("systemctl start systemd-networkd")?;
+    let state = || machines[0].shell("networkctl status eth0");
+    let is_set_up = || Ok(state()?.contains("(configured)"));
+    until("networkd has set up eth0", is_set_up).with_context(|| state().unwrap_or_default())?;
+    machines[0].shell("networkctl reconfigure eth0")?;
+    let told = "somebody changed links or routes of weft's; put them right";
+    until("weftd tells", || Ok(machines[0].journal("weftd", "--output=cat")?.contains(told)))?;
+    until("networkd has set up eth0 again", is_set_up)?;
+    until("containers reach each other", || pings(&lab).map(|()| true))?;
+    drop(machines);
+    lab.remove()
 }
 
 /// Docker's unit with our drop-in, by its ExecStart. Docker itself is played.
