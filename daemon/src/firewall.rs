@@ -78,7 +78,6 @@ impl Firewall {
             said: Repeats::default(),
             repairs: Repairs::new(),
             repaired: 0,
-            doubt: None,
             doubted: None,
         };
         tokio::spawn(keeper.keep(receiver, resync));
@@ -217,8 +216,7 @@ struct Keeper {
     repairs: Repairs,
     /// How many there were in all.
     repaired: u64,
-    /// What was last found of the other kind of iptables, and when that was looked for.
-    doubt: Option<String>,
+    /// When the other kind of iptables was last looked at.
     doubted: Option<Instant>,
 }
 
@@ -256,16 +254,11 @@ impl Keeper {
             None => self.said = Repeats::default(),
         }
         let by = self.writer.as_ref().map(Writer::describe);
-        let (repairs, note) = (self.repaired, self.doubt.clone());
+        let (repairs, note) = (self.repaired, self.state.borrow().note.clone());
         let tried = Some(wanted.clone());
         self.state.send_replace(FirewallState { tried, by, repairs, problem, note });
         // Nobody waits for that.
         self.look_elsewhere(&wanted.rules).await;
-        self.state.send_if_modified(|state| {
-            let is_news = state.note != self.doubt;
-            state.note.clone_from(&self.doubt);
-            is_news
-        });
     }
 
     /// At the other kind of iptables, from time to time.
@@ -280,10 +273,15 @@ impl Keeper {
                 found = writer.doubt(ipv6).await;
             }
         }
-        if let Some(doubt) = found.as_ref().filter(|_| found != self.doubt) {
-            tracing::warn!("{doubt}");
-        }
-        (self.doubt, self.doubted) = (found, Some(Instant::now()));
+        self.doubted = Some(Instant::now());
+        self.state.send_if_modified(|state| {
+            let is_news = state.note != found;
+            if let Some(doubt) = found.as_ref().filter(|_| is_news) {
+                tracing::warn!("{doubt}");
+            }
+            state.note = found;
+            is_news
+        });
     }
 
     /// Makes it so; says what is in the way nevertheless.

@@ -179,14 +179,20 @@ fn further_addresses_interrupt_nothing() -> Result<()> {
     lab.remove()
 }
 
-/// A host's own address may be DHCP's, and a further one, such as a virtual router's, set by hand.
-#[test]
-fn a_start_stays_at_the_address_that_the_node_is_known_by() -> Result<()> {
+/// Two hosts, the first of which has no daemon any more; how that was, and at which address.
+fn with_one_stopped() -> Result<(Lab, Status, String)> {
     let mut lab = weft_tests::overlay(2)?;
-    let host = NetNs::open(lab.host(0).netns.name());
     let before = lab.status(0)?;
     lab.stop_daemon(0)?;
     let own = format!("{}/24", lab.host(0).address);
+    Ok((lab, before, own))
+}
+
+/// A host's own address may be DHCP's, and a further one, such as a virtual router's, set by hand.
+#[test]
+fn a_start_stays_at_the_address_that_the_node_is_known_by() -> Result<()> {
+    let (mut lab, before, own) = with_one_stopped()?;
+    let host = NetNs::open(lab.host(0).netns.name());
     let lifetimes = ["valid_lft", "3600", "preferred_lft", "3600"];
     host.ip(&[&["address", "change", &own, "dev", "eth0"], &lifetimes[..]].concat())?;
     host.ip(&["address", "add", "10.168.0.200/24", "dev", "eth0"])?;
@@ -199,11 +205,8 @@ fn a_start_stays_at_the_address_that_the_node_is_known_by() -> Result<()> {
 /// As where router advertisements are faster than DHCP.
 #[test]
 fn a_start_waits_for_the_address_that_the_node_is_known_by() -> Result<()> {
-    let mut lab = weft_tests::overlay(2)?;
+    let (mut lab, before, own) = with_one_stopped()?;
     let host = NetNs::open(lab.host(0).netns.name());
-    let before = lab.status(0)?;
-    lab.stop_daemon(0)?;
-    let own = format!("{}/24", lab.host(0).address);
     host.ip(&["address", "del", &own, "dev", "eth0"])?;
     host.ip(&["address", "add", "fd00:168::94/64", "dev", "eth0", "nodad"])?;
     lab.start_daemon(0, &["--iface=eth0"])?;

@@ -91,10 +91,7 @@ impl Iptables {
     /// not there. Nothing is looked into that is not there, as above.
     pub async fn other_that_drops(&self, ipv6: bool) -> Option<String> {
         let other = self.other();
-        let tables = if ipv6 { "ip6_tables_names" } else { "ip_tables_names" };
-        let tables = || fs::read_to_string(Path::new("/proc/self/net").join(tables)).ok();
-        let is_filter = |tables: String| tables.lines().any(|table| table == FORWARD.table);
-        if other.kind == "-legacy" && !tables().is_some_and(is_filter) {
+        if other.kind == "-legacy" && !has_legacy(FORWARD.table, ipv6) {
             return None;
         }
         let drops = other.forward_drops(ipv6).await.ok()?;
@@ -226,6 +223,13 @@ impl Iptables {
     pub async fn remove(&self) -> Result<bool, FirewallError> {
         self.apply(&Rules::default(), true).await
     }
+}
+
+/// Whether the kernel has this table of the older kind. Who asks iptables-legacy for it makes it.
+pub fn has_legacy(table: &str, ipv6: bool) -> bool {
+    let names = if ipv6 { "ip6_tables_names" } else { "ip_tables_names" };
+    let names = fs::read_to_string(Path::new("/proc/self/net").join(names));
+    names.is_ok_and(|names| names.lines().any(|name| name == table))
 }
 
 /// "iptables v1.8.9 (nf_tables)" is 1.8.9.

@@ -13,6 +13,7 @@ use anyhow::{Context, ensure};
 use ipnetwork::IpNetwork;
 use serde_json::Value;
 use weft_backends::netlink::{KernelRoute, Link, Netlink};
+use weft_control::firewall::iptables::has_legacy;
 use weft_control::lease::Snapshot;
 use weft_control::registry::server::{Server, servers};
 use weft_control::{LeaseKey, NetworkConfig, RegistryError};
@@ -365,21 +366,17 @@ fn filters() -> Vec<Filter> {
     let mut filters = Vec::new();
     for ipv6 in [false, true] {
         let name = if ipv6 { "ip6tables" } else { "iptables" };
-        let tables = if ipv6 { "ip6_tables_names" } else { "ip_tables_names" };
-        let tables = fs::read_to_string(Path::new("/proc/self/net").join(tables));
-        let tables = tables.unwrap_or_default();
-        let is_there = |name: &str| tables.lines().any(|table| table == name);
         let save = |kind: &str| {
             let program = format!("{name}{kind}");
             let saved = |table| output(&format!("{program}-save"), &["-t", table]);
-            let may_look = kind == "-nft" || is_there("raw");
+            let may_look = kind == "-nft" || has_legacy("raw", ipv6);
             let raw = may_look.then(|| saved("raw")).flatten().unwrap_or_default();
             let saved = saved("filter")?;
             Some(filter(program, ipv6, &saved, &raw))
         };
         // Before there were two kinds, the one had no name.
         filters.extend(save("-nft").or_else(|| save("")));
-        filters.extend(is_there("filter").then(|| save("-legacy")).flatten());
+        filters.extend(has_legacy("filter", ipv6).then(|| save("-legacy")).flatten());
     }
     filters
 }
