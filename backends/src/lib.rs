@@ -99,8 +99,10 @@ pub enum Towards {
 /// An offload that a backend does without.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GivenUp {
-    /// Its name, and towards whom if not towards all.
+    /// Its name.
     pub what: String,
+    /// The one peer that it is given up towards, if not all.
+    pub towards: Option<IpAddr>,
     /// How to have it again.
     pub cure: String,
 }
@@ -174,8 +176,9 @@ pub struct Options {
     pub tuning: Tuning,
 }
 
-/// A backend, and what it reports between calls.
-pub type Opened = (Box<dyn Backend>, UnboundedReceiver<BackendEvent>);
+/// A backend, and the reasons why packets no longer move, which [`Backend::stop`] and [`Backend::start`]
+/// mend.
+pub type Opened = (Box<dyn Backend>, UnboundedReceiver<String>);
 
 /// Makes the backend of this kind. Nothing in the kernel changes yet.
 ///
@@ -252,7 +255,7 @@ pub struct Desired {
 
 impl Desired {
     /// Those of all peers.
-    pub(crate) fn public_addresses(&self) -> HashSet<IpAddr> {
+    pub fn public_addresses(&self) -> HashSet<IpAddr> {
         self.peers.iter().flat_map(|peer| peer.lease.attrs.public_addresses()).collect()
     }
 }
@@ -318,13 +321,6 @@ pub fn some(problems: impl IntoIterator<Item = String>) -> Vec<String> {
         *last += &format!("; and {more} more like that");
     }
     problems
-}
-
-/// What happened that the daemon must act on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum BackendEvent {
-    /// Packets no longer move, for this reason; [`Backend::stop`] and [`Backend::start`] mend it.
-    Lost(String),
 }
 
 /// What a backend does at one moment.

@@ -8,6 +8,7 @@ mod routes;
 mod vxlan;
 
 use std::fmt;
+use std::fs;
 use std::io;
 
 use futures_util::{StreamExt, TryStreamExt, future, stream};
@@ -24,7 +25,7 @@ use crate::mac::Mac;
 
 pub use self::neighbours::{FdbEntry, Neighbour};
 pub(crate) use self::routes::metric;
-pub use self::routes::{GatewayRoute, KernelRoute};
+pub use self::routes::{GatewayRoute, KernelRoute, WayOut};
 pub use self::vxlan::VxlanShape;
 
 /// Marks the routes that weft made (`ip route` shows it as `proto 119`). No routing daemon in
@@ -189,6 +190,9 @@ impl Netlink {
         if link.addresses.iter().any(|it| it.network == address) {
             return Ok(false);
         }
+        if address.is_ipv6() {
+            allow_ipv6(&link.name);
+        }
         self.call(&format!("address replace {address} dev {}", link.name), async {
             let request = self.handle.address().add(link.index, address.ip(), address.prefix());
             request.replace().execute().await
@@ -264,6 +268,17 @@ impl Netlink {
         self.runtime
             .block_on(work)
             .map_err(|error| NetlinkError { command: command.into(), reason: reason(error) })
+    }
+}
+
+/// Where a host has IPv6 off by default, a device of ours would take no address (ip-sysctl.rst,
+/// disable_ipv6). If that cannot be changed, the kernel refuses the address.
+fn allow_ipv6(device: &str) {
+    let path = format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6");
+    if fs::read_to_string(&path).is_ok_and(|value| value.trim() == "1")
+        && let Err(error) = fs::write(&path, "0")
+    {
+        tracing::debug!("cannot set {path} to 0: {error}");
     }
 }
 

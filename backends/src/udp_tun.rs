@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ use crate::netlink::{Link, LinkSettings, Netlink, ROUTE_PROTOCOL};
 use crate::peer_routes::PeerRoutes;
 use crate::reconcile::Territory;
 use crate::{
-    Backend, BackendError, BackendEvent, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
+    Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
     ExternalInterface, GivenUp, Offload, Opened, Options, PeerWay, Report, Started, Towards, Way,
     mtu_min, vxlan,
 };
@@ -48,7 +49,7 @@ struct UdpTun {
     interface: ExternalInterface,
     options: Options,
     netlink: Netlink,
-    events: UnboundedSender<BackendEvent>,
+    losses: UnboundedSender<String>,
     /// Where peers on the same link are routed to directly.
     direct: Option<Direct>,
     routes: PeerRoutes,
@@ -79,7 +80,7 @@ pub(crate) fn open(
 ) -> Result<Opened, BackendError> {
     let port = config.backend.u16_option("Port")?.filter(|port| *port > 0).unwrap_or(DEFAULT_PORT);
     let direct = config.backend.bool_option("DirectRouting")?.unwrap_or(false);
-    let (events, receiver) = mpsc::unbounded_channel();
+    let (losses, receiver) = mpsc::unbounded_channel();
     let netlink = Netlink::open().map_err(BackendError::NetlinkSocket)?;
     let backend = UdpTun {
         config,
@@ -87,7 +88,7 @@ pub(crate) fn open(
         interface,
         options,
         netlink,
-        events,
+        losses,
         direct: direct.then(Direct::default),
         routes: PeerRoutes::default(),
         running: None,
@@ -127,6 +128,13 @@ impl Backend for UdpTun {
         let networks: Vec<IpNetwork> = self.config.networks().collect();
         vxlan::remove_stale(&self.netlink, &mut self.netlink.links()?, &networks, &[])?;
         self.configure(&device, lease)?;
+        if let Err(error) = accept_own_address(&device) {
+            tracing::warn!(
+                "cannot set {}: {error}; containers will not see weft's ICMP errors (make \
+                 /proc/sys/net writable for weftd)",
+                accept_local(&device)
+            );
+        }
         self.running = Some(Running {
             opened: Some(engine),
             engine: None,
@@ -150,7 +158,7 @@ impl Backend for UdpTun {
                 Ok(changed) => report.changed = changed,
                 Err(error) => {
                     if matches!(error, BackendError::DeviceGone(_)) {
-                        lose(&self.events, error.to_string());
+                        lose(&self.losses, error.to_string());
                     }
                     report.failures.push(error.to_string());
                 }
@@ -184,9 +192,9 @@ impl Backend for UdpTun {
                 running.is_stale = false;
                 let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
                 let routes = RouteTable::new(&local, peers);
-                if let Err(error) = running.publish(routes, &self.events) {
+                if let Err(error) = running.publish(routes, &self.losses) {
                     report.failures.push(error.to_string());
-                    lose(&self.events, error.to_string());
+                    lose(&self.losses, error.to_string());
                 }
             }
         }
@@ -219,10 +227,11 @@ impl Backend for UdpTun {
                  mended",
                 self.interface.name
             );
-            return Some(GivenUp { what: format!("{name} towards {peer}"), cure });
+            return Some(GivenUp { what: name.into(), towards: Some(peer), cure });
         }
         running.engine.as_ref()?.give_up(Feature::UdpSegment).then(|| GivenUp {
             what: name.into(),
+            towards: None,
             cure: format!(
                 "see `ethtool -k {}`, and start weftd again when that is mended",
                 self.interface.name
@@ -247,22 +256,22 @@ impl Running {
     fn publish(
         &mut self,
         routes: RouteTable,
-        events: &UnboundedSender<BackendEvent>,
+        losses: &UnboundedSender<String>,
     ) -> Result<(), EngineError> {
         if let Some(engine) = &mut self.engine {
             engine.publish(routes);
         } else if let Some(engine) = self.opened.take() {
-            let events = events.clone();
-            let on_failure = Arc::new(move |reason| lose(&events, reason));
+            let losses = losses.clone();
+            let on_failure = Arc::new(move |reason| lose(&losses, reason));
             self.engine = Some(engine.start(routes, on_failure)?);
         }
         Ok(())
     }
 }
 
-fn lose(events: &UnboundedSender<BackendEvent>, reason: String) {
+fn lose(losses: &UnboundedSender<String>, reason: String) {
     // Nobody listens any more only when the daemon is on its way out.
-    let _ = events.send(BackendEvent::Lost(reason));
+    let _ = losses.send(reason);
 }
 
 impl UdpTun {
@@ -346,7 +355,8 @@ impl UdpTun {
         let mtu = Some(self.mtu(self.underlay()?)?.into());
         let settings = LinkSettings { mtu, queue_len: Some(QUEUE_LEN) };
         let mut changed = self.netlink.claim_link(&link, settings)?;
-        accept_own_address(device);
+        // Where it cannot be, the start has told.
+        changed |= accept_own_address(device).unwrap_or(false);
         if self.direct.is_some() {
             loosen_filter(device);
         }
@@ -383,10 +393,15 @@ impl UdpTun {
     }
 
     fn link(&self, device: &str) -> Result<Link, BackendError> {
-        let mut links = self.netlink.links()?.into_iter();
-        links
-            .find(|link| link.name == device)
-            .ok_or_else(|| BackendError::DeviceGone(device.to_owned()))
+        // Twice: where links come and go meanwhile, a list may lack one that is there (netlink(7),
+        // NLM_F_DUMP_INTR), and all stops for a device that is gone.
+        for _ in 0..2 {
+            let mut links = self.netlink.links()?.into_iter();
+            if let Some(link) = links.find(|link| link.name == device) {
+                return Ok(link);
+            }
+        }
+        Err(BackendError::DeviceGone(device.to_owned()))
     }
 }
 
@@ -396,15 +411,18 @@ fn tunnel_addresses(lease: &Lease) -> impl Iterator<Item = IpAddr> {
 }
 
 /// The engine's ICMP errors come out of the device with the device's own address as source, which
-/// the kernel drops as martian unless this is set (ip-sysctl.rst, accept_local).
-fn accept_own_address(device: &str) {
-    let path = format!("/proc/sys/net/ipv4/conf/{device}/accept_local");
-    if let Err(error) = fs::write(&path, "1") {
-        tracing::warn!(
-            "cannot set {path} to 1: {error}; containers will not see weft's ICMP errors \
-             (make /proc/sys/net writable for weftd)"
-        );
+/// the kernel drops as martian unless this is set (ip-sysctl.rst, accept_local). Says whether it was not.
+fn accept_own_address(device: &str) -> io::Result<bool> {
+    let path = accept_local(device);
+    let is_set = fs::read_to_string(&path)?.trim() == "1";
+    if !is_set {
+        fs::write(&path, "1")?;
     }
+    Ok(!is_set)
+}
+
+fn accept_local(device: &str) -> String {
+    format!("/proc/sys/net/ipv4/conf/{device}/accept_local")
 }
 
 fn way_to(peer: &Peer, direct: &HashSet<IpNetwork>) -> PeerWay {

@@ -147,7 +147,7 @@ impl Backend for Vxlan {
         let commands: Vec<String> =
             off.into_iter().map(|it| format!("`ethtool -K {it} {TX_CHECKSUM} on`")).collect();
         let cure = format!("{} when that is mended", commands.join(" and "));
-        (!commands.is_empty()).then(|| GivenUp { what: TX_CHECKSUM.into(), cure })
+        (!commands.is_empty()).then(|| GivenUp { what: TX_CHECKSUM.into(), towards: None, cure })
     }
 
     fn status(&self) -> BackendStatus {

@@ -100,14 +100,8 @@ impl BackendConfig {
     /// # Errors
     /// It is there but not a whole number from 0 to 65535.
     pub fn u16_option(&self, key: &'static str) -> Result<Option<u16>, ConfigError> {
-        let Some(value) = field(&self.options, key).filter(|value| !value.is_null()) else {
-            return Ok(None);
-        };
-        let number = value.as_u64().and_then(|number| u16::try_from(number).ok());
-        number.map(Some).ok_or_else(|| ConfigError::Type {
-            key,
-            wanted: "a whole number from 0 to 65535",
-            found: value.to_string(),
+        typed(&self.options, key, "a whole number from 0 to 65535", |value| {
+            u16::try_from(value.as_u64()?).ok()
         })
     }
 
@@ -195,7 +189,7 @@ const IPV6: Keys = Keys {
 };
 
 /// Every node gets one of at least four subnets, so each is two bits longer than the network.
-const FOUR_SUBNETS_BITS: u8 = 2;
+pub(crate) const FOUR_SUBNETS_BITS: u8 = 2;
 
 fn family(fields: &Map<String, Value>, keys: &Keys) -> Result<FamilyConfig, ConfigError> {
     let network = network(fields, keys)?;
@@ -272,8 +266,9 @@ fn backend(fields: &Map<String, Value>) -> Result<BackendConfig, ConfigError> {
         Some(Value::Null) => Map::new(),
         Some(Value::Object(options)) => options.clone(),
         Some(other) => {
-            let reason = wrong_type("Backend", "an object", other).to_string();
-            return Err(ConfigError::Backend(reason));
+            let (wanted, found) = ("an object", other.to_string());
+            let wrong = ConfigError::Type { key: "Backend", wanted, found };
+            return Err(ConfigError::Backend(wrong.to_string()));
         }
     };
     let kind = text(&options, "Type")
@@ -289,35 +284,34 @@ fn field<'a>(fields: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     fields.get(key).or_else(|| other_case().map(|(_, value)| value))
 }
 
-fn wrong_type(key: &'static str, wanted: &'static str, found: &Value) -> ConfigError {
-    ConfigError::Type { key, wanted, found: found.to_string() }
+/// What `read` makes of a key; `None` where there is none, or null.
+fn typed<'a, T>(
+    fields: &'a Map<String, Value>,
+    key: &'static str,
+    wanted: &'static str,
+    read: impl Fn(&'a Value) -> Option<T>,
+) -> Result<Option<T>, ConfigError> {
+    let value = field(fields, key).filter(|value| !value.is_null());
+    let wrong = |found: &Value| ConfigError::Type { key, wanted, found: found.to_string() };
+    value.map(|value| read(value).ok_or_else(|| wrong(value))).transpose()
 }
 
 fn text<'a>(
     fields: &'a Map<String, Value>,
     key: &'static str,
 ) -> Result<Option<&'a str>, ConfigError> {
-    let Some(value) = field(fields, key).filter(|value| !value.is_null()) else {
-        return Ok(None);
-    };
-    value.as_str().map(Some).ok_or_else(|| wrong_type(key, "a string", value))
+    typed(fields, key, "a string", Value::as_str)
 }
 
 fn boolean(fields: &Map<String, Value>, key: &'static str) -> Result<Option<bool>, ConfigError> {
-    let Some(value) = field(fields, key).filter(|value| !value.is_null()) else {
-        return Ok(None);
-    };
-    value.as_bool().map(Some).ok_or_else(|| wrong_type(key, "true or false", value))
+    typed(fields, key, "true or false", Value::as_bool)
 }
 
 fn whole_number(
     fields: &Map<String, Value>,
     key: &'static str,
 ) -> Result<Option<u64>, ConfigError> {
-    let Some(value) = field(fields, key).filter(|value| !value.is_null()) else {
-        return Ok(None);
-    };
-    value.as_u64().map(Some).ok_or_else(|| wrong_type(key, "a whole number", value))
+    typed(fields, key, "a whole number", Value::as_u64)
 }
 
 fn address(

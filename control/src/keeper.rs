@@ -8,9 +8,8 @@ use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 
 use crate::allocate::{is_allowed, pick_subnet};
-use crate::config::NetworkConfig;
+use crate::config::{FOUR_SUBNETS_BITS, NetworkConfig};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, overlap};
-use crate::subnet_env::Previous;
 
 /// Who we are in the registry: a lease is ours by its public address.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,16 +53,16 @@ pub enum Plan {
 pub fn plan(
     config: &NetworkConfig,
     identity: &Identity,
-    previous: &Previous,
+    previous: &LeaseKey,
     leases: &[Lease],
     unreadable: &[LeaseKey],
     rng: &mut fastrand::Rng,
 ) -> Plan {
-    let fits = |lease: &Lease| is_compatible(config, &lease.key) && !came_second(lease, leases);
+    let fits =
+        |lease: &Lease| is_compatible(config, &lease.key) && !came_second(config, lease, leases);
     let is_ours = |it: &&Lease| is_ours(it, identity, previous) && !is_set_aside(config, it);
     let ours = || leases.iter().filter(is_ours);
-    let last = LeaseKey::new(previous.ipv4, previous.ipv6);
-    let rank = |it: &&Lease| (!fits(it), it.expires != Expiry::Never, it.key != last);
+    let rank = |it: &&Lease| (!fits(it), it.expires != Expiry::Never, it.key != *previous);
     if let Some(best) = ours().min_by_key(rank) {
         let is_reserved = best.expires == Expiry::Never;
         let superseded = ours().find(|it| is_reserved && it.expires != Expiry::Never);
@@ -74,19 +73,16 @@ pub fn plan(
         };
     }
     let keys = leases.iter().map(|lease| lease.key).chain(unreadable.iter().copied());
-    let taken: Vec<IpNetwork> = keys.flat_map(|key| key.networks()).collect();
-    let mut key = LeaseKey::new(None, None);
+    let counts = |net: &IpNetwork| !is_too_large(config, *net);
+    let taken: Vec<IpNetwork> = keys.flat_map(|key| key.networks()).filter(counts).collect();
+    let mut key = LeaseKey::default();
     for family in config.families() {
-        let former = if family.network.is_ipv6() {
-            previous.ipv6.map(IpNetwork::V6)
-        } else {
-            previous.ipv4.map(IpNetwork::V4)
-        };
+        let mut former = previous.networks();
+        let former = former.find(|net| net.is_ipv6() == family.network.is_ipv6());
         // By family, so that a node whose overlay gains IPv6 keeps its IPv4 subnet.
         let former = former.filter(|net| is_allowed(&family, *net));
-        let has_former = |key: &&LeaseKey| {
-            former.is_some_and(|net| key.networks().any(|other| overlap(net, other)))
-        };
+        let has_former =
+            |key: &&LeaseKey| former.is_some_and(|net| is_in_the_way(config, key, &net.into()));
         if let Some(key) = unreadable.iter().find(has_former) {
             return Plan::Unreadable(*key);
         }
@@ -102,12 +98,11 @@ pub fn plan(
 
 /// By the address; and by the subnet of the last run and what the backend has published there, should
 /// the address be another one since then. With vxlan that is our device's MAC, which nobody else has.
-fn is_ours(lease: &Lease, identity: &Identity, previous: &Previous) -> bool {
+fn is_ours(lease: &Lease, identity: &Identity, previous: &LeaseKey) -> bool {
     let (theirs, ours) = (&lease.attrs, &identity.attrs);
     let data = |attrs: &LeaseAttrs| (attrs.backend_data.clone(), attrs.backend_v6_data.clone());
-    let was_ours = lease.key == LeaseKey::new(previous.ipv4, previous.ipv6)
-        && data(ours) != (None, None)
-        && data(ours) == data(theirs);
+    let was_ours =
+        lease.key == *previous && data(ours) != (None, None) && data(ours) == data(theirs);
     theirs.same_node(ours) || was_ours
 }
 
@@ -138,13 +133,26 @@ pub fn set_aside<'a>(
 /// Whether to give a lease of ours back: another node's has part of it, and was there before. The
 /// registry compares whole keys, so in an overlay of both families two nodes that choose at the same
 /// time may share a subnet of one family.
-pub fn came_second(own: &Lease, leases: &[Lease]) -> bool {
+pub fn came_second(config: &NetworkConfig, own: &Lease, leases: &[Lease]) -> bool {
     leases.iter().any(|other| {
         other.key != own.key
             && !other.attrs.same_node(&own.attrs)
             && other.revision < own.revision
-            && other.key.overlaps(&own.key)
+            && is_in_the_way(config, &other.key, &own.key)
     })
+}
+
+/// Whether a lease keeps another node from these subnets.
+pub(crate) fn is_in_the_way(config: &NetworkConfig, other: &LeaseKey, key: &LeaseKey) -> bool {
+    let mut theirs = other.networks().filter(|net| !is_too_large(config, *net));
+    theirs.any(|theirs| key.networks().any(|ours| overlap(ours, theirs)))
+}
+
+/// Whether no config with this Network gives out so much of it. Left over from another Network, or somebody's
+/// mistake, it has all nodes' subnets in it, and nobody would get any.
+fn is_too_large(config: &NetworkConfig, subnet: IpNetwork) -> bool {
+    let family = config.family(subnet.is_ipv6());
+    family.is_some_and(|it| subnet.prefix() < it.network.prefix() + FOUR_SUBNETS_BITS)
 }
 
 /// Whether the config would give out just this: the families that it has, each in range.
@@ -254,7 +262,7 @@ mod tests {
     fn next(previous: &str, leases: &[Lease]) -> Plan {
         let identity =
             Identity { node_id: "a".into(), attrs: lease("10.3.1.0-24", "192.0.2.9").attrs };
-        let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
+        let previous = LeaseKey::new(previous.parse().ok(), None);
         plan(&config(), &identity, &previous, leases, &[], &mut fastrand::Rng::with_seed(7))
     }
 
@@ -307,7 +315,7 @@ mod tests {
         attrs.backend_data = Some(data);
         let identity = Identity { node_id: "a".into(), attrs };
         let plan = |previous: &str, leases: &[Lease]| {
-            let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
+            let previous = LeaseKey::new(previous.parse().ok(), None);
             plan(&config(), &identity, &previous, leases, &[], &mut fastrand::Rng::with_seed(7))
         };
         assert_eq!(plan("10.3.4.0/24", std::slice::from_ref(&former)), Plan::Reuse(former.clone()));
@@ -326,7 +334,7 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut leases = [ours.clone(), first];
         let mut next = |leases: &[Lease]| {
-            plan(&dual_stack(), &identity, &Previous::default(), leases, &[], &mut rng)
+            plan(&dual_stack(), &identity, &LeaseKey::default(), leases, &[], &mut rng)
         };
         assert_eq!(next(&leases), Plan::Remove(ours.clone()));
         // One of ours, from before the overlay had IPv6, is no rival.
@@ -352,7 +360,7 @@ mod tests {
         let identity =
             Identity { node_id: "a".into(), attrs: lease("10.3.1.0-24", "192.0.2.9").attrs };
         let next = |previous: &str, unreadable: &str| {
-            let previous = Previous { ipv4: previous.parse().ok(), ipv6: None };
+            let previous = LeaseKey::new(previous.parse().ok(), None);
             let unreadable = [unreadable.parse().unwrap()];
             let mut rng = fastrand::Rng::with_seed(7);
             plan(&config(), &identity, &previous, &[], &unreadable, &mut rng)
@@ -360,18 +368,20 @@ mod tests {
         let key = "10.3.7.0-24";
         assert_eq!(next("10.3.7.0/24", key), Plan::Unreadable(key.parse().unwrap()));
         assert_eq!(next("10.3.8.0/24", key), Plan::Create("10.3.8.0-24".parse().unwrap()));
-        assert_eq!(next("", "10.3.0.0-16"), Plan::OutOfSubnets);
+        assert_eq!(next("", "10.3.0.0-18"), Plan::OutOfSubnets);
     }
 
     #[test]
     fn a_full_network_is_said_so() {
-        assert_eq!(next("", &[lease("10.3.0.0-16", "192.0.2.1")]), Plan::OutOfSubnets);
+        assert_eq!(next("", &[lease("10.3.0.0-18", "192.0.2.1")]), Plan::OutOfSubnets);
+        // No node has so much.
+        assert!(matches!(next("", &[lease("10.3.0.0-17", "192.0.2.1")]), Plan::Create(_)));
     }
 
     #[test]
     fn dual_stack_asks_for_both() {
         let identity = Identity { node_id: "a".into(), attrs: LeaseAttrs::default() };
-        let v4_only = Previous { ipv4: "10.3.7.0/24".parse().ok(), ipv6: None };
+        let v4_only = LeaseKey::new("10.3.7.0/24".parse().ok(), None);
         let mut rng = fastrand::Rng::with_seed(7);
         let Plan::Create(key) = plan(&dual_stack(), &identity, &v4_only, &[], &[], &mut rng) else {
             panic!()
@@ -501,14 +511,14 @@ mod tests {
                 }
                 None | Some(Own::Missing | Own::TakenBy(_)) => {
                     let ipv4 = former.and_then(|lease| lease.key.ipv4);
-                    let previous = Previous { ipv4, ipv6: None };
+                    let previous = LeaseKey::new(ipv4, None);
                     match plan(config, &self.identity, &previous, &self.seen, &[], rng) {
                         Plan::Reuse(seen) if model.is_as_seen(&seen) => {
                             self.held = Some(model.write(seen.key, &self.identity.attrs));
                         }
                         Plan::Create(key) if !model.leases.iter().any(|it| it.key == key) => {
                             let created = model.write(key, &self.identity.attrs);
-                            if came_second(&created, &model.leases) {
+                            if came_second(config, &created, &model.leases) {
                                 model.leases.retain(|lease| *lease != created);
                             } else {
                                 self.held = Some(created);

@@ -11,9 +11,9 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-/// The subnets of one lease, one of each family at most and one at least. Its text form is the last
-/// part of the registry key, `10.1.2.0-24&fd00:1::-64` (flannel: subnet.MakeSubnetKey).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// The subnets of one lease, one of each family at most; without any it is no lease's. Its text form is the
+/// last part of the registry key, `10.1.2.0-24&fd00:1::-64` (flannel: subnet.MakeSubnetKey).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseKey {
     pub ipv4: Option<Ipv4Network>,
     pub ipv6: Option<Ipv6Network>,
@@ -49,6 +49,20 @@ impl From<IpNetwork> for LeaseKey {
             IpNetwork::V4(net) => Self::new(Some(net), None),
             IpNetwork::V6(net) => Self::new(None, Some(net)),
         }
+    }
+}
+
+/// Of each family, the last.
+impl FromIterator<IpNetwork> for LeaseKey {
+    fn from_iter<T: IntoIterator<Item = IpNetwork>>(networks: T) -> Self {
+        let mut key = Self::default();
+        for network in networks {
+            match network {
+                IpNetwork::V4(net) => key.ipv4 = Some(net),
+                IpNetwork::V6(net) => key.ipv6 = Some(net),
+            }
+        }
+        key
     }
 }
 
@@ -286,8 +300,8 @@ impl Snapshot {
     /// The leases that are there but cannot be read: somebody's, though nobody can tell whose.
     pub fn unreadable(&self) -> impl Iterator<Item = (LeaseKey, &Skipped)> {
         self.skipped.iter().filter_map(|it| {
-            let name = it.name.strip_prefix("subnets/").unwrap_or(&it.name);
-            name.parse().ok().map(|key| (key, it))
+            let key = it.name.strip_prefix("subnets/")?.parse().ok()?;
+            Some((key, it))
         })
     }
 }
@@ -295,6 +309,7 @@ impl Snapshot {
 /// An entry that is there but cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Skipped {
+    /// Its path, as in `subnets/10.42.7.0-24`.
     pub name: String,
     pub reason: String,
 }

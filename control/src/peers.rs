@@ -1,7 +1,7 @@
 //! Whom packets go to and come from: everybody else's leases, but for those that could take over traffic.
 //! Pure.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
@@ -60,47 +60,73 @@ pub fn peers(
     peers
 }
 
-/// Of two leases that share addresses one stays, since packets cannot go both ways: the one whose subnet is as
-/// large as those that are given out, else the larger one, of equal ones the first key's. So nobody takes over
-/// a part of another node's subnet, and nobody has all others refused. One node may have both.
+/// Of leases that share addresses one stays, since packets cannot go both ways: those come first whose subnets
+/// are as large as those that are given out, then larger ones, of equal ones the first key's. So nobody takes
+/// over a part of another node's subnet, nobody has all others refused, and who is refused refuses nobody.
+/// One node may have both.
 fn refuse_overlaps(config: &NetworkConfig, peers: &mut Peers) {
     let is_usual = |subnet: IpNetwork| {
         config.family(subnet.is_ipv6()).is_some_and(|family| family.subnet_len == subnet.prefix())
     };
     let leases = &peers.accepted;
-    let subnets = leases
-        .iter()
-        .enumerate()
-        .flat_map(|(at, lease)| lease.key.networks().map(move |subnet| (subnet, lease.key, at)));
-    let mut subnets: Vec<_> = subnets.collect();
-    // Whatever has a subnet inside comes before it.
-    subnets.sort_unstable();
-    let mut lost: BTreeMap<usize, (IpNetwork, LeaseKey)> = BTreeMap::new();
-    let mut outer: Vec<(IpNetwork, LeaseKey, usize)> = Vec::new();
-    for inner in subnets {
-        outer.retain(|(network, ..)| contains(*network, inner.0));
-        for outer in &outer {
-            let is_same = outer.0 == inner.0;
-            if outer.1 == inner.1
-                || !is_same && leases[outer.2].attrs.same_node(&leases[inner.2].attrs)
-            {
-                continue;
-            }
-            let outer_loses = !is_same && is_usual(inner.0) && !is_usual(outer.0);
-            let (winner, loser) = if outer_loses { (inner, *outer) } else { (*outer, inner) };
-            let found = (inner.0, winner.1);
-            lost.entry(loser.2).and_modify(|first| *first = found.min(*first)).or_insert(found);
+    let mut order: Vec<usize> = (0..leases.len()).collect();
+    order.sort_by_cached_key(|at| {
+        let subnets = leases[*at].key.networks();
+        let lens: Vec<_> = subnets.map(|it| (!is_usual(it), it.prefix())).collect();
+        (lens.iter().any(|(unusual, _)| *unusual), lens, leases[*at].key)
+    });
+    let mut taken = Taken::default();
+    let mut lost: BTreeMap<usize, Refusal> = BTreeMap::new();
+    for at in order {
+        let Lease { key, attrs, .. } = &leases[at];
+        let shared = key.networks().flat_map(|ours| {
+            let others = taken.sharing(ours).map(move |(theirs, other)| (theirs, &leases[other]));
+            let others = others
+                .filter(move |(theirs, other)| *theirs == ours || !other.attrs.same_node(attrs));
+            // What both have is the smaller one.
+            others.map(move |(theirs, other)| {
+                (if theirs.prefix() > ours.prefix() { theirs } else { ours }, other.key)
+            })
+        });
+        if let Some((subnet, other)) = shared.min() {
+            lost.insert(at, Refusal::Overlaps { subnet, other });
+        } else {
+            key.networks().for_each(|subnet| taken.add(subnet, at));
         }
-        outer.push(inner);
     }
     let mut number = 0..;
     peers.accepted.retain(|lease| {
-        let lost = number.next().and_then(|number| lost.remove(&number));
-        let refusal = lost.map(|(subnet, other)| Refusal::Overlaps { subnet, other });
+        let refusal = number.next().and_then(|number| lost.remove(&number));
         let is_accepted = refusal.is_none();
         peers.refused.extend(refusal.map(|refusal| (lease.key, refusal)));
         is_accepted
     });
+}
+
+/// Subnets that are somebody's, with the number of the lease.
+#[derive(Debug, Default)]
+struct Taken {
+    subnets: BTreeMap<IpNetwork, usize>,
+    /// The lengths that occur: few, as a rule.
+    lens: BTreeSet<u8>,
+}
+
+impl Taken {
+    fn add(&mut self, subnet: IpNetwork, lease: usize) {
+        self.subnets.insert(subnet, lease);
+        self.lens.insert(subnet.prefix());
+    }
+
+    /// Those around a subnet, and those in it.
+    fn sharing(&self, subnet: IpNetwork) -> impl Iterator<Item = (IpNetwork, usize)> {
+        let around = self.lens.range(..subnet.prefix()).filter_map(move |len| {
+            let wide = IpNetwork::new(subnet.network(), *len).ok()?;
+            let wide = IpNetwork::new(wide.network(), *len).ok()?;
+            Some((wide, *self.subnets.get(&wide)?))
+        });
+        let within = self.subnets.range(subnet..).map(|(theirs, lease)| (*theirs, *lease));
+        around.chain(within.take_while(move |(theirs, _)| contains(subnet, *theirs)))
+    }
 }
 
 fn refusal(
@@ -249,12 +275,15 @@ mod tests {
             lease("10.3.1.128-26", "192.0.2.1"),
             lease("10.3.2.0-24", "192.0.2.2"),
             lease("10.3.2.0-23", "192.0.2.66"),
+            // Inside of one that is refused itself.
+            lease("10.3.3.0-25", "192.0.2.3"),
             lease("10.3.8.0-22", "192.0.2.8"),
             lease("10.3.9.0-25", "192.0.2.9"),
         ];
         let found = peers(&config, &own, &[], &[], &leases);
         let accepted: Vec<String> = found.accepted.iter().map(|it| it.key.to_string()).collect();
-        assert_eq!(accepted, ["10.3.1.0-24", "10.3.1.128-26", "10.3.2.0-24", "10.3.8.0-22"]);
+        let wanted = ["10.3.1.0-24", "10.3.1.128-26", "10.3.2.0-24", "10.3.3.0-25", "10.3.8.0-22"];
+        assert_eq!(accepted, wanted);
         let told: Vec<String> =
             found.refused.iter().map(|(key, why)| format!("{key}: {why}")).collect();
         let too = |lease: &str, other: &str, subnet: &str| {
@@ -284,7 +313,10 @@ mod tests {
                 let base = Ipv4Network::new(Ipv4Addr::new(10, 3, subnet, 0), len).unwrap();
                 lease(&format!("{}-{len}", base.network()), &format!("192.0.2.{owner}"))
             };
-            let mut leases: Vec<Lease> = entries.into_iter().map(entry).collect();
+            // A registry has one lease of a key.
+            let leases: BTreeMap<_, _> =
+                entries.into_iter().map(entry).map(|lease| (lease.key, lease)).collect();
+            let mut leases: Vec<Lease> = leases.into_values().collect();
             let found = peers(&config, &own, &[], &[], &leases);
             for peer in &found.accepted {
                 prop_assert!(!peer.key.overlaps(&own.key) && !peer.attrs.same_node(&own.attrs));

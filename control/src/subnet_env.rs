@@ -10,7 +10,7 @@ use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
 use crate::config::{NetworkConfig, from_bits, to_bits};
 use crate::file::{self, PUBLIC};
-use crate::lease::Lease;
+use crate::lease::{Lease, LeaseKey};
 
 /// The file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,28 +64,21 @@ fn first_host(subnet: IpNetwork) -> IpAddr {
     from_bits(to_bits(subnet.network()) + 1, subnet)
 }
 
-/// The subnets of the last run.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Previous {
-    pub ipv4: Option<Ipv4Network>,
-    pub ipv6: Option<Ipv6Network>,
-}
-
-/// Reads an old file, ours or flannel's. Whatever cannot be read counts as absent, with a warning:
+/// The subnets of the last run, by an old file, ours or flannel's. Whatever cannot be read counts as absent, with a warning:
 /// the node then gets another subnet.
-pub fn read_previous(path: &Path) -> Previous {
+pub fn read_previous(path: &Path) -> LeaseKey {
     match fs::read(path) {
         Ok(bytes) => parse_previous(&String::from_utf8_lossy(&bytes)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Previous::default(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => LeaseKey::default(),
         Err(error) => {
             tracing::warn!("cannot read the last subnet from {}: {error}", path.display());
-            Previous::default()
+            LeaseKey::default()
         }
     }
 }
 
-fn parse_previous(text: &str) -> Previous {
-    Previous {
+fn parse_previous(text: &str) -> LeaseKey {
+    LeaseKey {
         ipv4: only_one(text, "FLANNEL_SUBNET", |text| {
             let net: Ipv4Network = text.parse().ok()?;
             Ipv4Network::new(net.network(), net.prefix()).ok()
@@ -201,7 +194,7 @@ mod tests {
         assert_eq!(ipv4("10.244.1.0/24,not-a-cidr,10.244.2.0/24"), None);
         assert_eq!(ipv4("not-a-cidr"), None);
         assert_eq!(ipv4(""), None);
-        assert_eq!(read_previous(Path::new("/nonexistent/subnet.env")), Previous::default());
+        assert_eq!(read_previous(Path::new("/nonexistent/subnet.env")), LeaseKey::default());
     }
 
     proptest! {

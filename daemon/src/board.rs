@@ -20,7 +20,7 @@ use crate::firewall::FirewallState;
 use crate::health::{Health, Phase};
 use crate::log::Log;
 use crate::probe::{self, Findings, Totals};
-use crate::status::{PeerStatus, ProbeStatus, SCHEMA, Status, TrafficStatus};
+use crate::status::{FORWARDING, PeerStatus, ProbeStatus, SCHEMA, Status, TrafficStatus};
 use crate::usage;
 
 /// How long one turn of the loop may take: some work waits for slow servers, and for the kernel.
@@ -194,7 +194,7 @@ impl Board {
         drop(facts);
         (status.state, status.ready) = match &*self.phases.borrow() {
             Phase::Starting(what) => (what.clone(), false),
-            Phase::Forwarding { problems, .. } => ("forwarding".into(), problems.is_empty()),
+            Phase::Forwarding { problems, .. } => (FORWARDING.into(), problems.is_empty()),
         };
         if let Some(why) = self.stands_still() {
             status.ready = false;

@@ -17,7 +17,7 @@ use regex::bytes::{NoExpand, Regex};
 use crate::directories::Directories;
 use crate::made::Made;
 use crate::node::{self, RUN_FILES, STATE_FILES};
-use crate::socket::{self, Request};
+use crate::socket::{self, Answered, Request};
 use crate::status::Status;
 use crate::status_command;
 
@@ -94,14 +94,11 @@ pub fn run(
     Ok(writeln!(out, "wrote {}", path.display())?)
 }
 
-/// A daemon's socket, and what the daemon says of itself.
-type Asked = (PathBuf, anyhow::Result<Status>);
-
 /// Asks each daemon, once: whose secrets are not known must not be written about.
-fn ask(directories: &Directories) -> Vec<Asked> {
+fn ask(directories: &Directories) -> Vec<Answered<Status>> {
     let sockets = socket::sockets(&directories.run_dir).unwrap_or_default();
     let asked = sockets.into_iter().map(|socket| {
-        let status = socket::ask_now(&socket, &Request::Status);
+        let status = socket::ask(&socket, &Request::Status);
         (socket, status)
     });
     asked.collect()
@@ -134,7 +131,7 @@ impl Bundle {
         Ok(Self { archive, name, secrets, user_in_url, flannels_password })
     }
 
-    fn fill(mut self, directories: &Directories, daemons: &[Asked]) -> io::Result<()> {
+    fn fill(mut self, directories: &Directories, daemons: &[Answered<Status>]) -> io::Result<()> {
         self.daemons(daemons)?;
         for (name, line) in COMMANDS {
             let mut words = line.split_whitespace();
@@ -162,7 +159,7 @@ impl Bundle {
     }
 
     /// What each daemon says of itself, and was started with.
-    fn daemons(&mut self, daemons: &[Asked]) -> io::Result<()> {
+    fn daemons(&mut self, daemons: &[Answered<Status>]) -> io::Result<()> {
         for (number, (socket, status)) in daemons.iter().enumerate() {
             let name = format!("daemon-{}", number + 1);
             let status = match status {
@@ -177,10 +174,10 @@ impl Bundle {
             let mut text = Vec::new();
             status_command::write_text(status, Timestamp::now(), &mut text)?;
             self.add(&format!("{name}/status"), &text)?;
-            let metrics = socket::ask_now::<String>(socket, &Request::Metrics);
+            let metrics = socket::ask::<String>(socket, &Request::Metrics);
             let metrics = metrics.unwrap_or_else(|error| format!("{error:#}\n"));
             self.add(&format!("{name}/metrics"), metrics.as_bytes())?;
-            let Some(process) = process_of(status) else { continue };
+            let Some(process) = process_of(socket) else { continue };
             let words = fs::read(process.join("cmdline")).unwrap_or_default();
             self.add(&format!("{name}/process-cmdline"), &without_values(&words))?;
             for part in ["limits", "status", "cgroup"] {
@@ -288,19 +285,16 @@ fn without_values(cmdline: &[u8]) -> Vec<u8> {
     shown.join(&0)
 }
 
-/// The process of a daemon, in /proc. In a container with pids of its own, what has its number here is
-/// another process, which is nobody's business.
-fn process_of(status: &Status) -> Option<PathBuf> {
-    let process = PathBuf::from(format!("/proc/{}", status.pid));
-    let name = fs::read_to_string(process.join("comm")).ok()?;
-    ["weftd", "flanneld"].contains(&name.trim_end()).then_some(process)
+/// The process of the daemon behind a socket, in /proc.
+fn process_of(socket: &Path) -> Option<PathBuf> {
+    let pid = socket::listener(socket).ok().flatten()?;
+    Some(PathBuf::from(format!("/proc/{pid}")))
 }
 
 /// The passwords that these daemons were given: by a flag, a variable or a file.
-fn secrets(daemons: &[Asked]) -> BTreeSet<Vec<u8>> {
+fn secrets(daemons: &[Answered<Status>]) -> BTreeSet<Vec<u8>> {
     let mut found = BTreeSet::new();
-    let statuses = daemons.iter().filter_map(|(_, status)| status.as_ref().ok());
-    for process in statuses.filter_map(process_of) {
+    for process in daemons.iter().filter_map(|(socket, _)| process_of(socket)) {
         let read = |part: &str| fs::read(process.join(part)).unwrap_or_default();
         let words = [read("cmdline"), read("environ")].concat();
         let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();

@@ -26,7 +26,7 @@ use weft_control::firewall::nftables::{self, Nftables};
 use crate::directories::{Directories, STATE_DIR};
 use crate::made::{Made, files_of};
 use crate::node::{self, RUN_FILES, STATE_FILES};
-use crate::state_file::{LastKnown, StateFile};
+use crate::state_file::LastKnown;
 
 /// Remove all that weft has made on this host: devices, routes, firewall rules and files.
 ///
@@ -166,29 +166,22 @@ fn holds_only(directory: &Path, files: &[PathBuf]) -> bool {
 
 /// The overlays that daemons here were last in: the notes of what they made may be gone.
 fn known_networks(state_dir: &Path) -> anyhow::Result<Vec<IpNetwork>> {
-    let mut networks = Vec::new();
-    for path in files_of(state_dir, |name| name.starts_with("last-known-"))? {
-        let known: Option<(LastKnown, _)> = StateFile::new(path).load();
-        let config = known.and_then(|(known, _)| known.snapshot.config?.parse().ok());
-        networks.extend(config.iter().flat_map(NetworkConfig::networks));
-    }
-    Ok(networks)
+    let known = LastKnown::read_all(state_dir)?.into_iter();
+    let configs = known.filter_map(|(_, known, _)| known.snapshot.config?.parse().ok());
+    Ok(configs.flat_map(|config: NetworkConfig| config.networks().collect::<Vec<_>>()).collect())
 }
 
 /// What lies in a registry, which is not this host's alone.
 fn left(state_dir: &Path) -> anyhow::Result<Vec<String>> {
     let mut left = Vec::new();
-    for path in files_of(state_dir, |name| name.starts_with("last-known-"))? {
-        let known: Option<(LastKnown, _)> = StateFile::new(path).load();
-        left.extend(known.map(|(known, _)| {
-            let mut subnets = known.lease.key.networks();
-            let subnet = subnets.next().map(|it| it.to_string()).unwrap_or_default();
-            format!(
-                "the lease {} in the registry, until it expires; `weft registry release {subnet}` \
-                 removes it",
-                known.lease.key
-            )
-        }));
+    for (_, known, _) in LastKnown::read_all(state_dir)? {
+        let mut subnets = known.lease.key.networks();
+        let subnet = subnets.next().map(|it| it.to_string()).unwrap_or_default();
+        left.push(format!(
+            "the lease {} in the registry, until it expires; `weft registry release {subnet}` \
+             removes it",
+            known.lease.key
+        ));
     }
     let registry = state_dir.join("registry");
     if registry.is_dir() {

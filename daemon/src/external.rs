@@ -1,15 +1,15 @@
 //! The external interface, chosen from what the host has now: at the start, and again whenever the
 //! kernel tells of a change.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::Context;
-use weft_backends::netlink::{KernelRoute, Link, Netlink};
+use weft_backends::netlink::{KernelRoute, Link, Netlink, WayOut};
 use weft_backends::{BackendError, BackendKind, ExternalInterface, Options};
 use weft_control::{LeaseAttrs, NetworkConfig};
 
 use crate::flags::Settings;
-use crate::interface::{self, Chosen, Families, InterfaceError, Way};
+use crate::interface::{self, Chosen, Families, InterfaceError};
 use crate::overlap;
 use crate::overlay::Overlay;
 
@@ -19,7 +19,7 @@ pub(crate) struct Surroundings {
     pub(crate) links: Vec<Link>,
     routes: Vec<KernelRoute>,
     /// The way to the address that was asked for.
-    way: Way,
+    way: WayOut,
 }
 
 impl Surroundings {
@@ -31,12 +31,8 @@ impl Surroundings {
         tokio::task::spawn_blocking(move || {
             let netlink = Netlink::open().context("cannot open a netlink socket")?;
             // An address that no route leads to has no way; the choice says so.
-            let way = reach.and_then(|ip| netlink.way_to(ip).ok());
-            Ok(Self {
-                links: netlink.links()?,
-                routes: netlink.routes()?,
-                way: way.map(|(link, source)| Way { link, source }).unwrap_or_default(),
-            })
+            let way = reach.and_then(|ip| netlink.way_out(ip).ok()).unwrap_or_default();
+            Ok(Self { links: netlink.links()?, routes: netlink.routes()?, way })
         })
         .await?
     }
@@ -53,6 +49,34 @@ impl Surroundings {
     ) -> Result<Chosen, InterfaceError> {
         let families = Families { ipv4: config.ipv4.is_some(), ipv6: config.ipv6.is_some() };
         interface::choose(&settings.wish, families, &self.links, &self.routes, self.way, held)
+    }
+
+    /// The address by which others know this node, where it may come yet: at a host's start another one may be
+    /// there before it, and by that this would be another node. One that is on another interface, or for which
+    /// the flags have another, is not waited for.
+    pub(crate) fn lacks(
+        &self,
+        formerly: &LeaseAttrs,
+        settings: &Settings,
+        config: &NetworkConfig,
+        next: &ExternalInterface,
+    ) -> Option<IpAddr> {
+        let known = formerly.public_addresses().next()?;
+        let both = |ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>| {
+            [ipv4.map(IpAddr::V4), ipv6.map(IpAddr::V6)]
+        };
+        if both(next.public_ipv4, next.public_ipv6).contains(&Some(known)) {
+            return None;
+        }
+        let given = both(settings.wish.public_ip, settings.wish.public_ipv6);
+        let is_given = given.contains(&Some(known));
+        if !is_given && given.iter().any(Option::is_some) {
+            return None;
+        }
+        let mut there = self.links.iter().flat_map(|link| &link.addresses);
+        let is_there = there.any(|address| address.network.ip() == known);
+        let has_no_ipv4 = config.ipv4.is_some() && known.is_ipv4() && next.ipv4.is_none();
+        (is_given || !is_there || has_no_ipv4).then_some(known)
     }
 
     /// What keeps packets from leaving by this interface, if anything does.
@@ -97,22 +121,15 @@ pub(crate) async fn changed(
     around.conflict(settings, config, &chosen.interface).map_or(Ok(Some(chosen)), Err)
 }
 
-/// Without a family all its peers are cut off, and an address is often gone for a moment only, as while
-/// a host's network is set up anew.
+/// Without a family all its peers are cut off, with a link-local address those behind routers; and an address is
+/// often gone for a moment only, as while a host's network is set up anew.
 fn lost_family(known: &ExternalInterface, next: &ExternalInterface) -> Option<&'static str> {
-    let ipv4 = known.ipv4.is_some() && next.ipv4.is_none();
-    let ipv6 = known.ipv6.is_some() && next.ipv6.is_none();
+    // None is worth less than one of the link only, and that less than one that others know.
+    let worth = |ip: Option<Ipv4Addr>| ip.map(|ip| !ip.is_link_local());
+    let ipv4 = worth(next.ipv4) < worth(known.ipv4);
+    let worth = |ip: Option<Ipv6Addr>| ip.map(|ip| !ip.is_unicast_link_local());
+    let ipv6 = worth(next.ipv6) < worth(known.ipv6);
     ipv4.then_some("IPv4").or(ipv6.then_some("IPv6"))
-}
-
-/// Whether others have known this node by an IPv4 address, and the interface has none: at a host's start IPv6
-/// may be there before it, and by that this would be another node.
-pub(crate) fn lacks_ipv4(
-    formerly: &LeaseAttrs,
-    config: &NetworkConfig,
-    next: &ExternalInterface,
-) -> bool {
-    config.ipv4.is_some() && formerly.public_ip.is_some() && next.ipv4.is_none()
 }
 
 /// A backend that is ready to begin on an interface.

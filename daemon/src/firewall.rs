@@ -15,11 +15,13 @@ use weft_control::firewall::iptables::Iptables;
 use weft_control::firewall::nftables::Nftables;
 use weft_control::firewall::{FirewallError, Rules};
 
+use crate::or_never::or_never;
 use crate::repairs::Repairs;
-use crate::retry::Repeats;
+use crate::repeats::Repeats;
+use crate::rest::Rest;
 
-/// How often the tables are looked at that are not ours.
-const DOUBT_INTERVAL: Duration = Duration::from_secs(60);
+/// How often what is not ours is looked at, and tried to be removed where it is in the way.
+const OTHERS_INTERVAL: Duration = Duration::from_secs(60);
 
 /// By what program rules come into the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -76,8 +78,11 @@ impl Firewall {
             kept: None,
             state: sender,
             said: Repeats::default(),
+            left: Repeats::default(),
             repairs: Repairs::new(),
             repaired: 0,
+            blackholes_kept: false,
+            leavings: Leavings::Untouched,
             doubted: None,
         };
         tokio::spawn(keeper.keep(receiver, resync));
@@ -213,11 +218,36 @@ struct Keeper {
     kept: Option<Wanted>,
     state: watch::Sender<FirewallState>,
     said: Repeats,
+    /// What was said of what others left.
+    left: Repeats,
     repairs: Repairs,
     /// How many there were in all.
     repaired: u64,
+    /// Whether the blackhole routes have once been what they should be.
+    blackholes_kept: bool,
+    leavings: Leavings,
     /// When the other kind of iptables was last looked at.
     doubted: Option<Instant>,
+}
+
+/// What others wrote before for the same purpose.
+#[derive(Debug, Clone, Copy)]
+enum Leavings {
+    Untouched,
+    /// It could not be removed, at that time.
+    Refused(Instant),
+    /// Or there is no program by which there could be any.
+    Removed,
+}
+
+impl Leavings {
+    fn are_due(self) -> bool {
+        match self {
+            Self::Untouched => true,
+            Self::Refused(at) => at.elapsed() >= OTHERS_INTERVAL,
+            Self::Removed => false,
+        }
+    }
 }
 
 impl Keeper {
@@ -227,19 +257,29 @@ impl Keeper {
             .ok();
         let mut timer = interval(resync);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut rest = Rest::none();
         loop {
-            tokio::select! {
+            let tables_changed = async {
+                rest.over().await;
+                or_never(events.as_ref().map(KernelEvents::changed)).await;
+            };
+            let is_by_event = tokio::select! {
                 changed = wanted.changed() => {
                     if changed.is_err() {
                         return;
                     }
+                    false
                 }
-                _ = timer.tick() => {}
-                () = next(events.as_ref()), if !self.repairs.is_fight() => {}
-            }
+                _ = timer.tick() => false,
+                () = tables_changed, if !self.repairs.is_fight() => true,
+            };
             let now = wanted.borrow_and_update().clone();
             if let Some(now) = now {
+                let (begun, before) = (tokio::time::Instant::now(), self.repaired);
                 self.once(now).await;
+                // Whoever removes ours may do so again at once.
+                let is_for_nothing = is_by_event && self.repaired == before;
+                rest = if is_for_nothing { Rest::after(begun) } else { Rest::none() };
             }
         }
     }
@@ -264,7 +304,7 @@ impl Keeper {
     /// At the other kind of iptables, from time to time.
     async fn look_elsewhere(&mut self, rules: &Rules) {
         let Some(writer) = &self.writer else { return };
-        if self.doubted.is_some_and(|at| at.elapsed() < DOUBT_INTERVAL) {
+        if self.doubted.is_some_and(|at| at.elapsed() < OTHERS_INTERVAL) {
             return;
         }
         let mut found = None;
@@ -284,26 +324,42 @@ impl Keeper {
         });
     }
 
-    /// Makes it so; says what is in the way nevertheless.
+    /// Makes it so; says what is in the way nevertheless. Routes and rules do not depend on each other.
     async fn apply(&mut self, wanted: &Wanted) -> anyhow::Result<Option<String>> {
-        let first = self.kept.is_none();
-        // With nothing wanted, what there is of an earlier run goes once; later it is another's.
-        if first || !wanted.blackholes.is_empty() {
-            let Wanted { blackholes, networks, .. } = wanted.clone();
-            tokio::task::spawn_blocking(move || {
-                let netlink = Netlink::open().context("cannot open a netlink socket")?;
-                anyhow::Ok(netlink.keep_blackholes(&blackholes, &networks)?)
-            })
-            .await??;
+        let routes = self.keep_blackholes(wanted).await;
+        let obstacle = self.keep_rules(wanted).await?;
+        routes?;
+        Ok(obstacle)
+    }
+
+    /// With none wanted, those of an earlier run go once; later ones are another's.
+    async fn keep_blackholes(&mut self, wanted: &Wanted) -> anyhow::Result<()> {
+        let Wanted { blackholes, networks, .. } = wanted.clone();
+        if self.blackholes_kept && blackholes.is_empty() {
+            return Ok(());
         }
+        tokio::task::spawn_blocking(move || {
+            let netlink = Netlink::open().context("cannot open a netlink socket")?;
+            anyhow::Ok(netlink.keep_blackholes(&blackholes, &networks)?)
+        })
+        .await??;
+        self.blackholes_kept = true;
+        Ok(())
+    }
+
+    async fn keep_rules(&mut self, wanted: &Wanted) -> anyhow::Result<Option<String>> {
+        let first = self.kept.is_none();
         let nothing = wanted.rules.is_empty();
-        if nothing && !first {
+        if nothing && !first && !self.leavings.are_due() {
             return Ok(None);
         }
         let mut writer = match self.writer.take() {
             Some(writer) => writer,
             None => match Writer::choose(self.kind).await {
-                Err(FirewallError::Missing(_)) if nothing => return Ok(None),
+                Err(FirewallError::Missing(_)) if nothing => {
+                    (self.kept, self.leavings) = (Some(wanted.clone()), Leavings::Removed);
+                    return Ok(None);
+                }
                 chosen => chosen?,
             },
         };
@@ -315,15 +371,23 @@ impl Keeper {
             }
         }
         let by = writer.describe();
+        if outcome.is_ok() && self.leavings.are_due() {
+            self.leavings = match writer.remove_leavings().await {
+                Ok(()) => Leavings::Removed,
+                Err(error) => {
+                    self.left.warn(&format!(
+                        "cannot remove firewall rules that were left before, and tries again: {error}"
+                    ));
+                    Leavings::Refused(Instant::now())
+                }
+            };
+        }
         if outcome.is_ok() && first {
-            if let Err(error) = writer.remove_leavings().await {
-                tracing::warn!("cannot remove firewall rules that were left before: {error}");
-            }
             writer.tell_policy().await;
         }
         self.writer = Some(writer);
         match outcome {
-            Err(FirewallError::Missing(_)) if nothing => return Ok(None),
+            Err(FirewallError::Missing(_)) if nothing => self.leavings = Leavings::Removed,
             Ok(true) if self.kept.as_ref() == Some(wanted) => self.repaired(),
             Ok(true) => tracing::info!(%by, "wrote the firewall's rules"),
             Ok(false) => {}
@@ -350,13 +414,5 @@ impl Keeper {
         tracing::warn!("somebody changed the firewall's rules; put them back");
         self.repairs.count();
         self.repaired += 1;
-    }
-}
-
-/// The next group of changes; none for ever where the kernel does not tell.
-async fn next(events: Option<&KernelEvents>) {
-    match events {
-        Some(events) => events.changed().await,
-        None => std::future::pending().await,
     }
 }

@@ -7,8 +7,11 @@ mod config;
 mod desired;
 mod memory;
 mod turn;
+mod vanished;
 
+use std::mem;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -16,11 +19,10 @@ use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout};
 use weft_backends::netlink::Netlink;
 use weft_backends::{
-    BackendEvent, BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started, Towards,
-    some,
+    BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started, Towards, some,
 };
 use weft_control::keeper::{self, Own};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot};
@@ -34,15 +36,18 @@ use crate::flags::Settings;
 use crate::health::Health;
 use crate::ip_forward;
 use crate::node;
+use crate::or_never::or_never;
 use crate::overlap;
 use crate::overlay::Overlay;
 use crate::place::Place;
 use crate::probe::{self, Prober};
+use crate::rest::Rest;
 use asleep::LastLook;
-use claiming::{Claiming, claimed};
+use claiming::Claiming;
 use config::follow_config;
 use desired::desired;
 use turn::{Lost, Turn};
+use vanished::Vanished;
 
 pub(crate) use memory::Memory;
 pub(crate) use turn::Tenure;
@@ -59,11 +64,6 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
 const MOVED_RETRY: Duration = Duration::from_secs(1);
 
-/// After a look at all that the kernel has, the daemon rests for so many times as long as that took,
-/// however much changes on a busy host: some tenth of a core, and not more than this behind.
-const REST_FOLD: u32 = 10;
-const REST_MAX: Duration = Duration::from_secs(5);
-
 /// What stays the same while one lease is forwarded under.
 pub(crate) struct Forwarding<'a> {
     pub(crate) settings: &'a Settings,
@@ -78,16 +78,23 @@ pub(crate) struct Forwarding<'a> {
     pub(crate) board: &'a Board,
 }
 
+/// The end of the loop, and under which lease the next one begins.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) why: Why,
+    pub(crate) tenure: Tenure,
+}
+
 /// Why the loop ended.
 #[derive(Debug)]
-pub(crate) enum Ended {
-    /// Packets no longer move.
-    Lost { reason: String, tenure: Box<Tenure> },
+pub(crate) enum Why {
+    /// Packets no longer move, for this reason.
+    Lost(String),
     /// Our subnets are others now.
-    OtherLease(Box<Tenure>),
+    OtherLease,
     /// The external interface is another, or has another address or MTU; a backend is ready there, for
     /// the same lease.
-    OtherInterface { prepared: Box<Prepared>, tenure: Box<Tenure> },
+    OtherInterface(Box<Prepared>),
 }
 
 impl Forwarding<'_> {
@@ -103,16 +110,9 @@ impl Forwarding<'_> {
         watch: &mut watch::Receiver<View>,
         memory: &mut Memory,
     ) -> anyhow::Result<Ended> {
-        let (margin, retry) = self.settings.renewal();
+        let (margin, _) = self.settings.renewal();
         let mut turn = Turn::new(tenure, self.place, margin);
-        let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks());
-        // During an outage of the registry, peers cannot hear of another port.
-        let known = memory.last_known.load().map(|(known, _)| known);
-        // Who has probed another subnet's before it was ours may have left its mark in this host's NAT.
-        let known = known.filter(|known| known.lease.key == turn.lease.key);
-        let port = known.and_then(|known| known.probe_port);
-        let (mtu, overlay_port) = (self.started.mtu, self.kind.port(Some(&turn.config.backend)));
-        turn.prober = local.and_then(|local| Prober::start(local, port, mtu, overlay_port));
+        turn.prober = self.prober(&turn, memory);
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
         let (mut slow, mut publish) = (interval(RECONCILE_INTERVAL), interval(NODE_INTERVAL));
         for timer in [&mut slow, &mut publish] {
@@ -122,7 +122,7 @@ impl Forwarding<'_> {
         watch.mark_changed();
         let mut firewall = self.firewall.watch();
         let mut last_look = LastLook::new();
-        let mut rest_until = Instant::now();
+        let mut rest = Rest::none();
         let mut claiming: Option<Claiming<'_>> = None;
         loop {
             self.board.turn();
@@ -137,29 +137,22 @@ impl Forwarding<'_> {
             // Two nodes with one address would each wait for the other's record to end.
             let is_whole = turn.readable && turn.lost.is_none();
             let kernel_changed = async {
-                tokio::time::sleep_until(rest_until).await;
+                rest.over().await;
                 self.kernel.changed().await;
             };
-            let renewal = sleep_until(turn.renewal.map(|due| due.max(turn.renew_not_before)));
+            let due = turn.renewal.map(|due| due.max(turn.renew_not_before));
+            let renewal = or_never(due.map(sleep_until));
             tokio::select! {
                 changed = watch.changed() => {
                     changed.context("nothing watches the registry any more")?;
                     let View { snapshot, readable } = watch.borrow_and_update().clone();
-                    let is_back = readable && !turn.readable;
-                    turn.readable = readable;
-                    turn.is_away = !readable;
-                    self.board.registry(readable);
-                    if !readable {
-                        (turn.renewals, turn.records) = Default::default();
-                        self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
-                        continue;
-                    }
-                    self.follow(&snapshot, overlay, &mut turn).await?;
+                    let was_readable = mem::replace(&mut turn.readable, readable);
+                    self.heard(&snapshot, overlay, &mut turn).await?;
                     let is_told = snapshot.nodes.iter().any(|it| it.id == self.place.node.id);
-                    if let Some(at) = turn.published.filter(|_| !is_told) {
+                    if let Some(at) = turn.published.filter(|_| readable && !is_told) {
                         publish.reset_at(at + NODE_RETRY);
                     }
-                    if is_back {
+                    if readable && !was_readable {
                         memory.keep(&mut turn, &snapshot).await;
                     }
                 }
@@ -170,8 +163,7 @@ impl Forwarding<'_> {
                     }
                     let snapshot = watch.borrow().snapshot.clone();
                     self.put_right(&snapshot, overlay, &mut turn).await?;
-                    let took = begun.elapsed();
-                    rest_until = Instant::now() + (took * REST_FOLD).min(REST_MAX);
+                    rest = Rest::after(begun);
                 }
                 _ = slow.tick() => {
                     if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
@@ -183,11 +175,11 @@ impl Forwarding<'_> {
                     }
                     self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
                 }
-                lease = claimed(claiming.as_mut()) => {
+                lease = or_never(claiming.as_mut().map(Claiming::lease)) => {
                     (claiming, turn.lost) = (None, None);
                     if lease.key != turn.lease.key {
                         let tenure = Tenure::of(lease, turn.config.clone());
-                        return Ok(Ended::OtherLease(tenure.into()));
+                        return Ok(Ended { why: Why::OtherLease, tenure });
                     }
                     turn.hold(lease, margin);
                     publish.reset_immediately();
@@ -201,31 +193,56 @@ impl Forwarding<'_> {
                         slow.reset_immediately();
                     }
                 }
-                () = probes_found(turn.prober.as_mut()) => {
+                () = or_never(turn.prober.as_ref().map(Prober::changed)) => {
                     self.give_up_offload(overlay, &mut turn).await?;
                 }
                 () = renewal, if is_whole => {
                     let told = turn.renewals.problem().is_some();
-                    let renewed = self.renew(&mut turn).await;
-                    if matches!(renewed, Ok(true)) {
+                    if self.renew(&mut turn).await {
                         let snapshot = watch.borrow().snapshot.clone();
                         memory.keep(&mut turn, &snapshot).await;
                     }
                     if turn.renewals.problem().is_some() != told {
                         slow.reset_immediately();
                     }
-                    let is_told = turn.lease.attrs == turn.identity.attrs;
-                    // What was not asked costs nothing to try again.
-                    let is_asked = !matches!(renewed, Err(RegistryError::NotAsked));
-                    let pause = if is_told && is_asked { retry } else { MOVED_RETRY };
-                    turn.renew_not_before = Instant::now() + pause;
                 }
                 Ok(()) = firewall.changed() => self.tell_health(&turn),
-                BackendEvent::Lost(reason) = overlay.event() => {
-                    return Ok(Ended::Lost { reason, tenure: turn.tenure().into() });
+                reason = overlay.lost() => {
+                    return Ok(Ended { why: Why::Lost(reason), tenure: turn.tenure() });
                 }
             }
         }
+    }
+
+    /// What finds out whom packets reach; none where no socket is to be had.
+    fn prober(&self, turn: &Turn, memory: &Memory) -> Option<Prober> {
+        let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks())?;
+        // During an outage of the registry, peers cannot hear of another port.
+        let known = memory.last_known.load().map(|(known, _)| known);
+        // Who has probed another subnet's before it was ours may have left its mark in this host's NAT.
+        let known = known.filter(|known| known.lease.key == turn.lease.key);
+        let port = known.and_then(|known| known.probe_port);
+        let overlay_port = self.kind.port(Some(&turn.config.backend));
+        Prober::start(local, port, self.started.mtu, overlay_port)
+    }
+
+    /// Takes in what the registry says now, or that it cannot be read.
+    async fn heard(
+        &self,
+        snapshot: &Arc<Snapshot>,
+        overlay: &mut Overlay,
+        turn: &mut Turn,
+    ) -> anyhow::Result<()> {
+        turn.is_away = !turn.readable;
+        self.board.registry(turn.readable);
+        if turn.readable {
+            self.follow(snapshot, overlay, turn).await?;
+        } else {
+            (turn.renewals, turn.records) = Default::default();
+            self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
+        }
+        turn.heard = Arc::clone(snapshot);
+        Ok(())
     }
 
     /// Sees whether the external interface is what it was, and ends the turn where the backend has to
@@ -261,8 +278,8 @@ impl Forwarding<'_> {
         let Self { settings, kind, place, .. } = *self;
         match Prepared::open(settings, &turn.config, kind, next, &place.node.id).await? {
             Ok(prepared) => {
-                let (prepared, tenure) = (Box::new(prepared), Box::new(turn.tenure()));
-                Ok(Some(Ended::OtherInterface { prepared, tenure }))
+                let why = Why::OtherInterface(Box::new(prepared));
+                Ok(Some(Ended { why, tenure: turn.tenure() }))
             }
             Err(error) => {
                 turn.stuck = Some(error.to_string());
@@ -310,6 +327,7 @@ impl Forwarding<'_> {
             }
             Own::Missing if turn.lost == Some(Lost::Gone) => {}
             Own::Missing => {
+                turn.vanished = Some(Vanished::of(&turn.heard, &turn.lease.key));
                 tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
                 self.lose(turn, Lost::Gone, "our lease is gone; claiming it again");
             }
@@ -342,7 +360,16 @@ impl Forwarding<'_> {
         turn: &mut Turn,
         basis: Basis,
     ) -> anyhow::Result<bool> {
+        let completed = turn.vanished.as_mut().map(|it| it.complete(snapshot));
+        turn.vanished.take_if(|it| it.is_over());
+        let completed = completed.filter(|_| turn.vanished.is_some());
+        let snapshot = completed.as_ref().unwrap_or(snapshot);
         let (desired, mut problems) = desired(self.settings, snapshot, turn);
+        problems.extend(turn.vanished.as_ref().map(Vanished::problem));
+        if !turn.given_up.is_empty() {
+            let addresses = desired.public_addresses();
+            turn.given_up.retain(|(_, peer)| peer.is_none_or(|peer| addresses.contains(&peer)));
+        }
         let (kind, public_ip) = (self.kind, self.place.public_ip);
         let targets = probe::targets(kind, public_ip, &desired.peers, &snapshot.nodes);
         turn.config_problem = follow_config(self.settings, snapshot, turn);
@@ -391,7 +418,7 @@ impl Forwarding<'_> {
         }
         problems.extend(turn.failures.iter().cloned());
         turn.log_news(&problems);
-        problems.extend(turn.given_up.iter().cloned());
+        problems.extend(turn.given_up.iter().map(|(line, _)| line.clone()));
         turn.problems = problems;
         let subnets: Vec<IpNetwork> = turn.lease.key.networks().collect();
         self.board.backend(overlay.status(), &snapshot.nodes);
@@ -477,13 +504,14 @@ impl Forwarding<'_> {
         for (offload, towards) in prober.findings().blamed() {
             let (Towards::One(peer) | Towards::All(peer)) = towards;
             let given_up = overlay.call(move |backend| backend.give_up(offload, towards)).await?;
-            if let Some(GivenUp { what, cure }) = given_up {
+            if let Some(GivenUp { what, towards, cure }) = given_up {
+                let whom = towards.map(|peer| format!(" towards {peer}")).unwrap_or_default();
                 let line = format!(
-                    "{what} is given up: packets get lost by it on the way to {peer}; {cure}"
+                    "{what}{whom} is given up: packets get lost by it on the way to {peer}; {cure}"
                 );
                 tracing::warn!("{line}");
                 turn.problems.insert(line.clone());
-                turn.given_up.push(line);
+                turn.given_up.push((line, towards));
                 is_news = true;
             }
         }
@@ -519,18 +547,27 @@ impl Forwarding<'_> {
     }
 
     /// Writes the lease anew, with what we are now, and says whether it did.
-    async fn renew(&self, turn: &mut Turn) -> Result<bool, RegistryError> {
+    async fn renew(&self, turn: &mut Turn) -> bool {
+        let (margin, retry) = self.settings.renewal();
         let ttl = keeper::ttl(&turn.lease, self.settings.lease_ttl);
         let renewed = in_time(self.registry.renew(&turn.lease, &turn.identity.attrs, ttl)).await;
         turn.renewals.note("renew the lease", &renewed);
-        let Some(lease) = renewed? else {
+        // What was not asked costs nothing to try again.
+        let is_asked = !matches!(renewed, Err(RegistryError::NotAsked));
+        if matches!(renewed, Ok(None)) {
             tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
-            return Ok(false);
-        };
-        tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
-        turn.hold(lease, self.settings.renewal().0);
-        self.board.lease(&turn.lease, turn.renewal);
-        Ok(true)
+        }
+        let renewed = renewed.ok().flatten();
+        let is_renewed = renewed.is_some();
+        if let Some(lease) = renewed {
+            tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
+            turn.hold(lease, margin);
+            self.board.lease(&turn.lease, turn.renewal);
+        }
+        let is_told = turn.lease.attrs == turn.identity.attrs;
+        let pause = if is_told && is_asked { retry } else { MOVED_RETRY };
+        turn.renew_not_before = Instant::now() + pause;
+        is_renewed
     }
 }
 
@@ -548,20 +585,5 @@ pub(crate) fn expiry(lease: &Lease) -> String {
         Expiry::Never => "never (a reservation)".into(),
         Expiry::At(end) => end.to_string(),
         Expiry::Unknown => "unknown".into(),
-    }
-}
-
-/// The next news of a peer; none for ever where there is no prober.
-async fn probes_found(prober: Option<&mut Prober>) {
-    match prober {
-        Some(prober) => prober.changed().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
     }
 }

@@ -11,7 +11,7 @@ pub use address::{Families, Family};
 use address::{addresses, can_send, is_link_local, is_usable};
 use regex::Regex;
 use weft_backends::ExternalInterface;
-use weft_backends::netlink::{KernelRoute, Link, LinkAddress};
+use weft_backends::netlink::{KernelRoute, Link, LinkAddress, WayOut};
 
 /// What the operator asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -47,15 +47,6 @@ impl PartialEq for Pattern {
 }
 
 impl Eq for Pattern {}
-
-/// What the kernel's routes say of the way to an address.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Way {
-    /// The interface that packets leave by.
-    pub link: Option<u32>,
-    /// The address that they leave from.
-    pub source: Option<IpAddr>,
-}
 
 /// The choice.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,7 +119,7 @@ pub fn choose(
     families: Families,
     links: &[Link],
     routes: &[KernelRoute],
-    way: Way,
+    way: WayOut,
     held: &[IpAddr],
 ) -> Result<Chosen, InterfaceError> {
     if !families.ipv4 && !families.ipv6 {
@@ -150,7 +141,7 @@ struct Chooser<'a> {
     families: Families,
     links: &'a [Link],
     routes: &'a [KernelRoute],
-    way: Way,
+    way: WayOut,
     held: &'a [IpAddr],
 }
 

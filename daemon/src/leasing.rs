@@ -2,16 +2,14 @@
 
 use std::time::Duration;
 
-use ipnetwork::IpNetwork;
 use weft_control::keeper::{self, Identity, Plan};
 use weft_control::lease::{NodeRecord, Snapshot};
-use weft_control::subnet_env::Previous;
 use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry, RegistryError};
 
 use crate::board::Board;
 use crate::health::Health;
 use crate::node::host_name;
-use crate::retry::Repeats;
+use crate::repeats::Repeats;
 
 /// Rounds of losing a race for a subnet before the daemon takes a breath.
 const RACES_MAX: u32 = 10;
@@ -35,7 +33,7 @@ impl Claim<'_> {
     pub(crate) async fn acquire(
         &self,
         registry: &dyn Registry,
-        previous: &Previous,
+        previous: &LeaseKey,
     ) -> (Lease, Snapshot) {
         let mut backoff = Backoff::default();
         let mut said = Repeats::told_to(self.health);
@@ -75,7 +73,7 @@ impl Claim<'_> {
     async fn attempt(
         &self,
         registry: &dyn Registry,
-        previous: &Previous,
+        previous: &LeaseKey,
     ) -> Result<Attempt, RegistryError> {
         let mut rng = fastrand::Rng::new();
         for _ in 0..RACES_MAX {
@@ -90,7 +88,7 @@ impl Claim<'_> {
     async fn race(
         &self,
         registry: &dyn Registry,
-        previous: &Previous,
+        previous: &LeaseKey,
         rng: &mut fastrand::Rng,
     ) -> Result<Attempt, RegistryError> {
         let Self { config, identity, ttl, .. } = *self;
@@ -163,7 +161,7 @@ impl Claim<'_> {
             }
             backoff.wait().await;
         };
-        if keeper::came_second(ours, &snapshot.leases) {
+        if keeper::came_second(self.config, ours, &snapshot.leases) {
             registry.remove(ours).await?;
             return Ok(None);
         }
@@ -182,16 +180,4 @@ enum Attempt {
     Full,
     /// Another node lives with our address.
     Claimed(Box<NodeRecord>),
-}
-
-/// What to ask for again, so that containers keep their addresses.
-pub(crate) fn previous(key: &LeaseKey) -> Previous {
-    let mut previous = Previous::default();
-    for network in key.networks() {
-        match network {
-            IpNetwork::V4(net) => previous.ipv4 = Some(net),
-            IpNetwork::V6(net) => previous.ipv6 = Some(net),
-        }
-    }
-    previous
 }

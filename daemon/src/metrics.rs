@@ -27,7 +27,7 @@ const WAYS: [&str; 2] = ["tunnel", "direct"];
 pub(crate) fn read(board: &Board) -> String {
     let status = board.read();
     let netlink = Netlink::open().ok();
-    let devices = status.device.iter().chain(&status.other_devices).filter_map(|name| {
+    let devices = status.devices().filter_map(|name| {
         let counters = netlink.as_ref()?.link_counters(name);
         // It may be gone this instant.
         let counters =

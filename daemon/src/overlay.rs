@@ -5,13 +5,13 @@ use std::thread;
 
 use anyhow::Context;
 use tokio::sync::mpsc::UnboundedReceiver;
-use weft_backends::{Backend, BackendEvent, BackendStatus, Opened};
+use weft_backends::{Backend, BackendStatus, Opened};
 
-/// A backend and its events.
+/// A backend, and why its packets no longer move.
 #[derive(Debug)]
 pub(crate) struct Overlay {
     backend: Held,
-    events: UnboundedReceiver<BackendEvent>,
+    losses: UnboundedReceiver<String>,
 }
 
 /// Away only while a call runs. May be dropped anywhere: what a backend runs inside may not end on a thread
@@ -20,8 +20,8 @@ pub(crate) struct Overlay {
 struct Held(Option<Box<dyn Backend>>);
 
 impl Overlay {
-    pub(crate) fn new((backend, events): Opened) -> Self {
-        Self { backend: Held(Some(backend)), events }
+    pub(crate) fn new((backend, losses): Opened) -> Self {
+        Self { backend: Held(Some(backend)), losses }
     }
 
     /// Runs one call of the backend. When the future is dropped midway the call still runs to its
@@ -41,18 +41,18 @@ impl Overlay {
         answer.context("the backend was lost in an earlier call")
     }
 
-    /// The next event.
-    pub(crate) async fn event(&mut self) -> BackendEvent {
-        match self.events.recv().await {
-            Some(event) => event,
-            // The backend holds the sender, so it is gone; `call` reports that.
+    /// Why packets no longer move, once they do not. Cancel safe.
+    pub(crate) async fn lost(&mut self) -> String {
+        match self.losses.recv().await {
+            Some(reason) => reason,
+            // A backend that does not break by itself has dropped the sender.
             None => std::future::pending().await,
         }
     }
 
     /// Forgets what a backend that is stopped now reported: each of its threads may have.
-    pub(crate) fn forget_events(&mut self) {
-        while self.events.try_recv().is_ok() {}
+    pub(crate) fn forget_losses(&mut self) {
+        while self.losses.try_recv().is_ok() {}
     }
 
     /// Reads numbers only, so it needs no thread of its own.

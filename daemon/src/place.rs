@@ -9,16 +9,14 @@ use weft_control::LeaseAttrs;
 use weft_control::keeper::Identity;
 
 use crate::flags::Settings;
-use crate::made::files_of;
 use crate::node::{Node, NodeFiles};
 use crate::socket::Socket;
-use crate::state_file::{LastKnown, StateFile};
+use crate::state_file::LastKnown;
 
 /// Under what others last knew a node of this registry that has lived by this state directory.
 pub(crate) fn formerly(settings: &Settings, registry: &str) -> Option<LeaseAttrs> {
-    let found = files_of(&settings.state_dir, |name| name.starts_with("last-known-")).ok()?;
-    let known = found.into_iter().filter_map(|path| {
-        let (LastKnown { lease, .. }, since) = StateFile::new(path.clone()).load()?;
+    let found = LastKnown::read_all(&settings.state_dir).ok()?;
+    let known = found.into_iter().filter_map(|(path, LastKnown { lease, .. }, since)| {
         let public_ip = lease.attrs.public_addresses().next()?;
         // Another registry's has another name.
         let is_ours = files(settings, registry, public_ip).last_known == path;

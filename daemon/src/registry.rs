@@ -10,7 +10,7 @@ use crate::board::Board;
 use crate::flags::{EtcdApi, RegistrySettings, Settings};
 use crate::health::Health;
 use crate::node;
-use crate::retry::Repeats;
+use crate::repeats::Repeats;
 use crate::run::CONFIG_INTERVAL;
 use crate::state_file::StateFile;
 
@@ -135,8 +135,7 @@ async fn find_config(
                 format!("there is none in {v3}; write one, or start with --network{by_v2}")
             }
             Err(error) => {
-                let is_v2_left_behind = by_v2.is_err() || has_config(&by_v2);
-                if is_v2_left_behind && config_file(&settings.state_dir, &v3).load().is_some() {
+                if config_file(&settings.state_dir, &v3).load().is_some() {
                     return Box::new(v3);
                 }
                 if by_v2.is_err() && config_file(&settings.state_dir, &v2).load().is_some() {

@@ -1,6 +1,6 @@
 //! `weft registry`: looks at a registry of any kind, and changes it as an operator.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::mem;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
 use comfy_table::{Table, presets};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use ipnetwork::IpNetwork;
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
@@ -25,10 +26,15 @@ use crate::directories::Directories;
 use crate::flags::{RegistryFlags, RegistrySettings};
 use crate::output::Output;
 use crate::registry::open_now;
+use crate::{socket, started};
+
+/// Leases whose time left is asked for at once.
+const ASKED_AT_ONCE: usize = 64;
 
 /// Look at a registry, and change it.
 ///
-/// The flags are weftd's; they come before the subcommand.
+/// The flags are weftd's; they come before the subcommand. Without any of them, the registry is that of the
+/// weftd that runs here; where none runs, flannel's default.
 #[derive(Debug, Args)]
 pub struct RegistryArgs {
     #[command(flatten)]
@@ -53,18 +59,26 @@ enum RegistryCommand {
     /// the subnets of both, as '10.42.7.0-24&fd00:42:0:7::-64'
     #[command(verbatim_doc_comment)]
     Reserve {
+        /// The subnet, or a lease's key
         #[arg(value_parser = subnets)]
         subnet: LeaseKey,
+        /// The node's address: of IPv4, if it has one
         public_ip: IpAddr,
     },
     /// Remove a lease or a reservation; a node that lives claims the same subnet again, if it is free
-    Release { subnet: IpNetwork },
+    Release {
+        /// The subnet; of a lease of both families, either
+        subnet: IpNetwork,
+    },
     /// Show what changes, until Ctrl-C
     Watch,
     /// Write the config and all leases to stdout
     Export,
     /// Read what `export` wrote, from a file or stdin, and add what is not there yet
-    Import { file: Option<PathBuf> },
+    Import {
+        /// What `export` wrote [default: stdin]
+        file: Option<PathBuf>,
+    },
 }
 
 impl RegistryCommand {
@@ -100,7 +114,7 @@ pub fn run(
 ) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
-        let settings = arguments.flags.settings()?;
+        let settings = settings(&arguments.flags, &directories.run_dir)?;
         if let (RegistrySettings::Directory(path), true) = (&settings, arguments.command.begins()) {
             DirectoryRegistry::make(path)?;
         }
@@ -111,6 +125,29 @@ pub fn run(
     // What waits for etcd has nothing more to say.
     runtime.shutdown_background();
     outcome
+}
+
+/// What the flags name, or else the registry of the daemons that run here.
+fn settings(flags: &RegistryFlags, run_dir: &Path) -> anyhow::Result<RegistrySettings> {
+    if flags.name_any() {
+        return Ok(flags.settings()?);
+    }
+    let context = "cannot tell which registry the weftd here has; name it by its flags";
+    let mut found: Vec<RegistrySettings> = Vec::new();
+    for socket in socket::sockets(run_dir).context(context)? {
+        let Some(pid) = socket::listener(&socket).context(context)? else { continue };
+        let registry = started::settings(pid).context(context)?.registry;
+        if !found.contains(&registry) {
+            found.push(registry);
+        }
+    }
+    match found.pop() {
+        None => Ok(flags.settings()?),
+        Some(only) if found.is_empty() => Ok(only),
+        Some(_) => {
+            bail!("the daemons that run here have several registries; name one by its flags")
+        }
+    }
 }
 
 struct Operator<'a> {
@@ -152,10 +189,7 @@ impl Operator<'_> {
 
     async fn show(&mut self) -> anyhow::Result<()> {
         let snapshot = self.registry.snapshot().await?;
-        let mut left = BTreeMap::new();
-        for lease in &snapshot.leases {
-            left.insert(lease.key, self.registry.time_left(lease).await?);
-        }
+        let left = self.times_left(&snapshot.leases).await?;
         match self.output {
             Output::Json => {
                 let text = serde_json::to_string_pretty(&as_json(&snapshot, &left))?;
@@ -171,6 +205,18 @@ impl Operator<'_> {
                 Ok(())
             }
         }
+    }
+
+    /// Lease by lease, for that is how etcd tells it, but not one after the other.
+    async fn times_left(
+        &self,
+        leases: &[Lease],
+    ) -> anyhow::Result<BTreeMap<LeaseKey, Option<Duration>>> {
+        let asked = leases.iter().map(|lease| async move {
+            let left = self.registry.time_left(lease).await?;
+            anyhow::Ok((lease.key, left))
+        });
+        stream::iter(asked).buffer_unordered(ASKED_AT_ONCE).try_collect().await
     }
 
     async fn reserve(&mut self, key: LeaseKey, public_ip: IpAddr) -> anyhow::Result<()> {
@@ -266,8 +312,9 @@ impl Operator<'_> {
         let unreadable = snapshot.unreadable().map(|(key, it)| format!("{key} ({})", it.reason));
         let unreadable: Vec<String> = unreadable.collect();
         let mut document = Document { config: snapshot.config, leases: Vec::new() };
+        let times_left = self.times_left(&snapshot.leases).await?;
         for lease in &snapshot.leases {
-            let left = self.registry.time_left(lease).await?;
+            let left = times_left.get(&lease.key).copied().flatten();
             if left.is_none() && lease.expires != Expiry::Never {
                 // It has ended meanwhile.
                 continue;
@@ -397,25 +444,33 @@ fn owner(lease: &Lease) -> String {
     addresses(&lease.attrs)
 }
 
-/// The weft node that has a lease, if it lives.
-fn node<'a>(snapshot: &'a Snapshot, lease: &Lease) -> Option<&'a NodeRecord> {
-    let has = |node: &&NodeRecord| {
-        lease.attrs.public_addresses().any(|ip| node.public_addresses().any(|other| other == ip))
-    };
-    snapshot.nodes.iter().find(has)
+/// The weft nodes that live, by their addresses.
+struct Nodes<'a>(HashMap<IpAddr, &'a NodeRecord>);
+
+impl<'a> Nodes<'a> {
+    fn of(snapshot: &'a Snapshot) -> Self {
+        let addresses = |node: &'a NodeRecord| node.public_addresses().map(move |ip| (ip, node));
+        Self(snapshot.nodes.iter().flat_map(addresses).collect())
+    }
+
+    /// The one that has a lease.
+    fn with(&self, lease: &Lease) -> Option<&'a NodeRecord> {
+        lease.attrs.public_addresses().find_map(|ip| self.0.get(&ip).copied())
+    }
 }
 
 fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["subnet", "public IP", "backend", "weft node", "expires in"]);
+    let nodes = Nodes::of(snapshot);
     for lease in &snapshot.leases {
         let subnets: Vec<String> = lease.key.networks().map(|net| net.to_string()).collect();
         let backend = match lease.attrs.backend_type.as_str() {
             "" => "udp",
             name => name,
         };
-        let node = node(snapshot, lease);
+        let node = nodes.with(lease);
         let start_of = |id: &str| id.chars().take(8).collect::<String>();
         let node = node.map(|node| format!("{} ({})", node.name, start_of(&node.id)));
         let left = match (lease.expires, left.get(&lease.key).copied().flatten()) {
@@ -432,8 +487,9 @@ fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) ->
 }
 
 fn as_json(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> Value {
+    let nodes = Nodes::of(snapshot);
     let lease = |lease: &Lease| {
-        let node = node(snapshot, lease);
+        let node = nodes.with(lease);
         json!({
             "subnet": lease.key,
             "value": lease.attrs,

@@ -1,5 +1,7 @@
 //! Saying things once, and again only after a while.
 
+use std::collections::HashMap;
+use std::mem;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -9,14 +11,19 @@ use crate::health::Health;
 /// How long after a line was said it may be said again, if it is still so.
 const REMINDER: Duration = Duration::from_secs(600);
 
-/// Keeps a loop from saying the same thing at every turn.
+/// Keeps a loop from saying the same things at every turn.
 #[derive(Debug, Default)]
 pub(crate) struct Repeats {
-    last: String,
-    said: Option<Instant>,
-    /// How often the last line came since it was said.
-    times: u64,
+    said: HashMap<String, Said>,
     health: Option<Health>,
+}
+
+/// Of one line.
+#[derive(Debug)]
+struct Said {
+    at: Instant,
+    /// How often it came since.
+    times: u64,
 }
 
 impl Repeats {
@@ -27,24 +34,22 @@ impl Repeats {
 
     /// Whether to say `line` now, and how often it came since it was last said.
     fn news(&mut self, line: &str) -> Option<u64> {
-        self.times += 1;
-        let is_old = self.last == line;
-        if is_old && self.said.is_some_and(|at| at.elapsed() < REMINDER) {
+        let Some(said) = self.said.get_mut(line) else {
+            self.said.retain(|_, said| said.at.elapsed() < REMINDER);
+            self.said.insert(line.to_owned(), Said { at: Instant::now(), times: 0 });
+            return Some(1);
+        };
+        said.times += 1;
+        if said.at.elapsed() < REMINDER {
             return None;
         }
-        if !is_old {
-            line.clone_into(&mut self.last);
-            self.times = 1;
-            if let Some(health) = &self.health {
-                health.waits(line);
-            }
-        }
-        self.said = Some(Instant::now());
-        Some(std::mem::take(&mut self.times))
+        said.at = Instant::now();
+        Some(mem::take(&mut said.times))
     }
 
-    /// Logs `line` as an error unless it was the last one, and not long ago.
+    /// Logs `line` as an error, unless that was not long ago.
     pub(crate) fn error(&mut self, line: &str) {
+        self.waits(line);
         match self.news(line) {
             None => {}
             Some(1) => tracing::error!("{line}"),
@@ -52,8 +57,18 @@ impl Repeats {
         }
     }
 
-    /// Logs `line` unless it was the last one, and not long ago.
+    /// Logs `line`, unless that was not long ago.
     pub(crate) fn warn(&mut self, line: &str) {
+        self.waits(line);
+        self.note(line);
+    }
+
+    fn waits(&self, line: &str) {
+        self.health.iter().for_each(|health| health.waits(line));
+    }
+
+    /// The same of what the loop does not wait for.
+    pub(crate) fn note(&mut self, line: &str) {
         match self.news(line) {
             None => {}
             Some(1) => tracing::warn!("{line}"),
@@ -72,8 +87,7 @@ mod tests {
         assert_eq!(repeats.news("a"), Some(1));
         assert_eq!(repeats.news("a"), None);
         assert_eq!(repeats.news("b"), Some(1));
-        assert_eq!(repeats.news("a"), Some(1));
-        for _ in 0..3 {
+        for _ in 0..2 {
             assert_eq!(repeats.news("a"), None);
         }
         tokio::time::advance(REMINDER).await;

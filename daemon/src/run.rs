@@ -28,7 +28,7 @@ use crate::external::{self, Prepared, Surroundings};
 use crate::firewall::{Firewall, Wanted};
 use crate::flags::{Flags, Note, Settings};
 use crate::former;
-use crate::forwarding::{Ended, Forwarding, Memory, Tenure, expiry, in_time};
+use crate::forwarding::{Ended, Forwarding, Memory, Tenure, Why, expiry, in_time};
 use crate::health::Health;
 use crate::http;
 use crate::leasing::Claim;
@@ -39,15 +39,15 @@ use crate::notify;
 use crate::overlay::Overlay;
 use crate::place::{self, Place};
 use crate::registry::{self, config_file};
-use crate::retry::Repeats;
+use crate::repeats::Repeats;
 use crate::socket::Socket;
 use crate::state_file::{LastKnown, StateFile};
 
 /// How often a missing config is looked for, as flannel does.
 pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a start waits for an IPv4 address where this node used to have one. Where it is gone for good, the
-/// node goes on without.
+/// How long a start waits for the address that this node is known by. Where that is gone for good, it becomes
+/// another node.
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often who waits for a lease looks whether it still asks for the right one.
@@ -98,11 +98,11 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
             wait_for_config(registry.as_ref(), settings, board, &mut said).await?;
         let around = Surroundings::look(settings.wish.can_reach).await?;
         let chosen = around.choose(settings, &config, &held)?;
-        if external::lacks_ipv4(&formerly, &config, &chosen.interface)
+        if let Some(known) = around.lacks(&formerly, settings, &config, &chosen.interface)
             && late_since.get_or_insert_with(Instant::now).elapsed() < ADDRESS_PATIENCE
         {
             said.warn(&format!(
-                "waiting: {} has no IPv4 address yet, by which other nodes know this one",
+                "waiting a minute for {known}, by which other nodes know this one: {} has it not yet",
                 chosen.interface.name
             ));
             tokio::time::sleep(CONFIG_INTERVAL).await;
@@ -229,13 +229,13 @@ impl Daemon<'_> {
                 board: self.board,
             };
             let ended = forwarding.run(overlay, tenure, &mut watch, memory).await?;
-            match &ended {
-                Ended::Lost { reason, .. } => {
+            match &ended.why {
+                Why::Lost(reason) => {
                     tracing::error!("forwarding broke: {reason}; starting the backend again");
                     health.starts_again(&format!("forwarding broke: {reason}"));
                 }
-                Ended::OtherLease(_) => health.starts_again("taking up other subnets"),
-                Ended::OtherInterface { .. } => {
+                Why::OtherLease => health.starts_again("taking up other subnets"),
+                Why::OtherInterface(_) => {
                     health.starts_again("the external interface has changed");
                 }
             }
@@ -244,17 +244,15 @@ impl Daemon<'_> {
             } else {
                 pauses = Backoff::default();
             }
-            tenure = match ended {
-                Ended::Lost { tenure, .. } | Ended::OtherLease(tenure) => *tenure,
-                Ended::OtherInterface { prepared, tenure } => {
-                    let next = &prepared.interface;
-                    // After a pause it may be another one again, which whoever starts next finds out.
-                    if let Ok(None) = external::changed(settings, &self.config, next).await {
-                        self.move_station(&mut station, *prepared).await?;
-                    }
-                    *tenure
+            let Ended { why, tenure: held } = ended;
+            tenure = held;
+            if let Why::OtherInterface(prepared) = why {
+                let next = &prepared.interface;
+                // After a pause it may be another one again, which whoever starts next finds out.
+                if let Ok(None) = external::changed(settings, &self.config, next).await {
+                    self.move_station(&mut station, *prepared).await?;
                 }
-            };
+            }
         }
     }
 
@@ -335,7 +333,7 @@ impl Daemon<'_> {
     /// What trying again would not mend.
     async fn start(&self, station: &mut Station, tenure: &mut Tenure) -> anyhow::Result<Started> {
         station.overlay.call(|backend| backend.stop()).await?;
-        station.overlay.forget_events();
+        station.overlay.forget_losses();
         let mut backoff = Backoff::default();
         let mut said = Repeats::told_to(self.health);
         loop {
@@ -424,10 +422,14 @@ impl Daemon<'_> {
         claim: &Claim<'_>,
         file: &StateFile<LastKnown>,
     ) -> (Lease, Snapshot) {
-        let previous = read_previous(&self.settings.subnet_file);
+        let known = file.load();
+        let mut previous = read_previous(&self.settings.subnet_file);
+        // A reboot takes subnet.env away.
+        if let (true, Some((known, _))) = (previous == LeaseKey::default(), &known) {
+            previous = known.lease.key;
+        }
         if let Err(error) = self.registry.config().await
-            && let Some((known, since)) = file.load()
-            && known.lease.attrs.same_node(&claim.identity.attrs)
+            && let Some((known, since)) = known
             && keeper::is_compatible(claim.config, &known.lease.key)
         {
             tracing::warn!(
@@ -482,7 +484,7 @@ async fn wait_for_config(
     let wanted = settings.network.map(minimal_config).transpose()?;
     let file = config_file(&settings.state_dir, registry);
     loop {
-        let text = read_config(registry, wanted.as_deref(), &file, board).await;
+        let text = read_config(registry, wanted.as_deref(), &file, board, said).await;
         let parsed = text.and_then(|text| {
             let bad = |error| format!("{} holds a bad one: {error}", registry.describe());
             text.parse().map(|config: NetworkConfig| (text, config)).map_err(bad)
@@ -505,6 +507,7 @@ async fn read_config(
     wanted: Option<&str>,
     file: &StateFile<String>,
     board: &Board,
+    said: &mut Repeats,
 ) -> Result<String, String> {
     let found = registry.config().await;
     board.registry(found.is_ok());
@@ -512,7 +515,7 @@ async fn read_config(
         Ok(found) => found,
         Err(error) => {
             let (text, since) = file.load().ok_or_else(|| error.to_string())?;
-            tracing::warn!("{error}; starting with the network config known at {since}");
+            said.note(&format!("{error}; starting with the network config known at {since}"));
             return Ok(text);
         }
     };

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Group;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -60,23 +61,19 @@ enum Answer {
     Error(String),
 }
 
-/// Asks the daemon at `socket`, which may take so long to answer.
+/// Asks the daemon at `socket`.
 ///
 /// # Errors
 /// None is there ([`is_gone`]), it does not answer in time, or its answer is no.
-pub fn ask<T: DeserializeOwned>(
-    socket: &Path,
-    request: &Request,
-    within: Duration,
-) -> anyhow::Result<T> {
+pub fn ask<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<T> {
     let context = || format!("weftd does not answer at {}", socket.display());
-    let answer = exchange(socket, request, within);
+    let answer = exchange(socket, request);
     let failure = answer.as_ref().err().map(io::Error::kind);
     if failure == Some(io::ErrorKind::PermissionDenied) {
         bail!("only root and the group {GROUP} may ask the weftd at {}", socket.display());
     }
     if failure == Some(io::ErrorKind::WouldBlock) {
-        bail!("weftd does not answer at {} within {within:?}", socket.display());
+        bail!("weftd does not answer at {} within {PATIENCE:?}", socket.display());
     }
     match answer.with_context(context)? {
         Answer::Ok(value) => serde_json::from_str(value.get()).with_context(context),
@@ -84,27 +81,23 @@ pub fn ask<T: DeserializeOwned>(
     }
 }
 
-fn exchange(socket: &Path, request: &Request, within: Duration) -> io::Result<Answer> {
+fn connect(socket: &Path) -> io::Result<UnixStream> {
     let stream = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // Before it connects: that waits, too, where a frozen daemon's queue is full (unix(7)).
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.connect(&SockAddr::unix(socket)?)?;
-    let mut stream = UnixStream::from(OwnedFd::from(stream));
-    stream.set_read_timeout(Some(within))?;
+    Ok(UnixStream::from(OwnedFd::from(stream)))
+}
+
+fn exchange(socket: &Path, request: &Request) -> io::Result<Answer> {
+    let mut stream = connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     let mut line = serde_json::to_string(request)?;
     line.push('\n');
     stream.write_all(line.as_bytes())?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     Ok(serde_json::from_str(&text)?)
-}
-
-/// As [`ask`], for what is answered at once.
-///
-/// # Errors
-/// As for [`ask`].
-pub fn ask_now<T: DeserializeOwned>(socket: &Path, request: &Request) -> anyhow::Result<T> {
-    ask(socket, request, PATIENCE)
 }
 
 /// What the daemons of a run directory said.
@@ -136,7 +129,7 @@ pub fn ask_all<T: DeserializeOwned>(
     request: &Request,
 ) -> anyhow::Result<Answers<T>> {
     let mut answers = Answers { given: Vec::new(), missing: Vec::new() };
-    for answer in ask_each(run_dir, request)? {
+    for (_, answer) in ask_each(run_dir, request)? {
         match answer {
             Ok(given) => answers.given.push(given),
             Err(error) => answers.missing.push(format!("{error:#}")),
@@ -145,6 +138,9 @@ pub fn ask_all<T: DeserializeOwned>(
     Ok(answers)
 }
 
+/// A daemon's socket, and what the daemon said.
+pub type Answered<T> = (PathBuf, anyhow::Result<T>);
+
 /// The same, one by one.
 ///
 /// # Errors
@@ -152,10 +148,14 @@ pub fn ask_all<T: DeserializeOwned>(
 pub fn ask_each<T: DeserializeOwned>(
     run_dir: &Path,
     request: &Request,
-) -> anyhow::Result<Vec<anyhow::Result<T>>> {
-    let answers = sockets(run_dir)?.into_iter().map(|socket| ask_now(&socket, request));
-    let is_there = |answer: &anyhow::Result<T>| !answer.as_ref().is_err_and(is_gone);
-    let answers: Vec<anyhow::Result<T>> = answers.filter(is_there).collect();
+) -> anyhow::Result<Vec<Answered<T>>> {
+    let sockets = sockets(run_dir)?.into_iter();
+    let answers = sockets.map(|socket| {
+        let answer = ask(&socket, request);
+        (socket, answer)
+    });
+    let is_there = |(_, answer): &Answered<T>| !answer.as_ref().is_err_and(is_gone);
+    let answers: Vec<Answered<T>> = answers.filter(is_there).collect();
     if answers.is_empty() {
         bail!(
             "no weftd runs with --run-dir {}; start it, or name its --run-dir",
@@ -171,6 +171,22 @@ pub fn ask_each<T: DeserializeOwned>(
 /// The directory cannot be read.
 pub fn sockets(run_dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     files_of(run_dir, |name| name.ends_with(".sock"))
+}
+
+/// The process that listens at a socket, by its number where we are: a daemon in a container tells
+/// another one. None if nobody does.
+///
+/// # Errors
+/// The socket is not for us, or the process cannot be seen from here (unix(7), `SO_PEERCRED`;
+/// pid_namespaces(7)).
+pub fn listener(socket: &Path) -> anyhow::Result<Option<u32>> {
+    let stream = match connect(socket).map_err(anyhow::Error::new) {
+        Err(error) if is_gone(&error) => return Ok(None),
+        stream => stream.with_context(|| format!("cannot ask at {}", socket.display()))?,
+    };
+    let pid = u32::try_from(getsockopt(&stream, PeerCredentials)?.pid()).unwrap_or_default();
+    ensure!(pid != 0, "the process at {} cannot be seen from here", socket.display());
+    Ok(Some(pid))
 }
 
 /// Whether nobody listens: the daemon was killed, or it moved its socket this instant.

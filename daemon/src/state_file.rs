@@ -17,6 +17,8 @@ use weft_control::Lease;
 use weft_control::file::{self, PRIVATE};
 use weft_control::lease::Snapshot;
 
+use crate::made::files_of;
+
 /// How long anybody waits for a disk that is busy, or hangs.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -29,6 +31,22 @@ pub(crate) struct LastKnown {
     /// Where this node answers probes.
     #[serde(default)]
     pub(crate) probe_port: Option<u16>,
+}
+
+impl LastKnown {
+    /// As each node that has lived by a state directory has left it there: the file, what is in it, and since
+    /// when.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub(crate) fn read_all(state_dir: &Path) -> anyhow::Result<Vec<(PathBuf, Self, Timestamp)>> {
+        let files = files_of(state_dir, |name| name.starts_with("last-known-"))?;
+        let load = |path: PathBuf| {
+            let (known, since) = StateFile::new(path.clone()).load()?;
+            Some((path, known, since))
+        };
+        Ok(files.into_iter().filter_map(load).collect())
+    }
 }
 
 /// A file with one value.

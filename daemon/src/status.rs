@@ -17,6 +17,9 @@ use crate::socket::{self, Request};
 /// do not change it.
 pub const SCHEMA: u32 = 1;
 
+/// The state of a daemon under which packets move.
+pub(crate) const FORWARDING: &str = "forwarding";
+
 /// The state of one daemon at one moment; `docs/status.md` tells of each field.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -96,6 +99,18 @@ pub struct Status {
     pub counters: BTreeMap<String, u64>,
     /// The last changes of state, the newest last.
     pub changes: Vec<LogLine>,
+}
+
+impl Status {
+    /// Whether packets move.
+    pub(crate) fn forwards(&self) -> bool {
+        self.state == FORWARDING
+    }
+
+    /// The overlay's devices.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = &String> {
+        self.device.iter().chain(&self.other_devices)
+    }
 }
 
 /// One peer.

@@ -24,8 +24,10 @@ use crate::output::{float, short};
 use crate::socket::{self, Request};
 use crate::status::{PeerStatus, Status, TrafficStatus};
 
-/// What must do in a terminal, and is taken where there is none.
+/// What must do in a terminal, and is taken where there is none, for peers with IPv4 addresses.
 const WIDTH: u16 = 80;
+/// The longest of those.
+const IPV4_WIDTH: u16 = 15;
 /// Lines above and below the counters and the peers.
 const HEADING: u16 = 2;
 const TRAFFIC: u16 = 4;
@@ -43,7 +45,7 @@ const DROPS_WIDTH: u16 = 44;
 /// Keys: q ends; n, r and t sort by name, rate and total; tab shows the next daemon of this host.
 #[derive(Debug, Args)]
 pub struct TopArgs {
-    /// Write what happens in one interval as text, and end.
+    /// Write what happens in one interval as text, daemon by daemon, and end.
     #[arg(long)]
     once: bool,
     /// Seconds between two looks.
@@ -87,7 +89,9 @@ pub fn run(
         let answers = ask()?;
         let outcome = answers.complete();
         let now = Look::new(answers.given);
-        write!(out, "{}", text(&View::of(&before, &now, 0), arguments.sort))?;
+        for daemon in 0..now.daemons.len() {
+            write!(out, "{}", text(&View::of(&before, &now, daemon), arguments.sort))?;
+        }
         return outcome;
     }
     if !io::stdout().is_terminal() {
@@ -374,8 +378,15 @@ fn peer_table(view: &View<'_>, order: Order) -> Table<'static> {
         Row::new(known.into_iter().chain(rates).chain(probed))
     });
     let header = ["peer", "name", "way", "out p/s", "out b/s", "in p/s", "in b/s", "RTT", "loss"];
-    let widths = [15, 9, 6, 7, 7, 7, 7, 9, 5].map(Constraint::Length);
+    let widths = [peer_width(view), 9, 6, 7, 7, 7, 7, 9, 5].map(Constraint::Length);
     Table::new(rows, widths).header(Row::new(header).style(Modifier::BOLD))
+}
+
+/// Of the longest address.
+fn peer_width(view: &View<'_>) -> u16 {
+    let peers = view.now.into_iter().flat_map(|now| &now.peers);
+    let longest = peers.map(|peer| peer.public_ip.to_string().len()).max().unwrap_or(0);
+    u16::try_from(longest).unwrap_or(u16::MAX).max(IPV4_WIDTH)
 }
 
 /// The same picture, as lines: all counters and peers.
@@ -385,11 +396,12 @@ fn text(view: &View<'_>, order: Order) -> String {
 }
 
 fn picture(view: &View<'_>, order: Order, height: u16) -> String {
-    let Ok(mut terminal) = Terminal::new(TestBackend::new(WIDTH, height));
+    let width = WIDTH - IPV4_WIDTH + peer_width(view);
+    let Ok(mut terminal) = Terminal::new(TestBackend::new(width, height));
     let Ok(_) = terminal.draw(|frame| draw(frame, view, order));
     let buffer = terminal.backend().buffer();
     let mut lines = String::new();
-    for row in buffer.content().chunks(WIDTH.into()) {
+    for row in buffer.content().chunks(width.into()) {
         let line: String = row.iter().map(ratatui::buffer::Cell::symbol).collect();
         lines += line.trim_end();
         lines.push('\n');
@@ -439,6 +451,8 @@ mod tests {
         let mut now = look(begin + Duration::from_secs(2), &[], 0);
         now.daemons[0].peers =
             vec![peer("c", 6_000, 0), peer("bb", 1_000, 2_000), peer("aaa", 0, 0)];
+        let long = "2001:db8:1111:2222:3333:4444:5555:6666";
+        now.daemons[0].peers[2].public_ip = long.parse().unwrap();
         let view = View::of(&before, &now, 0);
         let names = |order| -> Vec<&str> {
             view.peers(order).iter().map(|(peer, _)| peer.name.as_deref().unwrap()).collect()
@@ -450,6 +464,7 @@ mod tests {
         let row = text.lines().find(|line| line.contains(" c ")).unwrap();
         let words: Vec<&str> = row.split_whitespace().collect();
         assert_eq!(words, ["192.0.2.1", "c", "tunnel", "0", "4.00k", "0", "0"]);
+        assert!(text.contains(&format!("{long} aaa ")), "{text}");
     }
 
     #[test]

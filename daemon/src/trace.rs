@@ -129,13 +129,10 @@ pub(crate) fn trace(
     from: Option<IpAddr>,
 ) -> anyhow::Result<Trace> {
     let netlink = Netlink::open().context("cannot open a netlink socket")?;
-    let device = match netlink.way_to(to) {
-        Ok((Some(index), _)) => {
-            netlink.links()?.into_iter().find(|link| link.index == index).map(|link| link.name)
-        }
-        // Not even a default route.
-        Ok((None, _)) | Err(_) => None,
-    };
+    // None where there is not even a default route.
+    let index = netlink.way_out(to).ok().and_then(|way| way.link);
+    let mut links = netlink.links()?.into_iter();
+    let device = links.find(|link| Some(link.index) == index).map(|link| link.name);
     let mut trace = follow(status, rules, to, from, device);
     if trace.target != Target::Outside && ip_forward::off(to.is_ipv6(), "all").is_some() {
         trace.problems.push("this host does not forward packets; see `weft doctor`".into());
@@ -156,11 +153,11 @@ fn follow(
     let (target, peer) = target(status, to);
     let expected: Vec<&String> = match (target, &peer) {
         (Target::Peer, Some(peer)) if peer.way == "direct" => status.interface.iter().collect(),
-        (Target::Peer, _) => status.device.iter().chain(&status.other_devices).collect(),
+        (Target::Peer, _) => status.devices().collect(),
         (Target::Local | Target::Nobody | Target::Outside, _) => Vec::new(),
     };
     let mut problems = Vec::new();
-    if status.state != "forwarding" {
+    if !status.forwards() {
         problems.push(format!("the daemon does not forward: {}", status.state));
     }
     if target == Target::Nobody {
@@ -203,7 +200,7 @@ fn follow(
 
 /// Whether it leads to other hosts.
 fn is_way_out(status: &Status, device: &str) -> bool {
-    let mut ways = status.device.iter().chain(&status.other_devices).chain(&status.interface);
+    let mut ways = status.devices().chain(&status.interface);
     ways.any(|way| way == device)
 }
 

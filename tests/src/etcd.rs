@@ -43,9 +43,15 @@ pub fn is_v2() -> bool {
 
 /// Hosts, and an etcd that serves.
 pub fn hosts(hosts: usize, members: usize) -> Result<Lab> {
+    hosts_of("udp-tun", hosts, members)
+}
+
+/// The same with this backend.
+pub fn hosts_of(backend: &str, hosts: usize, members: usize) -> Result<Lab> {
     let arguments = ["--enable-v2", PROGRESS].map(str::to_owned).to_vec();
     let etcd = EtcdOptions { members, arguments, tls: false };
-    let lab = Lab::new(LabOptions { hosts, etcd, ..LabOptions::default() })?;
+    let lab =
+        Lab::new(LabOptions { hosts, backend: backend.into(), etcd, ..LabOptions::default() })?;
     wait_until_it_serves(&lab)?;
     Ok(lab)
 }

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use weft_control::LeaseKey;
 use weft_daemon::lab::{Bytes, Lab, PingOptions};
 use weft_daemon::status::ProbeStatus;
 use weft_tests::doctor::{Check, finds, finds_within};
@@ -167,7 +168,7 @@ fn an_offload_that_loses_what_it_cuts() -> Result<()> {
 /// One host loses what the others get.
 #[test]
 fn a_host_that_loses_what_is_cut_slows_down_nobody_else() -> Result<()> {
-    let lab = overlay(3)?;
+    let mut lab = overlay(3)?;
     let wholly = |host: usize| -> Result<bool> {
         let status = lab.status(host)?;
         let is_whole = |probe: &ProbeStatus| probe.fault.is_none() && probe.path_mtu == status.mtu;
@@ -194,7 +195,12 @@ fn a_host_that_loses_what_is_cut_slows_down_nobody_else() -> Result<()> {
         let (sends, packets) = (sends(0)? - before.0, packets(0)? - before.1);
         ensure!(share.contains(&(packets / sends)), "{packets} packets in {sends} sends to {to}");
     }
-    Ok(())
+    let lease = LeaseKey::from(subnet(&lab, 2)?).to_string();
+    lab.kill_daemon(2)?;
+    fs::remove_file(lab.registry()?.join("subnets").join(lease))?;
+    until("nothing is said of who is gone", || {
+        Ok(!lab.status(0)?.problems.iter().any(|it| it.starts_with(towards)))
+    })
 }
 
 #[test]

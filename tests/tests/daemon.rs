@@ -123,6 +123,27 @@ fn a_hangup_changes_nothing() -> Result<()> {
     lab.remove()
 }
 
+/// As in a container, where nobody may write to /proc/sys. The last lines of the log are few.
+#[test]
+fn a_sysctl_that_cannot_be_set_is_told_once() -> Result<()> {
+    let lab = hosts(1)?;
+    let (host, files) = (lab.host(0), Files::of(&lab)?);
+    let mut weftd = Command::new("unshare");
+    let script = "mount --bind -o ro /proc/sys /proc/sys && exec \"$@\"";
+    weftd.args(["--mount", "sh", "-c", script, "sh"]).arg(program("weftd")?);
+    weftd.args(files.flags(&["--network", "10.42.0.0/16"]));
+    let daemon = Weftd::start_command(&host.netns, &host.log, &mut weftd)?;
+    daemon.logs("wrote subnet.env")?;
+    for number in 0..3 {
+        let looks = lab.status(0)?.reconciliations;
+        host.netns.ip(&["link", "add", &format!("more{number}"), "type", "bridge"])?;
+        until("weftd looks again", || Ok(lab.status(0)?.reconciliations > looks + 1))?;
+    }
+    assert_eq!(daemon.log()?.matches("accept_local").count(), 1, "{}", daemon.log()?);
+    daemon.end(Signal::TERM)?;
+    lab.remove()
+}
+
 /// Scripts that reset a node, or the end of an old flanneld's unit, remove its directory.
 #[test]
 fn subnet_env_is_written_again_if_somebody_removes_it() -> Result<()> {
@@ -166,12 +187,15 @@ fn a_full_network_and_a_taken_route_are_waited_out() -> Result<()> {
     let (host, files) = (lab.host(0), Files::of(&lab)?);
     let subnets = lab.registry()?.join("subnets");
     fs::create_dir_all(&subnets)?;
-    fs::write(subnets.join("10.42.0.0-16"), r#"{"PublicIP":"10.168.0.77"}"#)?;
+    let quarters = [0, 64, 128, 192].map(|it| subnets.join(format!("10.42.{it}.0-18")));
+    for quarter in &quarters {
+        fs::write(quarter, r#"{"PublicIP":"10.168.0.77"}"#)?;
+    }
     host.netns.ip(&["route", "add", "10.42.0.0/16", "dev", "eth0"])?;
     let flags = files.flags(&["--network", "10.42.0.0/16"]);
     let daemon = Weftd::start(&host.netns, &host.log, &flags)?;
     daemon.logs("out of subnets")?;
-    fs::remove_file(subnets.join("10.42.0.0-16"))?;
+    quarters.iter().try_for_each(fs::remove_file)?;
     daemon.logs("already leads to eth0")?;
     host.netns.ip(&["route", "del", "10.42.0.0/16"])?;
     until("it forwards", || Ok(status::read(&host.run_dir)?.state == "forwarding"))?;

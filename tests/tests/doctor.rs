@@ -5,11 +5,12 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use weft_daemon::lab::{Lab, PingOptions, ping};
 use weft_daemon::netns::NetNs;
 use weft_tests::doctor::{check, doctor, finds, run};
 use weft_tests::refusing::{Call, refusing};
-use weft_tests::{DEADLINE, bring_up, etcd, free_subnet, hosts, pings, program, until};
+use weft_tests::{DEADLINE, Weftd, bring_up, etcd, free_subnet, hosts, pings, program, until};
 
 fn write(netns: &NetNs, sysctl: &str, value: &str) -> Result<()> {
     Ok(netns.run(|| fs::write(format!("/proc/sys/{sysctl}"), value))??)
@@ -213,6 +214,26 @@ fn doctor_with(lab: &Lab, files: &[(&str, &str)]) -> Result<String> {
     let output = lab.host(0).netns.output(command.args(["--mount", "sh", "-ec", &script]))?;
     ensure!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
+}
+
+/// In a container the daemon may number processes on its own: here, another one has its number.
+#[test]
+fn a_daemon_is_found_by_its_number_here() -> Result<()> {
+    let lab = hosts(1)?;
+    let host = lab.host(0);
+    let registry = format!("dir:{}", lab.registry()?.display());
+    let mut weftd = Command::new("unshare");
+    weftd.args(["--pid", "--fork", "--kill-child"]).arg(program("weftd")?);
+    weftd.args(["--network=10.42.0.0/16", "--registry", &registry]);
+    weftd.arg("--state-dir").arg(&host.state_dir).arg("--run-dir").arg(&host.run_dir);
+    weftd.arg("--subnet-file").arg(&host.subnet_file);
+    let weftd = Weftd::start_command(&host.netns, &host.log, &mut weftd)?;
+    weftd.logs("wrote subnet.env")?;
+    assert_eq!(lab.status(0)?.pid, 1);
+    finds(&lab, 0, "registry", "OK", &registry)?;
+    finds(&lab, 0, "sockets", "OK", "buffers of")?;
+    weftd.end(Signal::KILL)?;
+    lab.remove()
 }
 
 #[test]

@@ -11,8 +11,7 @@ use ipnetwork::IpNetwork;
 use tokio::runtime::Builder;
 use weft_control::keeper::{Identity, Plan, plan};
 use weft_control::lease::{Expiry, NodeRecord, Snapshot};
-use weft_control::subnet_env::Previous;
-use weft_control::{LeaseAttrs, NetworkConfig};
+use weft_control::{LeaseAttrs, LeaseKey, NetworkConfig};
 use weft_daemon::lab::Lab;
 use weft_tests::etcd::{
     actions, delete, get, get_one, hosts, inside, is_v2, keep_subnets_free, lease_path, next_event,
@@ -209,7 +208,7 @@ fn fifty_keepers_race_for_fifty_subnets() -> Result<()> {
                 loop {
                     let leases = registry.snapshot().await?.leases;
                     let next =
-                        plan(&config, &identity, &Previous::default(), &leases, &[], &mut rng);
+                        plan(&config, &identity, &LeaseKey::default(), &leases, &[], &mut rng);
                     let Plan::Create(key) = next else { anyhow::bail!("{next:?}") };
                     if let Some(lease) = registry.create(&key, &identity.attrs, Some(DAY)).await? {
                         return Ok(lease.key);
@@ -423,7 +422,9 @@ fn all_that_start_at_once_know_each_other() -> Result<()> {
         delete(&lab, "subnets/")?;
         delete(&lab, "weft/nodes/")?;
         for host in 0..3 {
-            fs::remove_file(&lab.host(host).subnet_file)?;
+            let host = lab.host(host);
+            fs::remove_file(&host.subnet_file)?;
+            fs::remove_dir_all(&host.state_dir)?;
         }
     }
     lab.remove()

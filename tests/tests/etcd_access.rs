@@ -203,6 +203,25 @@ fn the_api_is_the_one_that_has_a_config() -> Result<()> {
     lab.remove()
 }
 
+/// Where its v2 API is switched on and was never used, that says nothing of the config.
+#[test]
+fn who_is_refused_by_v3_goes_on_with_what_it_knew() -> Result<()> {
+    let mut lab = hosts(1, 1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    lab.stop_daemon(0)?;
+    client(&lab, |mut client| async move {
+        client.user_add("root", "hunter2", None).await?;
+        client.role_add("root").await?;
+        client.user_grant_role("root", "root").await?;
+        Ok(client.auth_enable().await.map(drop)?)
+    })?;
+    lab.start_daemon(0, &[])?;
+    logs(&lab, 0, "starting with the network config known at")?;
+    lab.wait_ready(0, DEADLINE)?;
+    lab.remove()
+}
+
 /// A token lasts for two seconds, and a restarted etcd knows none any more: daemons show who they are
 /// again, and go on as nobody where authentication is switched off.
 #[test]

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use etcd_client::{AlarmAction, AlarmType};
 use rustix::process::{Pid, Signal, kill_process};
-use weft_daemon::lab::Lab;
+use weft_daemon::lab::{Lab, PingOptions};
+use weft_daemon::netns::NetNs;
 use weft_tests::etcd::{
-    client, connections, count_connections, cut, delete, get, get_one, hosts, is_v2,
+    client, connections, count_connections, cut, delete, get, get_one, hosts, hosts_of, is_v2,
     keep_subnets_free, leader, lease_path, mend, outrun_watchers, put, put_without,
     wait_until_it_serves,
 };
@@ -60,7 +61,8 @@ fn an_outage_is_not_noticed() -> Result<()> {
         let log = log(&lab, host)?;
         let mut told = alarms(&log[read[host]..]);
         // By the v2 API a lease's time runs on while etcd is away.
-        told.retain(|line| !is_v2() || !line.contains("our lease is gone; claiming it again"));
+        let of_ends = ["our lease is gone; claiming it again", "together with ours"];
+        told.retain(|line| !is_v2() || !of_ends.iter().any(|it| line.contains(it)));
         let [away, back] = told[..] else { panic!("{told:#?}") };
         assert!(away.contains("is away") && back.contains("is back after"), "{told:#?}");
         let count = back.split(" and ").nth(1).and_then(|rest| rest.split(' ').next());
@@ -187,6 +189,29 @@ fn a_restart_during_an_outage_goes_on_with_what_was_known() -> Result<()> {
     lab.remove()
 }
 
+/// Nobody could be told of its address.
+#[test]
+fn a_host_that_moved_during_an_outage_starts_with_what_it_knew() -> Result<()> {
+    let mut lab = hosts(2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let before = subnet(&lab, 0)?;
+    lab.etcd(0).kill()?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    host.ip(&["-4", "address", "flush", "dev", "eth0"])?;
+    host.ip(&["address", "add", "10.168.0.60/24", "dev", "eth0"])?;
+    host.ip(&["route", "add", "default", "dev", "eth0"])?;
+    let here = Some("10.168.0.60".parse()?);
+    until("it has moved", || Ok(lab.status(0)?.public_ip == here))?;
+    lab.kill_daemon(0)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    logs(&lab, 0, "starting with the lease and the 1 peers known at")?;
+    assert_eq!((subnet(&lab, 0)?, lab.status(0)?.public_ip), (before, here));
+    lab.start_etcd(0)?;
+    until("peers know", || Ok(lab.status(1)?.peers.iter().any(|it| Some(it.public_ip) == here)))?;
+    lab.remove()
+}
+
 /// The range of subnets was widened while the node ran, which took one beyond the former range.
 #[test]
 fn a_restart_during_an_outage_goes_by_the_config_that_was_followed() -> Result<()> {
@@ -232,6 +257,30 @@ fn wiped_data_are_written_again() -> Result<()> {
     all_acquainted(&lab)?;
     assert_eq!([subnet(&lab, 0)?, subnet(&lab, 1)?], before);
     tells(&lab, 0, "config is gone")?;
+    pings(&lab)?;
+    lab.remove()
+}
+
+/// A restored backup, or another cluster, knows nobody: who claims anew does not wait for the others.
+#[test]
+fn peers_that_the_registry_lost_are_sent_packets_for_a_while() -> Result<()> {
+    let mut lab = hosts_of("vxlan", 2, 1)?;
+    bring_up(&mut lab, &[])?;
+    let frozen = Pid::from_raw(lab.status(1)?.pid.try_into()?).context("no process")?;
+    lab.etcd(0).kill()?;
+    kill_process(frozen, Signal::STOP)?;
+    fs::remove_dir_all(&lab.etcd(0).data)?;
+    lab.start_etcd(0)?;
+    until("the lease is there again", || Ok(get(&lab, "subnets/")?.len() == 1))?;
+    tells(&lab, 0, "the registry has lost the leases of 1 peers together with ours")?;
+    assert_eq!(lab.status(0)?.peers.len(), 1);
+    assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+    kill_process(frozen, Signal::CONT)?;
+    until("both leases are there", || Ok(get(&lab, "subnets/")?.len() == 2))?;
+    until("nobody is missing", || {
+        let problems = lab.status(0)?.problems;
+        Ok(!problems.iter().any(|it| it.contains("together with ours")))
+    })?;
     pings(&lab)?;
     lab.remove()
 }

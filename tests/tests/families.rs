@@ -10,7 +10,10 @@ use weft_daemon::lab::{
     Bytes, EtcdOptions, Lab, LabOptions, Patience, PingOptions, Underlay, ping, transfer,
 };
 use weft_daemon::netns::NetNs;
-use weft_tests::{DEADLINE, bring_up, dual_stack, etcd, reaches, tells, until, write_config};
+use weft_tests::{
+    DEADLINE, all_acquainted, bring_up, dual_stack, etcd, hosts_of, reaches, tells, until,
+    write_config,
+};
 
 const IPV4: &str = "10.42.0.0/16";
 const IPV6: &str = "fd00:42::/48";
@@ -155,6 +158,42 @@ fn udp_tun_carries_every_family_over_every_family() -> Result<()> {
 fn vxlan_carries_every_family_over_every_family() -> Result<()> {
     let overhead = |underlay| if underlay == Underlay::Ipv4 { 50 } else { 70 };
     every_pair("vxlan", overhead)
+}
+
+/// As where images are hardened, and the network card alone has IPv6 on.
+#[test]
+fn a_device_has_ipv6_where_the_host_has_it_off() -> Result<()> {
+    for backend in ["udp-tun", "vxlan"] {
+        let mut lab = hosts_of(backend, 2)?;
+        write_config(&lab, DUAL)?;
+        let host = NetNs::open(lab.host(0).netns.name());
+        let disable = |which: &str, value: &str| -> Result<()> {
+            let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
+            Ok(host.run(|| fs::write(path, value))??)
+        };
+        let has_ipv6 = |device: &str| -> Result<bool> {
+            let links = host.ip_json(&["-6", "address", "show", "dev", device])?;
+            Ok(links.to_string().contains("fd00:42:"))
+        };
+        disable("default", "1")?;
+        lab.start_daemon(0, &[])?;
+        lab.wait_ready(0, DEADLINE)?;
+        let device = lab.status(0)?.device.context("no device")?;
+        assert!(has_ipv6(&device)?, "{backend}");
+        // Containers' bridges are not weft's.
+        disable("default", "0")?;
+        lab.start_daemon(1, &[])?;
+        lab.wait_ready(1, DEADLINE)?;
+        for host in 0..2 {
+            lab.attach_container(host)?;
+        }
+        all_acquainted(&lab)?;
+        disable(&device, "1")?;
+        until("it has it again", || has_ipv6(&device))?;
+        assert!(lab.ping(0, 1, &PingOptions::default())?.complete());
+        lab.remove()?;
+    }
+    Ok(())
 }
 
 /// Each of vxlan's devices is over one family of the underlay; they change while the daemon runs.

@@ -384,6 +384,21 @@ fn restore(netns: &NetNs, program: &str, rules: &str) -> Result<()> {
     netns.tool(program, &["--noflush", path]).map(drop)
 }
 
+/// Who asks iptables-legacy for a table makes it, and all packets pass by it from then on.
+#[test]
+fn tables_that_nobody_needs_are_not_made() -> Result<()> {
+    let programs = programs("legacy")?;
+    let mut lab = lab(1, programs.path())?;
+    lab.start_daemon(0, &["--ip-masq", "--firewall=nftables"])?;
+    lab.wait_ready(0, DEADLINE)?;
+    for names in ["ip_tables_names", "ip6_tables_names"] {
+        let names = format!("/proc/thread-self/net/{names}");
+        let tables = lab.host(0).netns.run(|| fs::read_to_string(names).unwrap_or_default())?;
+        assert_eq!(tables, "");
+    }
+    lab.remove()
+}
+
 /// Where the kernel does not tell, the timer finds out.
 #[test]
 fn the_older_tables_are_looked_at_from_time_to_time() -> Result<()> {

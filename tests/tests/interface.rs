@@ -202,19 +202,26 @@ fn a_start_stays_at_the_address_that_the_node_is_known_by() -> Result<()> {
     lab.remove()
 }
 
-/// As where router advertisements are faster than DHCP.
+/// As where router advertisements, or a static address, are faster than DHCP.
 #[test]
 fn a_start_waits_for_the_address_that_the_node_is_known_by() -> Result<()> {
-    let (mut lab, before, own) = with_one_stopped()?;
-    let host = NetNs::open(lab.host(0).netns.name());
-    host.ip(&["address", "del", &own, "dev", "eth0"])?;
-    host.ip(&["address", "add", "fd00:168::94/64", "dev", "eth0", "nodad"])?;
-    lab.start_daemon(0, &["--iface=eth0"])?;
-    logs(&lab, 0, "waiting: eth0 has no IPv4 address yet, by which other nodes know this one")?;
-    host.ip(&["address", "add", &own, "dev", "eth0"])?;
-    lab.wait_ready(0, DEADLINE)?;
-    has_moved(&lab, &before, &lab.host(0).address.to_string())?;
-    lab.remove()
+    for early in ["fd00:168::94/64", "169.254.7.7/16", "10.168.0.250/24"] {
+        let (mut lab, before, own) = with_one_stopped()?;
+        let host = NetNs::open(lab.host(0).netns.name());
+        host.ip(&["address", "del", &own, "dev", "eth0"])?;
+        host.ip(&["address", "add", early, "dev", "eth0", "nodad"])?;
+        lab.start_daemon(0, &["--iface=eth0"])?;
+        logs(
+            &lab,
+            0,
+            "waiting a minute for 10.168.0.94, by which other nodes know this one: eth0 has it not yet",
+        )?;
+        host.ip(&["address", "add", &own, "dev", "eth0"])?;
+        lab.wait_ready(0, DEADLINE)?;
+        has_moved(&lab, &before, &lab.host(0).address.to_string())?;
+        lab.remove()?;
+    }
+    Ok(())
 }
 
 /// Addresses and routes stay where a cable is pulled, or where the interface is named and set down.

@@ -323,6 +323,38 @@ fn hostile_leases_are_refused_by_name() -> Result<()> {
     lab.remove()
 }
 
+/// A reboot takes subnet.env away, and the lease of a host that is off for long ends.
+#[test]
+fn a_host_that_was_off_for_long_gets_its_subnet_again() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let before = subnet(&lab, 0)?;
+    let lease = lease_file(&lab, 0)?;
+    lab.stop_daemon(0)?;
+    fs::remove_file(lease)?;
+    fs::remove_file(&lab.host(0).subnet_file)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    assert_eq!(subnet(&lab, 0)?, before);
+    lab.remove()
+}
+
+/// Left over from a larger Network, or somebody's mistake.
+#[test]
+fn a_lease_of_the_whole_network_keeps_nobody_from_a_subnet() -> Result<()> {
+    let mut lab = hosts(1)?;
+    write_config(&lab, r#"{"Network":"10.42.0.0/16"}"#)?;
+    let subnets = lab.registry()?.join("subnets");
+    fs::create_dir_all(&subnets)?;
+    fs::write(subnets.join("10.42.0.0-16"), r#"{"PublicIP":"192.0.2.1"}"#)?;
+    fs::write(subnets.join("10.0.0.0-8"), "{")?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    tells(&lab, 0, "10.42.0.0-16")?;
+    lab.remove()
+}
+
 /// Its peers cannot know, and it says so.
 #[test]
 fn a_host_that_moves_while_the_registry_is_away_tells_it() -> Result<()> {

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::Value;
 use weft_daemon::lab::Lab;
 use weft_tests::etcd::hosts;
-use weft_tests::{Killed, output_of, program};
+use weft_tests::{DEADLINE, Killed, Weftd, output_of, program, subnet};
 
 /// The flags that name one registry, and a command against it from the first host.
 struct Target<'a> {
@@ -191,5 +192,38 @@ fn a_dead_endpoint_is_named() -> Result<()> {
     let target = Target { lab: &lab, flags: vec!["--etcd-endpoints=http://10.168.0.1:1".into()] };
     let refused = target.refused(&["show"])?;
     assert!(refused.contains("http://10.168.0.1:1: "), "{refused}");
+    lab.remove()
+}
+
+/// Who is on a host and names none means that of the daemon there.
+#[test]
+fn without_flags_it_is_the_registry_of_the_daemon_here() -> Result<()> {
+    let mut lab = hosts(1, 1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let host = lab.host(0);
+    let show = || {
+        let mut command = Command::new(program("weft")?);
+        command.args(["registry", "show", "-o", "json", "--run-dir"]).arg(&host.run_dir);
+        output_of(&host.netns, &mut command)
+    };
+    let shown: Value = serde_json::from_slice(&show()?.stdout)?;
+    let subnet = subnet(&lab, 0)?.to_string().replace('/', "-");
+    assert_eq!(shown["leases"][0]["subnet"], subnet, "{shown}");
+
+    let directory = tempfile::tempdir()?;
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let registry = format!("dir:{}", path("registry"));
+    let mut other = Command::new(program("weftd")?);
+    other.args(["--network=10.43.0.0/16", "--backend=host-gw", "--registry", &registry]);
+    other.arg("--iptables-forward-rules=false");
+    other.args(["--state-dir", &path("state"), "--subnet-file", &path("subnet.env")]);
+    other.arg("--run-dir").arg(&host.run_dir);
+    let other = Weftd::start_command(&host.netns, &directory.path().join("log"), &mut other)?;
+    other.logs("the registry is a directory")?;
+    let refused = show()?;
+    let told = String::from_utf8_lossy(&refused.stderr);
+    assert!(told.contains("have several registries") && !refused.status.success(), "{told}");
+    other.end(Signal::TERM)?;
     lab.remove()
 }

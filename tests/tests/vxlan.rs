@@ -17,8 +17,8 @@ use weft_tests::vxlan::{
     are, bridge_json, lease, lease_file, link, list, objects, ping_both_ways, wanted, write_lease,
 };
 use weft_tests::{
-    DEADLINE, SUBNETS_KEPT_FREE, Weftd, bring_up, dual_stack, hosts_of, reaches, tells, until,
-    write_config,
+    DEADLINE, SUBNETS_KEPT_FREE, Weftd, bring_up, doctor, dual_stack, hosts_of, reaches, tells,
+    until, write_config,
 };
 
 /// What is promised of a repair, which a busy machine may keep once in several times.
@@ -51,6 +51,32 @@ fn are_as_wanted(lab: &Lab, host: usize) -> Result<()> {
     .with_context(|| {
         format!("{:#?}, not {:#?}", objects(netns, "flannel.1"), all_wanted(lab, host))
     })
+}
+
+/// The kernel lists what it learned of paths among the routes.
+#[test]
+fn a_path_mtu_is_taken_for_no_route() -> Result<()> {
+    let mut lab = lab(2)?;
+    bring_up(&mut lab, &[])?;
+    let subnet = lab.status(1)?.subnets[0].to_string();
+    let change = ["route", "change", &subnet, "dev", "docker0", "mtu", "lock", "1200"];
+    lab.host(1).netns.ip(&change)?;
+    let (netns, there) = (NetNs::open(lab.host(0).netns.name()), lab.container(1)?.address()?);
+    until("the kernel has learned it", || {
+        // What is too large gets no answer.
+        let size = ["-c", "1", "-W", "1", "-M", "do", "-s", "1300", &there.to_string()];
+        let _ = netns.tool("ping", &size);
+        Ok(netns.tool("ip", &["route", "show", "cache"])?.contains(&there.to_string()))
+    })?;
+    for number in 0..3 {
+        let looks = lab.status(0)?.reconciliations;
+        netns.ip(&["link", "add", &format!("more{number}"), "type", "bridge"])?;
+        until("weftd looks again", || Ok(lab.status(0)?.reconciliations > looks + 1))?;
+    }
+    assert_eq!(lab.status(0)?.repairs, 0);
+    doctor::finds(&lab, 0, "routes", "OK", "")?;
+    assert!(netns.tool("ip", &["route", "show", "cache"])?.contains(&there.to_string()));
+    lab.remove()
 }
 
 #[test]

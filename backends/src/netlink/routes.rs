@@ -6,7 +6,8 @@ use futures_util::TryStreamExt;
 use ipnetwork::IpNetwork;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+    RouteVia,
 };
 use rtnetlink::{Handle, RouteMessageBuilder};
 use weft_control::lease::contains;
@@ -165,34 +166,35 @@ impl Netlink {
         })
     }
 
-    /// The link that packets to `ip` leave by, and the address that they leave from.
-    pub fn way_to(&self, ip: IpAddr) -> Result<(Option<u32>, Option<IpAddr>), NetlinkError> {
-        let way = self.call(&format!("route get {ip}"), way(&self.handle, ip))?;
-        Ok((way.link, way.source))
+    /// How packets to `ip` leave.
+    pub fn way_out(&self, ip: IpAddr) -> Result<WayOut, NetlinkError> {
+        self.call(&format!("route get {ip}"), way_out(&self.handle, ip))
     }
 
     /// For each address the link that it is on, where packets to it pass no router; many at once.
     pub fn links_of(&self, addresses: &[IpAddr]) -> Vec<(IpAddr, Option<u32>)> {
         self.many(addresses.iter().map(|ip| async move {
             // An address that no route leads to is on no link.
-            let way = way(&self.handle, *ip).await.ok();
+            let way = way_out(&self.handle, *ip).await.ok();
             Some((*ip, way.filter(|way| way.is_on_link).and_then(|way| way.link)))
         }))
     }
 }
 
-/// What the kernel would do with a packet.
-#[derive(Debug, Default)]
-struct Way {
-    link: Option<u32>,
-    source: Option<IpAddr>,
-    /// No router, and not this host itself.
-    is_on_link: bool,
+/// How the kernel would have packets to an address leave this host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WayOut {
+    /// The link that they leave by.
+    pub link: Option<u32>,
+    /// The address that they leave from.
+    pub source: Option<IpAddr>,
+    /// They pass no router, and do not stay on this host.
+    pub is_on_link: bool,
 }
 
-async fn way(handle: &Handle, ip: IpAddr) -> Result<Way, rtnetlink::Error> {
+async fn way_out(handle: &Handle, ip: IpAddr) -> Result<WayOut, rtnetlink::Error> {
     let mut answers = handle.route().get(message_to(ip.into())?.build()).execute();
-    let mut way = Way::default();
+    let mut way = WayOut::default();
     if let Some(message) = answers.try_next().await? {
         way.is_on_link = message.header.kind == RouteType::Unicast;
         for attribute in &message.attributes {
@@ -221,9 +223,17 @@ pub(crate) fn metric(destination: IpNetwork) -> u32 {
     if destination.is_ipv6() { IPV6_METRIC } else { 0 }
 }
 
+/// Whether it is a route of the main table that counts for whatever goes to its network: not for packets of
+/// one TOS only, and none of the exceptions (path MTUs, redirects) that the kernel lists among them
+/// (rtnetlink(7), `RTM_F_CLONED`; fib_dump_info_fnhe in net/ipv4/route.c).
+fn is_for_all(header: &RouteHeader) -> bool {
+    let is_exception = header.flags.contains(RouteFlags::Cloned);
+    header.table == RouteHeader::RT_TABLE_MAIN && header.tos == 0 && !is_exception
+}
+
 fn main_unicast_route(message: &RouteMessage) -> Option<KernelRoute> {
     let header = &message.header;
-    if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast {
+    if header.kind != RouteType::Unicast || !is_for_all(header) {
         return None;
     }
     let unspecified = if header.address_family == AddressFamily::Inet6 {
@@ -292,7 +302,7 @@ fn flannels_blackhole(network: IpNetwork) -> Result<RouteMessage, rtnetlink::Err
 
 fn main_blackhole(message: &RouteMessage) -> Option<(IpNetwork, RouteProtocol)> {
     let header = &message.header;
-    if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::BlackHole {
+    if header.kind != RouteType::BlackHole || !is_for_all(header) {
         return None;
     }
     let destination = message.attributes.iter().find_map(|attribute| {

@@ -185,9 +185,13 @@ fn has_two_devices(attrs: &LeaseAttrs) -> bool {
 fn vtep_mac(data: Option<&Value>, vni: u32) -> Result<Mac, String> {
     let data = data.ok_or("its lease has no BackendData for that family")?;
     // flannel up to 0.13 writes none, and 0.17 no more than 16 bits of it.
-    let theirs = data.get("VNI").unwrap_or(&Value::Null);
-    if !theirs.is_null() && ![vni, vni & 0xffff].iter().any(|ours| theirs == ours) {
-        return Err(format!("its VNI is {theirs}, ours {vni}; restart it with the same config"));
+    if let Some(theirs) = data.get("VNI").filter(|theirs| !theirs.is_null()) {
+        let theirs = theirs.as_u64().ok_or("its VNI is no number")?;
+        if ![vni, vni & 0xffff].map(u64::from).contains(&theirs) {
+            return Err(format!(
+                "its VNI is {theirs}, ours {vni}; restart it with the same config"
+            ));
+        }
     }
     let text = data["VtepMAC"].as_str().ok_or("its lease tells no VtepMAC")?;
     let mac = text.parse::<Mac>().map_err(|error| error.to_string())?;
@@ -220,7 +224,7 @@ mod tests {
             (json!({"VNI": 70_000, "VtepMAC": "01:00:5e:00:00:01"}), "no device's MAC"),
             (json!({"VNI": 70_000, "VtepMAC": "x"}), "not a MAC address"),
             (json!({"VNI": 70_000}), "no VtepMAC"),
-            (json!({"VNI": "70000", "VtepMAC": "c6:d2:32:6f:8f:44"}), "its VNI is \"70000\""),
+            (json!({"VNI": "70000", "VtepMAC": "c6:d2:32:6f:8f:44"}), "its VNI is no number"),
             (json!("x"), "no VtepMAC"),
         ] {
             assert!(mac(data.clone()).unwrap_err().contains(told), "{data}");

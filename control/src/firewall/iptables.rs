@@ -4,6 +4,7 @@
 
 use std::fmt::{self, Write as _};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use ipnetwork::IpNetwork;
@@ -83,17 +84,18 @@ impl Iptables {
     }
 
     fn other(&self) -> Self {
-        let kind = if self.version.contains("nf_tables") { "-legacy" } else { "-nft" };
+        let kind = if self.is_legacy() { "-nft" } else { "-legacy" };
         Self { kind, ..self.clone() }
     }
 
+    fn is_legacy(&self) -> bool {
+        self.kind == "-legacy" || self.kind.is_empty() && !self.version.contains("nf_tables")
+    }
+
     /// The program of the other kind, if what no rule of its chain FORWARD knows is dropped: our rules are
-    /// not there. Nothing is looked into that is not there, as above.
+    /// not there.
     pub async fn other_that_drops(&self, ipv6: bool) -> Option<String> {
         let other = self.other();
-        if other.kind == "-legacy" && !has_legacy(FORWARD.table, ipv6) {
-            return None;
-        }
         let drops = other.forward_drops(ipv6).await.ok()?;
         drops.then(|| other.program(ipv6, ""))
     }
@@ -163,7 +165,11 @@ impl Iptables {
         }
     }
 
+    /// Where the table is of the older kind and not there, it holds nothing: to look into it would make it.
     async fn save(&self, ipv6: bool, table: &str) -> Result<String, FirewallError> {
+        if self.is_legacy() && !has_legacy(table, ipv6) {
+            return Ok(String::new());
+        }
         run(&self.program(ipv6, "-save"), &["-t", table], "").await
     }
 
@@ -228,8 +234,11 @@ impl Iptables {
 /// Whether the kernel has this table of the older kind. Who asks iptables-legacy for it makes it.
 pub fn has_legacy(table: &str, ipv6: bool) -> bool {
     let names = if ipv6 { "ip6_tables_names" } else { "ip_tables_names" };
-    let names = fs::read_to_string(Path::new("/proc/self/net").join(names));
-    names.is_ok_and(|names| names.lines().any(|name| name == table))
+    match fs::read_to_string(Path::new("/proc/self/net").join(names)) {
+        Ok(names) => names.lines().any(|name| name == table),
+        // Without its module there is no such file; what we may not read may name it.
+        Err(error) => error.kind() != ErrorKind::NotFound,
+    }
 }
 
 /// "iptables v1.8.9 (nf_tables)" is 1.8.9.

@@ -16,6 +16,8 @@ use tokio::time::Instant;
 use super::notices::Notices;
 use super::store::Store;
 use super::{Registry, RegistryError, View};
+use crate::config::NetworkConfig;
+use crate::keeper;
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot, end_of};
 
 /// Notices can get lost (inotify(7), queue overflow), so everything is read again this often.
@@ -110,9 +112,13 @@ impl Registry for DirectoryRegistry {
         self.blocking(move |store| {
             let locked = store.lock()?;
             locked.sweep()?;
-            let others = store.scan()?.snapshot.leases;
-            let is_free =
-                !others.iter().any(|it| it.key != lease.key && it.key.overlaps(&lease.key));
+            let Snapshot { leases, config, .. } = store.scan()?.snapshot;
+            let config = config.and_then(|text| text.parse::<NetworkConfig>().ok());
+            let overlaps = |other: &LeaseKey| match &config {
+                Some(config) => keeper::is_in_the_way(config, other, &lease.key),
+                None => other.overlaps(&lease.key),
+            };
+            let is_free = !leases.iter().any(|it| it.key != lease.key && overlaps(&it.key));
             let created = is_free && locked.create_lease(&lease)?;
             Ok(created.then_some(lease))
         })
@@ -241,9 +247,7 @@ mod tests {
     use std::fs;
 
     use super::super::minimal_config;
-    use crate::config::NetworkConfig;
     use crate::keeper::{Identity, Plan, plan};
-    use crate::subnet_env::Previous;
 
     use super::*;
 
@@ -351,6 +355,7 @@ mod tests {
             fs::write(subnets.join(name), text).unwrap();
         }
         fs::write(subnets.join("10.3.5.0-24"), vec![b' '; 1 << 20]).unwrap();
+        fs::write(dir.path().join("registry/weft/nodes/10.3.7.0-24"), "{").unwrap();
         fs::create_dir(subnets.join("10.3.6.0-24")).unwrap();
         let snapshot = registry.snapshot().await.unwrap();
         assert_eq!(snapshot.leases.len(), 1);
@@ -358,14 +363,16 @@ mod tests {
         assert_eq!(
             names,
             [
-                "10.3.2.0-24",
-                "10.3.3.0-24",
-                "10.3.4.0-24",
-                "10.3.5.0-24",
-                "10.3.6.0-24",
-                "notes.txt"
+                "subnets/10.3.2.0-24",
+                "subnets/10.3.3.0-24",
+                "subnets/10.3.4.0-24",
+                "subnets/10.3.5.0-24",
+                "subnets/10.3.6.0-24",
+                "subnets/notes.txt",
+                "weft/nodes/10.3.7.0-24"
             ]
         );
+        assert_eq!(snapshot.unreadable().count(), 5, "a node's record is no lease");
         let refused = registry.create(&key("10.3.2.0-24"), &attrs(2), Some(DAY)).await;
         let refused = refused.unwrap_err().to_string();
         assert!(refused.contains("subnets/10.3.2.0-24"), "{refused}");
@@ -390,7 +397,7 @@ mod tests {
                 loop {
                     let leases = registry.snapshot().await.unwrap().leases;
                     let plan =
-                        plan(&config, &identity, &Previous::default(), &leases, &[], &mut rng);
+                        plan(&config, &identity, &LeaseKey::default(), &leases, &[], &mut rng);
                     let Plan::Create(key) = plan else { panic!("{plan:?}") };
                     if let Some(lease) =
                         registry.create(&key, &identity.attrs, Some(DAY)).await.unwrap()

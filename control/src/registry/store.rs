@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::RegistryError;
-use super::entries::{brief, check_record, shown};
+use super::entries::{CONFIG, NODES, SUBNETS, brief, check_record, shown};
 use super::files::{EXPIRES, Files, Loaded, load, read_limited};
 use crate::file::{self, PRIVATE};
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Skipped, Snapshot};
@@ -52,8 +52,8 @@ impl Store {
     }
 
     fn at(path: &Path) -> Self {
-        let leases = Files::new(path.join("subnets"));
-        let nodes = Files::new(path.join("weft/nodes"));
+        let leases = Files::new(path.join(SUBNETS));
+        let nodes = Files::new(path.join(NODES));
         Self { path: path.to_owned(), leases, nodes }
     }
 
@@ -62,7 +62,7 @@ impl Store {
     }
 
     pub(super) fn config_path(&self) -> PathBuf {
-        self.path.join("config")
+        self.path.join(CONFIG)
     }
 
     pub(super) fn subnets(&self) -> &Path {
@@ -95,7 +95,7 @@ impl Store {
                     scan.snapshot.leases.push(Lease { key, attrs, expires, revision: 0 });
                 }
                 Ok(_) => {}
-                Err(reason) => scan.skip(&name, &reason),
+                Err(reason) => scan.skip(SUBNETS, &name, &reason),
             }
         }
         for (name, loaded) in self.look_at_nodes()? {
@@ -106,7 +106,7 @@ impl Store {
             match checked {
                 Ok((node, end)) if scan.lives(end, now) => scan.snapshot.nodes.push(node),
                 Ok(_) => {}
-                Err(reason) => scan.skip(&name, &reason),
+                Err(reason) => scan.skip(NODES, &name, &reason),
             }
         }
         scan.snapshot.leases.sort_unstable_by_key(|lease| lease.key);
@@ -147,8 +147,9 @@ impl Scan {
         end > now
     }
 
-    fn skip(&mut self, name: &str, reason: &str) {
-        self.snapshot.skipped.push(Skipped { name: shown(name), reason: brief(reason) });
+    fn skip(&mut self, directory: &str, name: &str, reason: &str) {
+        let name = format!("{directory}{}", shown(name));
+        self.snapshot.skipped.push(Skipped { name, reason: brief(reason) });
     }
 }
 

@@ -138,7 +138,7 @@ fn run_lab(arguments: &LabArgs) -> anyhow::Result<ExitCode> {
         eprintln!("weft: interrupted");
         return Ok(ExitCode::from(code));
     }
-    let failed = outcome?.failed;
+    let failed = outcome?;
     if failed.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }

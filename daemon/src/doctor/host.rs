@@ -25,11 +25,11 @@ pub(super) fn daemon(seen: &Seen) -> Check {
         return Check::fail(NAME, &seen.no_daemon, "systemctl start weftd");
     };
     let status = &daemon.status;
-    if daemon.is_elsewhere {
-        let there = format!("nsenter -t {} -n weft doctor", status.pid);
+    if let (true, Some(pid)) = (daemon.is_elsewhere, daemon.pid) {
+        let there = format!("nsenter -t {pid} -n weft doctor");
         return Check::fail(NAME, "it lives in another network namespace than this command", there);
     }
-    if status.state != "forwarding" {
+    if !status.forwards() {
         return Check::fail(NAME, &status.state, log);
     }
     if !status.problems.is_empty() {
@@ -37,7 +37,8 @@ pub(super) fn daemon(seen: &Seen) -> Check {
     }
     let subnets: Vec<String> = status.subnets.iter().map(ToString::to_string).collect();
     let backend = status.backend.as_deref().unwrap_or_default();
-    let what = format!("weftd {} (pid {}) carries", status.version, status.pid);
+    let pid = daemon.pid.unwrap_or(status.pid);
+    let what = format!("weftd {} (pid {pid}) carries", status.version);
     Check::ok(NAME, format!("{what} {} by {backend}", subnets.join(" and ")))
 }
 

@@ -20,11 +20,11 @@ use clap::Args;
 use serde::Serialize;
 
 use self::check::{Check, Verdict};
-use self::seen::{Fallback, Seen};
+use self::seen::{Daemon, Fallback, Seen};
 use crate::directories::Directories;
 use crate::flags::RegistryFlags;
 use crate::output::Output;
-use crate::socket::{self, Request};
+use crate::socket::{self, Answered, Request};
 use crate::status::Status;
 
 /// In the order in which one thing stands on another.
@@ -116,16 +116,22 @@ pub fn run(
     Ok(if worst == Some(Verdict::Fail) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Every daemon's answer, or the reason why there is none.
-fn daemons(run_dir: &Path) -> Vec<Result<Status, String>> {
-    let answers =
-        socket::ask_each(run_dir, &Request::Status).unwrap_or_else(|error| vec![Err(error)]);
-    answers.into_iter().map(|answer| answer.map_err(|error| format!("{error:#}"))).collect()
+/// Every daemon that answers, or the reason why one does not.
+fn daemons(run_dir: &Path) -> Vec<Result<Daemon, String>> {
+    let look = |(socket, answer): Answered<Status>| match answer {
+        Ok(status) => Ok(Daemon::look(&socket, status)),
+        Err(error) => Err(format!("{error:#}")),
+    };
+    match socket::ask_each(run_dir, &Request::Status) {
+        Ok(answers) => answers.into_iter().map(look).collect(),
+        Err(error) => vec![Err(format!("{error:#}"))],
+    }
 }
 
-async fn examine(daemon: Result<Status, String>, fallback: &Fallback) -> anyhow::Result<Report> {
-    let pid = daemon.as_ref().ok().map(|status| status.pid);
-    let node_id = daemon.as_ref().ok().map(|status| status.node_id.clone());
+async fn examine(daemon: Result<Daemon, String>, fallback: &Fallback) -> anyhow::Result<Report> {
+    let there = daemon.as_ref().ok();
+    let pid = there.map(|daemon| daemon.pid.unwrap_or(daemon.status.pid));
+    let node_id = there.map(|daemon| daemon.status.node_id.clone());
     let seen = Seen::look(daemon, fallback).await?;
     let checks = CHECKS.iter().enumerate();
     let checks = checks.map(|(at, check)| Numbered { number: at + 1, check: check(&seen) });

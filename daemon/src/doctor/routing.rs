@@ -150,7 +150,7 @@ fn astray(seen: &Seen, status: &Status, peer: &PeerStatus) -> Option<(String, St
     // A peer that is routed to directly is on whatever link its address is; of two families one may be.
     let may_be_direct = peer.way == "direct" || peer.subnets.len() > 1;
     let is_direct = may_be_direct && seen.ways.get(&peer.public_ip) == Some(&Some(*index));
-    let mut ours = status.device.iter().chain(&status.other_devices);
+    let mut ours = status.devices();
     let name = &seen.links.iter().find(|link| link.index == *index)?.name;
     let what =
         format!("packets for the peer's {subnet} leave by {name}, which is none of weft's ways");
@@ -184,8 +184,7 @@ pub(super) fn overlap(seen: &Seen) -> Check {
         let cure = format!("ip address flush dev {device} to {}", route.destination);
         return Check::fail(NAME, what, cure);
     }
-    let ours: Vec<&str> =
-        status.device.iter().chain(&status.other_devices).map(String::as_str).collect();
+    let ours: Vec<&str> = status.devices().map(String::as_str).collect();
     // Before there is a device, nothing is known to be anywhere.
     if let (Some(config), Some(key), false) = (seen.config(), seen.lease_key(), ours.is_empty()) {
         let strays = overlap::strays(&config, &key, &seen.links, &ours);

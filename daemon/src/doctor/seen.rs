@@ -1,15 +1,13 @@
 //! What there is to be seen of a host: everything that checks judge, and nothing judged yet.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::net::IpAddr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use ipnetwork::IpNetwork;
 use serde_json::Value;
 use weft_backends::netlink::{KernelRoute, Link, Netlink};
@@ -18,10 +16,12 @@ use weft_control::lease::Snapshot;
 use weft_control::registry::server::{Server, servers};
 use weft_control::{LeaseKey, NetworkConfig, RegistryError};
 
-use crate::flags::{self, RegistrySettings, Settings};
+use crate::flags::{RegistrySettings, Settings};
 use crate::handed::Handed;
 use crate::made::files_of;
 use crate::registry::open_now;
+use crate::socket;
+use crate::started;
 use crate::state_file::StateFile;
 use crate::status::Status;
 
@@ -71,6 +71,8 @@ pub(super) struct Seen {
 #[derive(Debug, Default)]
 pub(super) struct Daemon {
     pub(super) status: Status,
+    /// Its process, by its number here; none where it cannot be seen from here.
+    pub(super) pid: Option<u32>,
     /// What its flags came to, from its command line and its environment.
     pub(super) settings: Option<Settings>,
     /// It lives in another network namespace than we do.
@@ -135,12 +137,12 @@ pub(super) struct Fallback {
 impl Seen {
     /// Looks at everything. What cannot be seen is left out; the checks say so.
     pub(super) async fn look(
-        status: Result<Status, String>,
+        daemon: Result<Daemon, String>,
         fallback: &Fallback,
     ) -> anyhow::Result<Self> {
         let mut seen = Self { has_tun: Path::new("/dev/net/tun").exists(), ..Self::default() };
-        match status {
-            Ok(status) => seen.daemon = Some(Daemon::look(status)),
+        match daemon {
+            Ok(daemon) => seen.daemon = Some(daemon),
             Err(reason) => seen.no_daemon = reason,
         }
         let places = match &seen.daemon {
@@ -164,8 +166,8 @@ impl Seen {
         if seen.chains.iter().any(|chain| chain.table == "firewalld") {
             seen.firewalld = output("nft", &["list", "table", "inet", "firewalld"]);
         }
-        if let Some(daemon) = &seen.daemon {
-            seen.sockets = sockets(daemon.status.pid);
+        if let Some(pid) = seen.daemon.as_ref().and_then(|daemon| daemon.pid) {
+            seen.sockets = sockets(pid);
         }
         Ok(seen)
     }
@@ -179,7 +181,7 @@ impl Seen {
         let addresses: BTreeSet<IpAddr> = addresses.collect();
         let (links, routes, ways) = tokio::task::spawn_blocking(move || {
             let netlink = Netlink::open().context("cannot open a netlink socket")?;
-            let way = |ip| (ip, netlink.way_to(ip).ok().and_then(|(link, _)| link));
+            let way = |ip| (ip, netlink.way_out(ip).ok().and_then(|way| way.link));
             let ways = addresses.into_iter().map(way).collect();
             anyhow::Ok((netlink.links()?, netlink.routes()?, ways))
         })
@@ -238,14 +240,8 @@ impl Seen {
 
     /// The same as a lease has them.
     pub(super) fn lease_key(&self) -> Option<LeaseKey> {
-        let (mut ipv4, mut ipv6) = (None, None);
-        for subnet in self.subnets() {
-            match subnet {
-                IpNetwork::V4(subnet) => ipv4 = Some(subnet),
-                IpNetwork::V6(subnet) => ipv6 = Some(subnet),
-            }
-        }
-        (ipv4.is_some() || ipv6.is_some()).then(|| LeaseKey::new(ipv4, ipv6))
+        let subnets = self.subnets();
+        (!subnets.is_empty()).then(|| subnets.into_iter().collect())
     }
 
     /// The network config, where the registry has one that can be used.
@@ -263,18 +259,22 @@ fn last_config(state_dir: &Path) -> Option<String> {
 }
 
 impl Daemon {
-    fn look(status: Status) -> Self {
-        let process = PathBuf::from(format!("/proc/{}", status.pid));
+    /// Who has given this status at this socket.
+    pub(super) fn look(socket: &Path, status: Status) -> Self {
+        let Some(pid) = socket::listener(socket).ok().flatten() else {
+            return Self { status, ..Self::default() };
+        };
+        let process = PathBuf::from(format!("/proc/{pid}"));
         let namespace = |process: &Path| fs::read_link(process.join("ns/net")).ok();
         let own = namespace(Path::new("/proc/self"));
         // Only root sees others' namespaces.
         let is_elsewhere = namespace(&process).is_some_and(|its| Some(its) != own);
-        let settings = settings(&process)
+        let settings = started::settings(pid)
             .inspect_err(|error| tracing::debug!("the daemon's flags: {error:#}"))
             .ok();
         let unit = fs::read_to_string(process.join("cgroup")).ok();
         let unit = unit.and_then(|cgroups| unit_of(&cgroups).map(str::to_owned));
-        Self { status, settings, is_elsewhere, unit }
+        Self { status, pid: Some(pid), settings, is_elsewhere, unit }
     }
 }
 
@@ -284,26 +284,6 @@ fn unit_of(cgroups: &str) -> Option<&str> {
     let names = cgroups.lines().filter_map(|line| line.rsplit('/').next());
     let mut services = names.filter_map(|name| name.strip_suffix(".service"));
     services.find(|name| name.contains("weft") || name.contains("flannel"))
-}
-
-/// What the flags of a running daemon come to.
-fn settings(process: &Path) -> anyhow::Result<Settings> {
-    let words = |file: &str| -> anyhow::Result<Vec<OsString>> {
-        let text = fs::read(process.join(file))?;
-        let text = text.strip_suffix(b"\0").unwrap_or(&text);
-        Ok(text.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect())
-    };
-    let (command, variables) = (words("cmdline")?, words("environ")?);
-    // A thread of the kernel's: the daemon's number is that of another namespace.
-    ensure!(command.iter().any(|word| !word.is_empty()), "this process has no command line");
-    let variable = |name: &str| {
-        let value = |entry: &OsString| {
-            let rest = entry.as_bytes().strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
-            Some(OsStr::from_bytes(rest).to_owned())
-        };
-        variables.iter().find_map(value)
-    };
-    Ok(flags::parse(command, variable)?.settings()?)
 }
 
 impl RegistrySeen {

@@ -36,7 +36,7 @@ pub struct EngineFlags {
     /// sendmsg), or auto for the best that the kernel allows
     #[arg(long, value_name = "WAY", default_value = "auto", value_parser = io())]
     #[arg(hide_possible_values = true, verbatim_doc_comment)]
-    pub io: Way,
+    pub io: IoChoice,
     /// Goes without something that the kernel does for many packets at once:
     /// tun-tso, tun-uso, udp-segment, udp-gro, tcp-coalesce or udp-coalesce;
     /// repeatable, or separated by commas
@@ -61,7 +61,7 @@ pub struct EngineFlags {
 
 /// What `--io` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum IoChoice {
     /// The best that is to be had.
     Auto,
     /// This one or none.
@@ -73,8 +73,8 @@ impl EngineFlags {
     pub(super) fn tuning(&self) -> Tuning {
         Tuning {
             io: match self.io {
-                Way::Auto => None,
-                Way::Only(kind) => Some(kind),
+                IoChoice::Auto => None,
+                IoChoice::Only(kind) => Some(kind),
             },
             off: self.offload.clone(),
             source_port: self.udp_source_port,
@@ -106,9 +106,9 @@ fn guard() -> ValueParser {
 
 fn io() -> ValueParser {
     choice(&[
-        ("auto", Way::Auto),
-        ("uring", Way::Only(IoKind::Uring)),
-        ("mmsg", Way::Only(IoKind::Mmsg)),
+        ("auto", IoChoice::Auto),
+        ("uring", IoChoice::Only(IoKind::Uring)),
+        ("mmsg", IoChoice::Only(IoKind::Mmsg)),
     ])
 }
 

@@ -189,6 +189,11 @@ fn registry(flags: &Flags) -> Result<RegistrySettings, FlagError> {
 }
 
 impl RegistryFlags {
+    /// Whether any of them is given.
+    pub(crate) fn name_any(&self) -> bool {
+        self.registry.is_some() || asks_for_etcd(self)
+    }
+
     /// What these flags alone name.
     ///
     /// # Errors
@@ -237,6 +242,7 @@ fn etcd(flags: &RegistryFlags) -> Result<RegistrySettings, FlagError> {
     Ok(RegistrySettings::Etcd { access, prefix, api: flags.etcd_api })
 }
 
+/// Whether any flag of etcd's is given.
 fn asks_for_etcd(flags: &RegistryFlags) -> bool {
     flags.etcd_endpoints.is_some()
         || flags.etcd_prefix.is_some()

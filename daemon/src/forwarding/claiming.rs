@@ -6,7 +6,7 @@ use weft_control::{Lease, NetworkConfig};
 
 use super::Forwarding;
 use super::turn::Turn;
-use crate::leasing::{self, Claim};
+use crate::leasing::Claim;
 
 /// A claim that takes as long as it takes.
 pub(super) struct Claiming<'a> {
@@ -19,7 +19,7 @@ impl<'a> Claiming<'a> {
     pub(super) fn begin(forwarding: &Forwarding<'a>, turn: &Turn) -> Self {
         let Forwarding { settings, registry, health, board, .. } = *forwarding;
         let (config, identity) = (turn.config.clone(), turn.identity.clone());
-        let previous = leasing::previous(&turn.lease.key);
+        let previous = turn.lease.key;
         let lease = Box::pin(async move {
             let (config, identity, ttl) = (&config, &identity, settings.lease_ttl);
             Claim { config, identity, ttl, health, board }.acquire(registry, &previous).await.0
@@ -31,12 +31,9 @@ impl<'a> Claiming<'a> {
     pub(super) fn goes_by(&self, config: &NetworkConfig) -> bool {
         self.config == *config
     }
-}
 
-/// The lease once it is there; never where none is claimed. Cancel safe.
-pub(super) async fn claimed(claiming: Option<&mut Claiming<'_>>) -> Lease {
-    match claiming {
-        Some(claiming) => claiming.lease.as_mut().await,
-        None => std::future::pending().await,
+    /// The lease once it is there. Cancel safe.
+    pub(super) async fn lease(&mut self) -> Lease {
+        self.lease.as_mut().await
     }
 }

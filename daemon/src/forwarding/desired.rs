@@ -43,6 +43,6 @@ pub(super) fn desired(
     let refused = peers.refused.iter().filter(|(_, why)| is_told(why));
     let refused = refused.map(|(key, why)| format!("lease {key} refused: {why}"));
     let skipped =
-        snapshot.skipped.iter().map(|it| format!("lease {} skipped: {}", it.name, it.reason));
+        snapshot.skipped.iter().map(|it| format!("entry {} skipped: {}", it.name, it.reason));
     (desired, some(refused).into_iter().chain(some(skipped)).collect())
 }

@@ -1,14 +1,18 @@
 //! What the loop that forwards knows, and what follows from it.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::time::Instant;
 use weft_backends::ExternalInterface;
 use weft_control::keeper::{self, Identity, KnownEnd, Own};
+use weft_control::lease::Snapshot;
 use weft_control::{Lease, LeaseAttrs, NetworkConfig, RegistryError};
 
+use super::vanished::Vanished;
 use crate::place::Place;
 use crate::probe::Prober;
 use crate::repairs::Repairs;
@@ -64,10 +68,14 @@ pub(super) struct Turn {
     pub(super) records: Failing,
     /// When the record was last to be published.
     pub(super) published: Option<Instant>,
+    /// The registry as it was last heard of.
+    pub(super) heard: Arc<Snapshot>,
+    /// What it lost together with our own lease, for a while.
+    pub(super) vanished: Option<Vanished>,
     /// None where no socket was to be had.
     pub(super) prober: Option<Prober>,
-    /// What was given up for the sake of packets that got lost.
-    pub(super) given_up: Vec<String>,
+    /// What was given up for the sake of packets that got lost; with the peer, if only towards that.
+    pub(super) given_up: Vec<(String, Option<IpAddr>)>,
 }
 
 /// Our hold on a lease, from one turn to the next.
@@ -169,6 +177,8 @@ impl Turn {
             renewals: Failing::default(),
             records: Failing::default(),
             published: None,
+            heard: Arc::default(),
+            vanished: None,
             prober: None,
             given_up: Vec::new(),
         }

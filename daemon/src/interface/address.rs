@@ -73,12 +73,13 @@ pub(super) fn addresses(
     choices.into_iter().find(|choice| choice.iter().any(Option::is_some))
 }
 
-/// Global before link-local, lasting before temporary, the one that is held, permanent before dynamic,
-/// else the kernel's order; deprecated ones not at all.
+/// Global before link-local, those that are not deprecated before those that are, lasting before temporary, the
+/// one that is held, permanent before dynamic, else the kernel's order.
 fn best_address(link: &Link, family: Family, held: &[IpAddr]) -> Option<IpAddr> {
-    let usable = link.addresses.iter().filter(|it| family.holds(it.network.ip()) && is_usable(it));
+    let usable = link.addresses.iter().filter(|it| family.holds(it.network.ip()) && can_send(it));
     let best = usable.min_by_key(|it| {
-        (is_link_local(it), it.temporary, !held.contains(&it.network.ip()), !it.permanent)
+        let is_held = held.contains(&it.network.ip());
+        (is_link_local(it), it.deprecated, it.temporary, !is_held, !it.permanent)
     });
     best.map(|address| address.network.ip())
 }

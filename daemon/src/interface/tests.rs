@@ -64,12 +64,12 @@ fn public_ip(text: &str) -> Wish {
 }
 
 fn chosen(wish: &Wish, families: Families) -> Chosen {
-    choose(wish, families, &host(), &[route(false, 2), route(true, 2)], Way::default(), &[])
+    choose(wish, families, &host(), &[route(false, 2), route(true, 2)], WayOut::default(), &[])
         .unwrap()
 }
 
 fn refused(wish: &Wish, families: Families) -> String {
-    choose(wish, families, &host(), &[], Way::default(), &[]).unwrap_err().to_string()
+    choose(wish, families, &host(), &[], WayOut::default(), &[]).unwrap_err().to_string()
 }
 
 fn ip<T: std::str::FromStr<Err: fmt::Debug>>(text: &str) -> Option<T> {
@@ -124,7 +124,7 @@ fn the_first_match_is_taken_and_misses_are_told() {
 #[test]
 fn no_match_does_not_fall_back_to_the_default_route() {
     let routes = [route(false, 2)];
-    let error = choose(&iface(&["eth9"]), V4, &host(), &routes, Way::default(), &[])
+    let error = choose(&iface(&["eth9"]), V4, &host(), &routes, WayOut::default(), &[])
         .unwrap_err()
         .to_string();
     assert!(
@@ -163,7 +163,7 @@ fn the_owner_of_the_public_address_comes_before_the_default_route() {
 #[test]
 fn a_public_ipv6_address_serves_too_if_ipv6_is_in_use() {
     let wish = Wish { public_ipv6: ip("2001:db8::10"), ..Wish::default() };
-    let interface = choose(&wish, V6, &host(), &[], Way::default(), &[]).unwrap().interface;
+    let interface = choose(&wish, V6, &host(), &[], WayOut::default(), &[]).unwrap().interface;
     assert_eq!((interface.ipv4, interface.ipv6), (None, ip("2001:db8::10")));
     assert!(refused(&wish, V4).starts_with("unable to find default route"));
 }
@@ -171,7 +171,7 @@ fn a_public_ipv6_address_serves_too_if_ipv6_is_in_use() {
 #[test]
 fn the_first_default_route_of_the_family_decides() {
     let routes = [route(true, 3), route(false, 2), route(false, 3)];
-    let found = choose(&Wish::default(), V4, &host(), &routes, Way::default(), &[]).unwrap();
+    let found = choose(&Wish::default(), V4, &host(), &routes, WayOut::default(), &[]).unwrap();
     assert_eq!(found.interface.name, "eth0");
     assert_eq!(found.why, "it has the default route");
 }
@@ -197,8 +197,8 @@ fn default_routes_that_do_not_serve() {
         (V6, vec![route(true, 1)], "the interface of the default route does not serve"),
     ];
     for (families, routes, expected) in cases {
-        let error =
-            choose(&Wish::default(), families, &host(), &routes, Way::default(), &[]).unwrap_err();
+        let error = choose(&Wish::default(), families, &host(), &routes, WayOut::default(), &[])
+            .unwrap_err();
         let error = error.to_string();
         assert!(error.starts_with(expected) && error.contains("--iface"), "{error}");
     }
@@ -225,20 +225,20 @@ fn one_family_carries_the_other_where_that_has_no_address() {
     assert_eq!((interface.ipv4, interface.ipv6), (ip("1.10.100.1"), None));
     let links = [link(2, "eth0", &["2001:db8::1/64", "fe80::1/64 link"])];
     let over_v6 = |families, routes: &[KernelRoute]| {
-        choose(&Wish::default(), families, &links, routes, Way::default(), &[])
+        choose(&Wish::default(), families, &links, routes, WayOut::default(), &[])
     };
     let found = over_v6(V4, &[route(true, 2)]).unwrap();
     assert_eq!((found.interface.ipv4, found.interface.ipv6), (None, ip("2001:db8::1")));
     let found = over_v6(BOTH, &[route(true, 2)]).unwrap();
     assert_eq!(found.interface.public_ipv6, ip("2001:db8::1"));
     let links = [link(2, "eth0", &["192.0.2.1/24", "fe80::1/64 link"])];
-    let found = choose(&iface(&["eth0"]), V6, &links, &[], Way::default(), &[]).unwrap();
+    let found = choose(&iface(&["eth0"]), V6, &links, &[], WayOut::default(), &[]).unwrap();
     assert_eq!((found.interface.ipv4, found.interface.ipv6), (ip("192.0.2.1"), None));
-    let found = choose(&iface(&["fe80::1"]), V6, &links, &[], Way::default(), &[]).unwrap();
+    let found = choose(&iface(&["fe80::1"]), V6, &links, &[], WayOut::default(), &[]).unwrap();
     assert_eq!(found.interface.ipv6, ip("fe80::1"), "asked for");
     // An address that only the own link knows is no way out for another family.
     let links = [link(2, "eth0", &["fe80::1/64 link"])];
-    let error = choose(&iface(&["eth0"]), V4, &links, &[], Way::default(), &[]).unwrap_err();
+    let error = choose(&iface(&["eth0"]), V4, &links, &[], WayOut::default(), &[]).unwrap_err();
     assert!(error.to_string().contains("failed to find IPv4 address"), "{error}");
 }
 
@@ -248,14 +248,15 @@ fn the_best_address_of_a_family_is_taken() {
         (&["fe80::1/64 link", "2001:db8::1/64 dynamic temporary"], "2001:db8::1"),
         (&["2001:db8::1/64 dynamic", "2001:db8::2/64"], "2001:db8::2"),
         (&["2001:db8::1/64 dynamic temporary", "2001:db8::2/64 dynamic"], "2001:db8::2"),
-        (&["2001:db8::1/64 deprecated", "fe80::1/64 link"], "fe80::1"),
+        (&["2001:db8::1/64 deprecated", "fe80::1/64 link"], "2001:db8::1"),
+        (&["2001:db8::1/64 deprecated", "2001:db8::2/64 temporary"], "2001:db8::2"),
         (&["2001:db8::1/64", "2001:db8::2/64"], "2001:db8::1"),
         (&["ff02::1/64", "::1/128", "2001:db8::2/64 dynamic"], "2001:db8::2"),
     ];
     for (addresses, expected) in cases {
         let links = [link(2, "eth0", addresses)];
         let interface =
-            choose(&iface(&["eth0"]), V6, &links, &[], Way::default(), &[]).unwrap().interface;
+            choose(&iface(&["eth0"]), V6, &links, &[], WayOut::default(), &[]).unwrap().interface;
         assert_eq!(interface.ipv6, ip(expected), "{addresses:?}");
     }
 }
@@ -285,12 +286,12 @@ fn what_is_held_stays_while_it_can_be_used() {
     ];
     for (addresses, ipv4, ipv6) in cases {
         let links = [link(2, "eth0", addresses)];
-        let found = choose(&iface(&["eth0"]), BOTH, &links, &[], Way::default(), &held).unwrap();
+        let found = choose(&iface(&["eth0"]), BOTH, &links, &[], WayOut::default(), &held).unwrap();
         let taken = (found.interface.ipv4, found.interface.ipv6);
         assert_eq!(taken, (ip(ipv4), ip(ipv6)), "{addresses:?}");
     }
     let links = [link(2, "eth0", &["192.0.2.2/24", "192.0.2.1/24"])];
-    let found = choose(&pattern("^192"), V4, &links, &[], Way::default(), &held).unwrap();
+    let found = choose(&pattern("^192"), V4, &links, &[], WayOut::default(), &held).unwrap();
     assert_eq!(found.interface.ipv4, ip("192.0.2.1"));
 }
 
@@ -305,8 +306,9 @@ fn other_global_addresses_are_told() {
         "fe80::1/64 link",
     ];
     let links = [link(2, "eth0", &addresses)];
-    let interface =
-        choose(&iface(&["192.0.2.11"]), BOTH, &links, &[], Way::default(), &[]).unwrap().interface;
+    let interface = choose(&iface(&["192.0.2.11"]), BOTH, &links, &[], WayOut::default(), &[])
+        .unwrap()
+        .interface;
     let expected: Vec<IpAddr> =
         ["192.0.2.10", "2001:db8::2"].map(|text| text.parse().unwrap()).into();
     assert_eq!((interface.other_addresses, interface.link_local), (expected, None));
@@ -317,7 +319,7 @@ fn a_link_local_address_is_told_where_there_is_no_better_one() {
     let addresses = ["192.0.2.10/24", "fe80::7/64 link", "fe80::1/64 link"];
     let links = [link(2, "eth0", &addresses)];
     let interface =
-        choose(&iface(&["eth0"]), BOTH, &links, &[], Way::default(), &[]).unwrap().interface;
+        choose(&iface(&["eth0"]), BOTH, &links, &[], WayOut::default(), &[]).unwrap().interface;
     assert_eq!((interface.ipv6, interface.link_local), (None, ip("fe80::1")));
 }
 
@@ -326,7 +328,7 @@ fn without_an_mtu_or_a_family_there_is_no_interface() {
     let mut links = host();
     links[1].mtu = 0;
     let error =
-        choose(&iface(&["eth0"]), V4, &links, &[], Way::default(), &[]).unwrap_err().to_string();
+        choose(&iface(&["eth0"]), V4, &links, &[], WayOut::default(), &[]).unwrap_err().to_string();
     assert!(error.contains("failed to determine MTU for eth0 interface"), "{error}");
     let none = Families { ipv4: false, ipv6: false };
     assert!(refused(&iface(&["eth0"]), none).starts_with("none defined stack"));
@@ -336,7 +338,7 @@ fn without_an_mtu_or_a_family_there_is_no_interface() {
 fn an_interface_that_is_down_is_taken_and_told() {
     let mut links = host();
     links[1].up = false;
-    let found = choose(&iface(&["eth0"]), V4, &links, &[], Way::default(), &[]).unwrap();
+    let found = choose(&iface(&["eth0"]), V4, &links, &[], WayOut::default(), &[]).unwrap();
     assert!(found.why.ends_with("it is down now"), "{}", found.why);
 }
 
@@ -358,7 +360,7 @@ fn a_pattern_matches_addresses_before_names() {
 #[test]
 fn the_way_to_an_address_decides_where_nothing_else_matches() {
     let wish = Wish { can_reach: ip("172.16.32.254"), ..iface(&["eth9"]) };
-    let way = Way { link: Some(3), source: ip("172.16.32.100") };
+    let way = WayOut { link: Some(3), source: ip("172.16.32.100"), is_on_link: true };
     let found = choose(&wish, V4, &host(), &[], way, &[]).unwrap();
     assert_eq!(found.interface.ipv4, ip("172.16.32.100"));
     assert!(found.why.ends_with("it matches --iface-can-reach 172.16.32.254"), "{}", found.why);

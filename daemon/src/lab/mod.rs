@@ -51,7 +51,7 @@ pub use self::child::forget_settings;
 pub use self::down::{Removed, abandoned, down};
 pub use self::etcd::{EtcdMember, EtcdOptions};
 pub use self::ping::{PingOptions, PingReport, Reply, ping};
-pub use self::run::{Outcome, RunOptions, run};
+pub use self::run::{RunOptions, run};
 pub use self::topology::{Container, Host, Underlay};
 pub use self::transfer::{MAX_TRANSFER, Patience, Transfer, transfer};
 
@@ -461,7 +461,7 @@ impl Lab {
             Ok(status) if i32::try_from(status.pid) != Ok(pid) => {
                 format!("process {} answers in its place", status.pid)
             }
-            Ok(status) if status.state != "forwarding" => status.state,
+            Ok(status) if !status.forwards() => status.state,
             Ok(_) if !site.host.subnet_file.exists() => "it wrote no subnet.env".into(),
             Ok(_) => return Ok(None),
             Err(error) => format!("{error:#}"),

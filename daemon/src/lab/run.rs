@@ -35,21 +35,17 @@ pub struct RunOptions {
     pub keep: bool,
 }
 
-/// How it went.
-#[derive(Debug)]
-pub struct Outcome {
-    /// The pairs that failed, such as `h1->h2`.
-    pub failed: Vec<String>,
-    /// The id of the lab that was left up.
-    pub kept: Option<String>,
-}
-
-/// Runs the lab from nothing to nothing: results go to `out`, progress and reasons to stderr.
+/// Runs the lab from nothing to nothing, and returns the pairs that failed, such as `h1->h2`: results go to
+/// `out`, progress and reasons to stderr.
 ///
 /// # Errors
 /// The lab cannot be made or removed, or it is cancelled (the error is then, or has as its cause,
-/// [`super::Cancelled`]). Pairs that fail are an outcome. In all cases the lab is removed.
-pub fn run(options: &RunOptions, cancel: &Cancel, out: &mut dyn Write) -> anyhow::Result<Outcome> {
+/// [`super::Cancelled`]). In all cases the lab is removed.
+pub fn run(
+    options: &RunOptions,
+    cancel: &Cancel,
+    out: &mut dyn Write,
+) -> anyhow::Result<Vec<String>> {
     require_root()?;
     let all: Vec<usize> = (0..options.hosts).collect();
     let pairs = ordered_pairs(&all).count();
@@ -87,7 +83,7 @@ pub fn run(options: &RunOptions, cancel: &Cancel, out: &mut dyn Write) -> anyhow
     for (pair, reason) in &failed {
         eprintln!("{pair}: {reason}");
     }
-    Ok(Outcome { failed: failed.into_iter().map(|(pair, _)| pair).collect(), kept })
+    Ok(failed.into_iter().map(|(pair, _)| pair).collect())
 }
 
 /// Starts all daemons and puts containers behind them; returns the hosts on which that worked.

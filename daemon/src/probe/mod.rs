@@ -31,6 +31,7 @@ use self::icmp::{Heard, Icmp};
 use self::known::{Known, Peer};
 use self::packet::Packet;
 use self::socket::ProbeSocket;
+use crate::or_never::or_never;
 
 pub(crate) use self::found::{FAULTS, Found, Path, RTT_BOUNDS_US, Reach, Totals, status};
 
@@ -189,7 +190,7 @@ impl Work {
                         deadline
                     }
                 },
-                heard = next(self.icmp.as_ref()) => forward(self.heard(heard)),
+                heard = or_never(self.icmp.as_ref().map(Icmp::next)) => forward(self.heard(heard)),
                 changed = wanted.changed() => {
                     if changed.is_err() {
                         return;
@@ -343,13 +344,6 @@ impl Findings {
 
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-async fn next(icmp: Option<&Icmp>) -> Heard {
-    match icmp {
-        Some(icmp) => icmp.next().await,
-        None => std::future::pending().await,
     }
 }
 

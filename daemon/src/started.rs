@@ -1,0 +1,33 @@
+//! What a running daemon was started with.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use anyhow::ensure;
+
+use crate::flags::{self, Settings};
+
+/// What the flags of a process come to, from its command line and its environment (`proc_pid_cmdline(5)`).
+///
+/// # Errors
+/// They cannot be read, which only root and its own user may, or are none of weftd's.
+pub(crate) fn settings(pid: u32) -> anyhow::Result<Settings> {
+    let words = |file: &str| -> anyhow::Result<Vec<OsString>> {
+        let text = fs::read(Path::new("/proc").join(pid.to_string()).join(file))?;
+        let text = text.strip_suffix(b"\0").unwrap_or(&text);
+        Ok(text.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect())
+    };
+    let (command, variables) = (words("cmdline")?, words("environ")?);
+    // It has ended, and nobody has waited for it yet.
+    ensure!(command.iter().any(|word| !word.is_empty()), "this process has no command line");
+    let variable = |name: &str| {
+        let value = |entry: &OsString| {
+            let rest = entry.as_bytes().strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+            Some(OsStr::from_bytes(rest).to_owned())
+        };
+        variables.iter().find_map(value)
+    };
+    Ok(flags::parse(command, variable)?.settings()?)
+}
