@@ -369,7 +369,7 @@ pub enum BackendError {
     Options(#[from] ConfigError),
     #[error(
         "the interface {interface} has no address that the backend can send from: give it an IPv4 \
-         address, or choose another one with --iface"
+         or a global IPv6 address, or choose another one with --iface"
     )]
     NoAddress { interface: String },
     #[error(

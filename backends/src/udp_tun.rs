@@ -279,7 +279,9 @@ impl UdpTun {
     /// only IPv6.
     fn underlay(&self) -> Result<IpAddr, BackendError> {
         let ipv4 = self.interface.ipv4.map(IpAddr::V4);
-        ipv4.or(self.interface.ipv6.map(IpAddr::V6))
+        // Sockets do not say which link they would mean.
+        let ipv6 = self.interface.ipv6.filter(|ip| !ip.is_unicast_link_local());
+        ipv4.or(ipv6.map(IpAddr::V6))
             .ok_or_else(|| BackendError::NoAddress { interface: self.interface.name.clone() })
     }
 

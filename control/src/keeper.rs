@@ -81,8 +81,9 @@ pub fn plan(
         let former = former.find(|net| net.is_ipv6() == family.network.is_ipv6());
         // By family, so that a node whose overlay gains IPv6 keeps its IPv4 subnet.
         let former = former.filter(|net| is_allowed(&family, *net));
-        let has_former =
-            |key: &&LeaseKey| former.is_some_and(|net| is_in_the_way(config, key, &net.into()));
+        let has_former = |key: &&LeaseKey| {
+            former.is_some_and(|net| is_in_the_way(Some(config), key, &net.into()))
+        };
         if let Some(key) = unreadable.iter().find(has_former) {
             return Plan::Unreadable(*key);
         }
@@ -138,13 +139,14 @@ pub fn came_second(config: &NetworkConfig, own: &Lease, leases: &[Lease]) -> boo
         other.key != own.key
             && !other.attrs.same_node(&own.attrs)
             && other.revision < own.revision
-            && is_in_the_way(config, &other.key, &own.key)
+            && is_in_the_way(Some(config), &other.key, &own.key)
     })
 }
 
-/// Whether a lease keeps another node from these subnets.
-pub(crate) fn is_in_the_way(config: &NetworkConfig, other: &LeaseKey, key: &LeaseKey) -> bool {
-    let mut theirs = other.networks().filter(|net| !is_too_large(config, *net));
+/// Whether a lease keeps another node from these subnets; where there is no config, any that has part of them.
+pub fn is_in_the_way(config: Option<&NetworkConfig>, other: &LeaseKey, key: &LeaseKey) -> bool {
+    let counts = |net: &IpNetwork| config.is_none_or(|config| !is_too_large(config, *net));
+    let mut theirs = other.networks().filter(counts);
     theirs.any(|theirs| key.networks().any(|ours| overlap(ours, theirs)))
 }
 

@@ -114,7 +114,7 @@ pub(crate) async fn changed(
     }
     if let Some(family) = lost_family(known, &chosen.interface) {
         return Err(format!(
-            "{} has no {family} address any more; restart weftd if it is to do without",
+            "{} has no {family} address any more that others know; restart weftd if it is to do without",
             chosen.interface.name
         ));
     }

@@ -236,7 +236,6 @@ enum Leavings {
     Untouched,
     /// It could not be removed, at that time.
     Refused(Instant),
-    /// Or there is no program by which there could be any.
     Removed,
 }
 
@@ -350,14 +349,15 @@ impl Keeper {
     async fn keep_rules(&mut self, wanted: &Wanted) -> anyhow::Result<Option<String>> {
         let first = self.kept.is_none();
         let nothing = wanted.rules.is_empty();
-        if nothing && !first && !self.leavings.are_due() {
+        // Later it is another daemon's.
+        if nothing && !first {
             return Ok(None);
         }
         let mut writer = match self.writer.take() {
             Some(writer) => writer,
             None => match Writer::choose(self.kind).await {
                 Err(FirewallError::Missing(_)) if nothing => {
-                    (self.kept, self.leavings) = (Some(wanted.clone()), Leavings::Removed);
+                    self.kept = Some(wanted.clone());
                     return Ok(None);
                 }
                 chosen => chosen?,
@@ -376,7 +376,7 @@ impl Keeper {
                 Ok(()) => Leavings::Removed,
                 Err(error) => {
                     self.left.warn(&format!(
-                        "cannot remove firewall rules that were left before, and tries again: {error}"
+                        "cannot look for, or remove, firewall rules that may be left from before: {error}"
                     ));
                     Leavings::Refused(Instant::now())
                 }
@@ -387,7 +387,7 @@ impl Keeper {
         }
         self.writer = Some(writer);
         match outcome {
-            Err(FirewallError::Missing(_)) if nothing => self.leavings = Leavings::Removed,
+            Err(FirewallError::Missing(_)) if nothing => {}
             Ok(true) if self.kept.as_ref() == Some(wanted) => self.repaired(),
             Ok(true) => tracing::info!(%by, "wrote the firewall's rules"),
             Ok(false) => {}

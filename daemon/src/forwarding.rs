@@ -59,6 +59,9 @@ const NODE_INTERVAL: Duration = Duration::from_secs(20);
 const NODE_TTL: Duration = Duration::from_secs(60);
 /// Between tries, where the registry does not show it: what it tells may be from before the last one.
 const NODE_RETRY: Duration = Duration::from_secs(5);
+/// How long our address may be gone before one that the interface has besides is taken: that may be a virtual
+/// router's, which leaves again some day.
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the loop stands still for the registry.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
@@ -158,7 +161,8 @@ impl Forwarding<'_> {
                 }
                 () = kernel_changed, if !turn.repairs.is_fight() => {
                     let begun = Instant::now();
-                    if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
+                    let followed = self.follow_interface(&mut turn, &mut publish, &mut slow);
+                    if let Some(ended) = followed.await? {
                         return Ok(ended);
                     }
                     let snapshot = watch.borrow().snapshot.clone();
@@ -166,7 +170,8 @@ impl Forwarding<'_> {
                     rest = Rest::after(begun);
                 }
                 _ = slow.tick() => {
-                    if let Some(ended) = self.follow_interface(&mut turn, &mut publish).await? {
+                    let followed = self.follow_interface(&mut turn, &mut publish, &mut slow);
+                    if let Some(ended) = followed.await? {
                         return Ok(ended);
                     }
                     let View { snapshot, readable } = watch.borrow().clone();
@@ -251,15 +256,16 @@ impl Forwarding<'_> {
         &self,
         turn: &mut Turn,
         publish: &mut Interval,
+        slow: &mut Interval,
     ) -> anyhow::Result<Option<Ended>> {
         let next = match external::changed(self.settings, &turn.config, &turn.interface).await {
             Ok(None) => {
-                turn.stuck = None;
+                (turn.stuck, turn.replaced) = (None, None);
                 return Ok(None);
             }
             Ok(Some(next)) => next,
             Err(reason) => {
-                turn.stuck = Some(reason);
+                (turn.stuck, turn.replaced) = (Some(reason), None);
                 return Ok(None);
             }
         };
@@ -270,10 +276,19 @@ impl Forwarding<'_> {
             known.link_local = link_local;
         }
         if known == next.interface {
-            turn.stuck = None;
+            (turn.stuck, turn.replaced) = (None, None);
             turn.interface = next.interface;
             publish.reset_immediately();
             return Ok(None);
+        }
+        if let Some(further) = turn.further_in_place_of_ours(&next.interface) {
+            let since = *turn.replaced.get_or_insert_with(Instant::now);
+            if since.elapsed() < ADDRESS_PATIENCE {
+                slow.reset_at(since + ADDRESS_PATIENCE);
+                turn.stuck =
+                    Some(format!("its address may be back in a moment; else {further} is next"));
+                return Ok(None);
+            }
         }
         let Self { settings, kind, place, .. } = *self;
         match Prepared::open(settings, &turn.config, kind, next, &place.node.id).await? {
@@ -327,7 +342,8 @@ impl Forwarding<'_> {
             }
             Own::Missing if turn.lost == Some(Lost::Gone) => {}
             Own::Missing => {
-                turn.vanished = Some(Vanished::of(&turn.heard, &turn.lease.key));
+                // What is told may be from before our last write: who is waited for then stays so.
+                turn.vanished.get_or_insert_with(|| Vanished::of(&turn.heard, &turn.lease.key));
                 tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
                 self.lose(turn, Lost::Gone, "our lease is gone; claiming it again");
             }
@@ -365,7 +381,7 @@ impl Forwarding<'_> {
         let completed = completed.filter(|_| turn.vanished.is_some());
         let snapshot = completed.as_ref().unwrap_or(snapshot);
         let (desired, mut problems) = desired(self.settings, snapshot, turn);
-        problems.extend(turn.vanished.as_ref().map(Vanished::problem));
+        problems.extend(turn.vanished.as_ref().map(|_| vanished::PROBLEM.to_owned()));
         if !turn.given_up.is_empty() {
             let addresses = desired.public_addresses();
             turn.given_up.retain(|(_, peer)| peer.is_none_or(|peer| addresses.contains(&peer)));

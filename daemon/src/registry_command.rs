@@ -136,7 +136,9 @@ fn settings(flags: &RegistryFlags, run_dir: &Path) -> anyhow::Result<RegistrySet
     let mut found: Vec<RegistrySettings> = Vec::new();
     for socket in socket::sockets(run_dir).context(context)? {
         let Some(pid) = socket::listener(&socket).context(context)? else { continue };
-        let registry = started::settings(pid).context(context)?.registry;
+        let there = || format!("{context}, or ask there: nsenter -t {pid} -m -n weft registry …");
+        ensure!(!started::is_elsewhere(pid), there());
+        let registry = started::settings(pid).with_context(there)?.registry;
         if !found.contains(&registry) {
             found.push(registry);
         }
@@ -235,7 +237,10 @@ impl Operator<'_> {
             }
             Some(found) => bail!("{key} is leased to {}", owner(found)),
             None => {
-                if let Some(other) = snapshot.leases.iter().find(|lease| lease.key.overlaps(&key)) {
+                let config = config_of(&snapshot);
+                let is_in_the_way =
+                    |it: &&Lease| keeper::is_in_the_way(config.as_ref(), &it.key, &key);
+                if let Some(other) = snapshot.leases.iter().find(is_in_the_way) {
                     bail!("{key} overlaps {}, leased to {}", other.key, owner(other));
                 }
                 require_compatible(&snapshot, &key)?;
@@ -354,10 +359,14 @@ impl Operator<'_> {
             }
             _ => {}
         }
+        let config = config_of(&snapshot);
         let (mut written, mut kept, mut refused) = (0, 0, Vec::new());
         for DocumentLease { subnet, value, ttl } in &document.leases {
             // Some registries compare whole keys only.
-            let is_in_the_way = |it: &&Lease| it.key.overlaps(subnet) && !it.attrs.same_node(value);
+            let is_in_the_way = |it: &&Lease| {
+                let shares = keeper::is_in_the_way(config.as_ref(), &it.key, subnet);
+                shares && !it.attrs.same_node(value)
+            };
             if let Some(other) = snapshot.leases.iter().find(is_in_the_way) {
                 refused.push(format!("{subnet} ({} is leased to {})", other.key, owner(other)));
                 continue;
@@ -442,6 +451,11 @@ fn addresses(attrs: &LeaseAttrs) -> String {
 
 fn owner(lease: &Lease) -> String {
     addresses(&lease.attrs)
+}
+
+/// The network config, if it can be used.
+fn config_of(snapshot: &Snapshot) -> Option<NetworkConfig> {
+    snapshot.config.as_ref()?.parse().ok()
 }
 
 /// The weft nodes that live, by their addresses.

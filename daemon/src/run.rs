@@ -102,7 +102,7 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
             && late_since.get_or_insert_with(Instant::now).elapsed() < ADDRESS_PATIENCE
         {
             said.warn(&format!(
-                "waiting a minute for {known}, by which other nodes know this one: {} has it not yet",
+                "waiting a minute for {known}, by which other nodes know this one: {} has not got it yet",
                 chosen.interface.name
             ));
             tokio::time::sleep(CONFIG_INTERVAL).await;

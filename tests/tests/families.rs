@@ -310,6 +310,16 @@ fn host_gw_without_any_ipv6_says_what_it_lacks() -> Result<()> {
     lab.remove()
 }
 
+#[test]
+fn udp_tun_with_a_link_local_address_alone_says_what_it_lacks() -> Result<()> {
+    let mut lab = Lab::new(LabOptions { hosts: 1, network: IPV6.into(), ..LabOptions::default() })?;
+    lab.host(0).netns.ip(&["-4", "address", "flush", "dev", "eth0"])?;
+    lab.start_daemon(0, &["--iface=eth0"])?;
+    let error = format!("{:#}", lab.wait_ready(0, DEADLINE).unwrap_err());
+    assert!(error.contains("eth0 has no address that the backend can send from"), "{error}");
+    lab.remove()
+}
+
 /// Where hosts have both families, one socket is enough: packets of both go by IPv4.
 #[test]
 fn udp_tun_sends_both_families_over_ipv4_where_there_are_both() -> Result<()> {

@@ -114,11 +114,9 @@ impl Registry for DirectoryRegistry {
             locked.sweep()?;
             let Snapshot { leases, config, .. } = store.scan()?.snapshot;
             let config = config.and_then(|text| text.parse::<NetworkConfig>().ok());
-            let overlaps = |other: &LeaseKey| match &config {
-                Some(config) => keeper::is_in_the_way(config, other, &lease.key),
-                None => other.overlaps(&lease.key),
-            };
-            let is_free = !leases.iter().any(|it| it.key != lease.key && overlaps(&it.key));
+            let is_in_the_way =
+                |other: &LeaseKey| keeper::is_in_the_way(config.as_ref(), other, &lease.key);
+            let is_free = !leases.iter().any(|it| it.key != lease.key && is_in_the_way(&it.key));
             let created = is_free && locked.create_lease(&lease)?;
             Ok(created.then_some(lease))
         })

@@ -264,15 +264,11 @@ impl Daemon {
         let Some(pid) = socket::listener(socket).ok().flatten() else {
             return Self { status, ..Self::default() };
         };
-        let process = PathBuf::from(format!("/proc/{pid}"));
-        let namespace = |process: &Path| fs::read_link(process.join("ns/net")).ok();
-        let own = namespace(Path::new("/proc/self"));
-        // Only root sees others' namespaces.
-        let is_elsewhere = namespace(&process).is_some_and(|its| Some(its) != own);
+        let is_elsewhere = started::is_elsewhere(pid);
         let settings = started::settings(pid)
             .inspect_err(|error| tracing::debug!("the daemon's flags: {error:#}"))
             .ok();
-        let unit = fs::read_to_string(process.join("cgroup")).ok();
+        let unit = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
         let unit = unit.and_then(|cgroups| unit_of(&cgroups).map(str::to_owned));
         Self { status, pid: Some(pid), settings, is_elsewhere, unit }
     }

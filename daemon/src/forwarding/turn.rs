@@ -28,6 +28,8 @@ pub(super) struct Turn {
     pub(super) interface: ExternalInterface,
     /// Why the external interface cannot be followed to what it is now.
     pub(super) stuck: Option<String>,
+    /// Since when one of its further addresses would be taken in place of ours.
+    pub(super) replaced: Option<Instant>,
     /// What kept our own part in forwarding from being right, at the last reconciliation.
     pub(super) failures: Vec<String>,
     /// What our lease is to say of us.
@@ -154,6 +156,7 @@ impl Turn {
             config,
             interface: place.interface.clone(),
             stuck: None,
+            replaced: None,
             failures: Vec::new(),
             identity: place.identity.clone(),
             former,
@@ -200,6 +203,11 @@ impl Turn {
             self.renewal = renewal(&lease, &self.identity.attrs, margin);
         }
         self.lease = lease;
+    }
+
+    /// The address that is next, where the interface has had it besides ours.
+    pub(super) fn further_in_place_of_ours(&self, next: &ExternalInterface) -> Option<IpAddr> {
+        next.addresses().find(|ip| self.interface.other_addresses.contains(ip))
     }
 
     /// Logs those problems that were not there at the last look.

@@ -12,6 +12,9 @@ use weft_control::{Lease, LeaseKey};
 
 /// How long their nodes have for that.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// What is said of it.
+pub(super) const PROBLEM: &str = "the registry has lost leases of peers together with ours; packets go on to \
+                                  them, and their nodes have a minute to claim them again";
 
 /// What is not in the registry any more.
 #[derive(Debug)]
@@ -54,15 +57,6 @@ impl Vanished {
         all.nodes.extend(self.nodes.iter().cloned());
         all.leases.sort_unstable_by_key(|lease| lease.key);
         all
-    }
-
-    /// What to say of it.
-    pub(super) fn problem(&self) -> String {
-        format!(
-            "the registry has lost the leases of {} peers together with ours; packets go on to them, and \
-             their nodes have a minute to claim them again",
-            self.leases.len()
-        )
     }
 }
 
