@@ -82,7 +82,7 @@ impl Firewall {
             repairs: Repairs::new(),
             repaired: 0,
             blackholes_kept: false,
-            leavings: Leavings::Untouched,
+            sweep_at: Some(Instant::now()),
             doubted: None,
         };
         tokio::spawn(keeper.keep(receiver, resync));
@@ -225,28 +225,10 @@ struct Keeper {
     repaired: u64,
     /// Whether the blackhole routes have once been what they should be.
     blackholes_kept: bool,
-    leavings: Leavings,
+    /// When to remove what others wrote before for the same purpose; never once that is done.
+    sweep_at: Option<Instant>,
     /// When the other kind of iptables was last looked at.
     doubted: Option<Instant>,
-}
-
-/// What others wrote before for the same purpose.
-#[derive(Debug, Clone, Copy)]
-enum Leavings {
-    Untouched,
-    /// It could not be removed, at that time.
-    Refused(Instant),
-    Removed,
-}
-
-impl Leavings {
-    fn are_due(self) -> bool {
-        match self {
-            Self::Untouched => true,
-            Self::Refused(at) => at.elapsed() >= OTHERS_INTERVAL,
-            Self::Removed => false,
-        }
-    }
 }
 
 impl Keeper {
@@ -371,14 +353,14 @@ impl Keeper {
             }
         }
         let by = writer.describe();
-        if outcome.is_ok() && self.leavings.are_due() {
-            self.leavings = match writer.remove_leavings().await {
-                Ok(()) => Leavings::Removed,
+        if outcome.is_ok() && self.sweep_at.is_some_and(|at| at <= Instant::now()) {
+            self.sweep_at = match writer.remove_leavings().await {
+                Ok(()) => None,
                 Err(error) => {
                     self.left.warn(&format!(
                         "cannot look for, or remove, firewall rules that may be left from before: {error}"
                     ));
-                    Leavings::Refused(Instant::now())
+                    Some(Instant::now() + OTHERS_INTERVAL)
                 }
             };
         }

@@ -422,13 +422,15 @@ impl Daemon<'_> {
         claim: &Claim<'_>,
         file: &StateFile<LastKnown>,
     ) -> (Lease, Snapshot) {
-        let known = file.load();
         let mut previous = read_previous(&self.settings.subnet_file);
+        let away = self.registry.config().await.err();
         // A reboot takes subnet.env away.
-        if let (true, Some((known, _))) = (previous == LeaseKey::default(), &known) {
+        let is_forgotten = previous == LeaseKey::default();
+        let known = if is_forgotten || away.is_some() { file.load() } else { None };
+        if let (true, Some((known, _))) = (is_forgotten, &known) {
             previous = known.lease.key;
         }
-        if let Err(error) = self.registry.config().await
+        if let Some(error) = away
             && let Some((known, since)) = known
             && keeper::is_compatible(claim.config, &known.lease.key)
         {
