@@ -6,11 +6,11 @@ mod claiming;
 mod config;
 mod desired;
 mod memory;
+mod problems;
 mod telling;
 mod turn;
 mod vanished;
 
-use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use weft_backends::netlink::Netlink;
 use weft_backends::{
     BackendKind, Basis, ExternalInterface, GivenUp, KernelEvents, Started, Towards, some,
@@ -27,7 +27,7 @@ use weft_backends::{
 use weft_control::keeper::{self, Own};
 use weft_control::lease::Snapshot;
 use weft_control::subnet_env::SubnetEnv;
-use weft_control::{Registry, View};
+use weft_control::{Lease, Registry, View};
 
 use crate::board::Board;
 use crate::external::{self, Prepared};
@@ -52,11 +52,6 @@ pub(crate) use memory::Memory;
 pub(crate) use telling::{expiry, in_time};
 pub(crate) use turn::Tenure;
 
-/// The slow timer: everything is reconciled even if nothing was heard.
-const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
-/// Node records live three times as long, so two may get lost.
-const NODE_INTERVAL: Duration = Duration::from_secs(20);
-const NODE_TTL: Duration = Duration::from_secs(60);
 /// Between tries, where the registry does not show it: what it tells may be from before the last one.
 const NODE_RETRY: Duration = Duration::from_secs(5);
 /// How long our address may be gone before one that the interface has besides is taken: that may be a virtual
@@ -109,15 +104,7 @@ impl Forwarding<'_> {
         watch: &mut watch::Receiver<View>,
         memory: &mut Memory,
     ) -> anyhow::Result<Ended> {
-        let (margin, _) = self.settings.renewal();
-        let mut turn = Turn::new(tenure, self.place, margin);
-        turn.prober = self.prober(&turn, memory);
-        self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
-        let (mut slow, mut publish) = (interval(RECONCILE_INTERVAL), interval(NODE_INTERVAL));
-        for timer in [&mut slow, &mut publish] {
-            // What was due while the registry was away is due once.
-            timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        }
+        let mut turn = self.begin(tenure, memory);
         watch.mark_changed();
         let mut firewall = self.firewall.watch();
         let mut last_look = LastLook::new();
@@ -126,145 +113,148 @@ impl Forwarding<'_> {
         loop {
             self.board.turn();
             if last_look.was_asleep() {
-                turn.renewal = turn.renewal.map(|_| Instant::now());
+                turn.tenure.renewal = turn.tenure.renewal.map(|_| Instant::now());
             }
             // A wider range of subnets may be what it waits for.
-            let is_on = claiming.as_ref().is_some_and(|it| it.goes_by(&turn.config));
-            if turn.lost.is_some() && !is_on {
+            let is_on = claiming.as_ref().is_some_and(|it| it.goes_by(&turn.tenure.config));
+            if turn.tenure.lost.is_some() && !is_on {
                 claiming = Some(Claiming::begin(&self, &turn));
             }
             // Two nodes with one address would each wait for the other's record to end.
-            let is_whole = turn.readable && turn.lost.is_none();
+            let is_whole = turn.readable == Some(true) && turn.tenure.is_held();
             let kernel_changed = async {
                 rest.over().await;
                 self.kernel.changed().await;
             };
-            let due = turn.renewal.map(|due| due.max(turn.renew_not_before));
-            let renewal = or_never(due.map(sleep_until));
-            tokio::select! {
+            let renewal = or_never(turn.renewal().map(sleep_until));
+            let ended = tokio::select! {
                 changed = watch.changed() => {
                     changed.context("nothing watches the registry any more")?;
-                    let View { snapshot, readable } = watch.borrow_and_update().clone();
-                    let was_readable = mem::replace(&mut turn.readable, readable);
-                    self.heard(&snapshot, overlay, &mut turn).await?;
-                    let is_told = snapshot.nodes.iter().any(|it| it.id == self.place.node.id);
-                    if let Some(at) = turn.published.filter(|_| readable && !is_told) {
-                        publish.reset_at(at + NODE_RETRY);
-                    }
-                    if readable && !was_readable {
-                        memory.keep(&mut turn, &snapshot).await;
-                    }
+                    let view = watch.borrow_and_update().clone();
+                    self.heard(&view, overlay, &mut turn, memory).await?;
+                    None
                 }
                 () = kernel_changed, if !turn.repairs.is_fight() => {
                     let begun = Instant::now();
-                    let followed = self.follow_interface(&mut turn, &mut publish, &mut slow);
-                    if let Some(ended) = followed.await? {
-                        return Ok(ended);
-                    }
-                    let snapshot = watch.borrow().snapshot.clone();
-                    self.put_right(&snapshot, overlay, &mut turn).await?;
+                    let ended = self.put_right(watch, overlay, &mut turn).await?;
                     rest = Rest::after(begun);
+                    ended
                 }
-                _ = slow.tick() => {
-                    let followed = self.follow_interface(&mut turn, &mut publish, &mut slow);
-                    if let Some(ended) = followed.await? {
-                        return Ok(ended);
-                    }
-                    let View { snapshot, readable } = watch.borrow().clone();
-                    if readable {
-                        memory.keep(&mut turn, &snapshot).await;
-                    }
-                    self.reconcile(&snapshot, overlay, &mut turn, Basis::Kernel).await?;
-                }
+                _ = turn.slow.tick() => self.look_at_all(watch, overlay, &mut turn, memory).await?,
                 lease = or_never(claiming.as_mut().map(Claiming::lease)) => {
-                    (claiming, turn.lost) = (None, None);
-                    if lease.key != turn.lease.key {
-                        let tenure = Tenure::of(lease, turn.config.clone());
-                        return Ok(Ended { why: Why::OtherLease, tenure });
-                    }
-                    turn.hold(lease, margin);
-                    publish.reset_immediately();
-                    let snapshot = watch.borrow().snapshot.clone();
-                    self.reconcile(&snapshot, overlay, &mut turn, Basis::Memory).await?;
+                    claiming = None;
+                    self.claimed(lease, watch, overlay, &mut turn).await?
                 }
-                _ = publish.tick(), if is_whole => {
-                    let told = turn.records.problem().is_some();
+                _ = turn.publish.tick(), if is_whole => {
                     self.publish_node(&mut turn).await;
-                    if turn.records.problem().is_some() != told {
-                        slow.reset_immediately();
-                    }
+                    None
                 }
                 () = or_never(turn.prober.as_ref().map(Prober::changed)) => {
                     self.give_up_offload(overlay, &mut turn).await?;
+                    None
                 }
                 () = renewal, if is_whole => {
-                    let told = turn.renewals.problem().is_some();
                     if self.renew(&mut turn).await {
                         let snapshot = watch.borrow().snapshot.clone();
                         memory.keep(&mut turn, &snapshot).await;
                     }
-                    if turn.renewals.problem().is_some() != told {
-                        slow.reset_immediately();
-                    }
+                    None
                 }
-                Ok(()) = firewall.changed() => self.tell_health(&turn),
-                reason = overlay.lost() => {
-                    return Ok(Ended { why: Why::Lost(reason), tenure: turn.tenure() });
+                Ok(()) = firewall.changed() => {
+                    self.tell_health(&turn);
+                    None
                 }
+                reason = overlay.lost() => Some(turn.ended(Why::Lost(reason))),
+            };
+            if let Some(ended) = ended {
+                return Ok(ended);
             }
         }
     }
 
+    fn begin(&self, tenure: Tenure, memory: &Memory) -> Turn {
+        let (margin, _) = self.settings.renewal();
+        let mut turn = Turn::new(tenure, self.place, margin);
+        turn.prober = self.prober(&turn, memory);
+        self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
+        turn
+    }
+
     /// What finds out whom packets reach; none where no socket is to be had.
     fn prober(&self, turn: &Turn, memory: &Memory) -> Option<Prober> {
-        let local = probe::local(self.kind, self.place.public_ip, turn.lease.key.networks())?;
+        let local =
+            probe::local(self.kind, self.place.public_ip, turn.tenure.lease.key.networks())?;
         // During an outage of the registry, peers cannot hear of another port.
         let known = memory.last_known.load().map(|(known, _)| known);
         // Who has probed another subnet's before it was ours may have left its mark in this host's NAT.
-        let known = known.filter(|known| known.lease.key == turn.lease.key);
+        let known = known.filter(|known| known.lease.key == turn.tenure.lease.key);
         let port = known.and_then(|known| known.probe_port);
-        let overlay_port = self.kind.port(Some(&turn.config.backend));
+        let overlay_port = self.kind.port(Some(&turn.tenure.config.backend));
         Prober::start(local, port, self.started.mtu, overlay_port)
     }
 
     /// Takes in what the registry says now, or that it cannot be read.
     async fn heard(
         &self,
-        snapshot: &Arc<Snapshot>,
+        View { snapshot, readable }: &View,
         overlay: &mut Overlay,
         turn: &mut Turn,
+        memory: &mut Memory,
     ) -> anyhow::Result<()> {
-        turn.is_away = !turn.readable;
-        self.board.registry(turn.readable);
-        if turn.readable {
+        let was_readable = turn.readable.replace(*readable) == Some(true);
+        self.board.registry(*readable);
+        if *readable {
             self.follow(snapshot, overlay, turn).await?;
         } else {
             (turn.renewals, turn.records) = Default::default();
             self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
         }
         turn.heard = Arc::clone(snapshot);
+        let is_told = snapshot.nodes.iter().any(|it| it.id == self.place.node.id);
+        if let Some(at) = turn.published.filter(|_| *readable && !is_told) {
+            turn.publish.reset_at(at + NODE_RETRY);
+        }
+        if *readable && !was_readable {
+            memory.keep(turn, snapshot).await;
+        }
         Ok(())
+    }
+
+    /// Takes up what a claim has got; ends the loop where those are other subnets.
+    async fn claimed(
+        &self,
+        lease: Lease,
+        watch: &watch::Receiver<View>,
+        overlay: &mut Overlay,
+        turn: &mut Turn,
+    ) -> anyhow::Result<Option<Ended>> {
+        turn.tenure.lost = None;
+        if lease.key != turn.tenure.lease.key {
+            let tenure = Tenure::of(lease, turn.tenure.config.clone());
+            return Ok(Some(Ended { why: Why::OtherLease, tenure }));
+        }
+        turn.hold(lease, self.settings.renewal().0);
+        turn.publish.reset_immediately();
+        let snapshot = watch.borrow().snapshot.clone();
+        self.reconcile(&snapshot, overlay, turn, Basis::Memory).await?;
+        Ok(None)
     }
 
     /// Sees whether the external interface is what it was, and ends the turn where the backend has to
     /// begin anew on it. Where there is none to use for now, all stays as it is.
-    async fn follow_interface(
-        &self,
-        turn: &mut Turn,
-        publish: &mut Interval,
-        slow: &mut Interval,
-    ) -> anyhow::Result<Option<Ended>> {
-        let next = match external::changed(self.settings, &turn.config, &turn.interface).await {
-            Ok(None) => {
-                (turn.stuck, turn.replaced) = (None, None);
-                return Ok(None);
-            }
-            Ok(Some(next)) => next,
-            Err(reason) => {
-                (turn.stuck, turn.replaced) = (Some(reason), None);
-                return Ok(None);
-            }
-        };
+    async fn follow_interface(&self, turn: &mut Turn) -> anyhow::Result<Option<Ended>> {
+        let next =
+            match external::changed(self.settings, &turn.tenure.config, &turn.interface).await {
+                Ok(None) => {
+                    (turn.stuck, turn.replaced) = (None, None);
+                    return Ok(None);
+                }
+                Ok(Some(next)) => next,
+                Err(reason) => {
+                    (turn.stuck, turn.replaced) = (Some(reason), None);
+                    return Ok(None);
+                }
+            };
         let ExternalInterface { other_addresses, link_local, .. } = next.interface.clone();
         let mut known = ExternalInterface { other_addresses, ..turn.interface.clone() };
         // An address that comes and goes with the link, and that only one backend has a use for.
@@ -274,24 +264,21 @@ impl Forwarding<'_> {
         if known == next.interface {
             (turn.stuck, turn.replaced) = (None, None);
             turn.interface = next.interface;
-            publish.reset_immediately();
+            turn.publish.reset_immediately();
             return Ok(None);
         }
         if let Some(further) = turn.further_in_place_of_ours(&next.interface) {
             let since = *turn.replaced.get_or_insert_with(Instant::now);
             if since.elapsed() < ADDRESS_PATIENCE {
-                slow.reset_at(since + ADDRESS_PATIENCE);
+                turn.slow.reset_at(since + ADDRESS_PATIENCE);
                 turn.stuck =
                     Some(format!("its address may be back in a moment; else {further} is next"));
                 return Ok(None);
             }
         }
         let Self { settings, kind, place, .. } = *self;
-        match Prepared::open(settings, &turn.config, kind, next, &place.node.id).await? {
-            Ok(prepared) => {
-                let why = Why::OtherInterface(Box::new(prepared));
-                Ok(Some(Ended { why, tenure: turn.tenure() }))
-            }
+        match Prepared::open(settings, &turn.tenure.config, kind, next, &place.node.id).await? {
+            Ok(prepared) => Ok(Some(turn.ended(Why::OtherInterface(Box::new(prepared))))),
             Err(error) => {
                 turn.stuck = Some(error.to_string());
                 Ok(None)
@@ -302,21 +289,44 @@ impl Forwarding<'_> {
     /// Sees to what somebody may have changed in the kernel.
     async fn put_right(
         &self,
-        snapshot: &Snapshot,
+        watch: &watch::Receiver<View>,
         overlay: &mut Overlay,
         turn: &mut Turn,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Option<Ended>> {
+        if let Some(ended) = self.follow_interface(turn).await? {
+            return Ok(Some(ended));
+        }
+        let snapshot = watch.borrow().snapshot.clone();
         // What the registry says anew is no repair.
-        self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
-        if self.reconcile(snapshot, overlay, turn, Basis::Kernel).await? {
+        self.reconcile(&snapshot, overlay, turn, Basis::Memory).await?;
+        if self.reconcile(&snapshot, overlay, turn, Basis::Kernel).await? {
             tracing::warn!("somebody changed links or routes of weft's; put them right");
             self.board.update(|status| status.repairs += 1);
             if turn.repairs.count() {
                 // Says that it is given up.
-                self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
+                self.reconcile(&snapshot, overlay, turn, Basis::Memory).await?;
             }
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// Sees to everything, though nothing was heard.
+    async fn look_at_all(
+        &self,
+        watch: &watch::Receiver<View>,
+        overlay: &mut Overlay,
+        turn: &mut Turn,
+        memory: &mut Memory,
+    ) -> anyhow::Result<Option<Ended>> {
+        if let Some(ended) = self.follow_interface(turn).await? {
+            return Ok(Some(ended));
+        }
+        let View { snapshot, readable } = watch.borrow().clone();
+        if readable {
+            memory.keep(turn, &snapshot).await;
+        }
+        self.reconcile(&snapshot, overlay, turn, Basis::Kernel).await?;
+        Ok(None)
     }
 
     /// Follows the registry: first our own lease, then the peers'. Under a lost lease all goes on as
@@ -327,26 +337,27 @@ impl Forwarding<'_> {
         overlay: &mut Overlay,
         turn: &mut Turn,
     ) -> anyhow::Result<()> {
-        match keeper::check_own(&turn.lease, &turn.former, &snapshot.leases) {
+        match keeper::check_own(&turn.tenure.lease, &turn.tenure.former, &snapshot.leases) {
             Own::Held(lease) => {
                 if lease.attrs.same_node(&turn.identity.attrs) {
-                    turn.former = vec![turn.identity.attrs.clone()];
+                    turn.tenure.former = vec![turn.identity.attrs.clone()];
                 }
                 // A claim that goes on will find it, and ends with it.
-                turn.lost = None;
+                turn.tenure.lost = None;
                 turn.hold(lease, self.settings.renewal().0);
             }
-            Own::Missing if turn.lost == Some(Lost::Gone) => {}
+            Own::Missing if turn.tenure.lost == Some(Lost::Gone) => {}
             Own::Missing => {
                 // What is told may be from before our last write: who is waited for then stays so.
-                turn.vanished.get_or_insert_with(|| Vanished::of(&turn.heard, &turn.lease.key));
-                tracing::warn!(subnet = %turn.lease.key, "our lease is gone; claiming it again");
+                turn.vanished
+                    .get_or_insert_with(|| Vanished::of(&turn.heard, &turn.tenure.lease.key));
+                tracing::warn!(subnet = %turn.tenure.lease.key, "our lease is gone; claiming it again");
                 self.lose(turn, Lost::Gone, "our lease is gone; claiming it again");
             }
-            Own::TakenBy(_) if turn.lost == Some(Lost::Taken) => {}
+            Own::TakenBy(_) if turn.tenure.lost == Some(Lost::Taken) => {}
             Own::TakenBy(other) => {
                 tracing::error!(
-                    subnet = %turn.lease.key,
+                    subnet = %turn.tenure.lease.key,
                     owner = ?other.attrs.public_addresses().collect::<Vec<_>>(),
                     "our subnet has another owner; its containers must move to a new subnet"
                 );
@@ -359,7 +370,7 @@ impl Forwarding<'_> {
 
     fn lose(&self, turn: &mut Turn, lost: Lost, why: &str) {
         // Else the claim has told already what it waits for.
-        if turn.lost.replace(lost).is_none() {
+        if turn.tenure.lost.replace(lost).is_none() {
             self.health.starts_again(why);
         }
     }
@@ -372,67 +383,37 @@ impl Forwarding<'_> {
         turn: &mut Turn,
         basis: Basis,
     ) -> anyhow::Result<bool> {
-        let completed = turn.vanished.as_mut().map(|it| it.complete(snapshot));
-        turn.vanished.take_if(|it| it.is_over());
-        let completed = completed.filter(|_| turn.vanished.is_some());
+        let completed = turn.with_vanished(snapshot);
         let snapshot = completed.as_ref().unwrap_or(snapshot);
-        let (desired, mut problems) = desired(self.settings, snapshot, turn);
-        problems.extend(turn.vanished.as_ref().map(|_| vanished::PROBLEM.to_owned()));
-        if !turn.given_up.is_empty() {
-            let addresses = desired.public_addresses();
-            turn.given_up.retain(|(_, peer)| peer.is_none_or(|peer| addresses.contains(&peer)));
-        }
+        let (desired, refused) = desired(self.settings, snapshot, turn);
         let (kind, public_ip) = (self.kind, self.place.public_ip);
         let targets = probe::targets(kind, public_ip, &desired.peers, &snapshot.nodes);
+        turn.forget_given_up(&desired);
         turn.config_problem = follow_config(self.settings, snapshot, turn);
         turn.rival = Self::rival(snapshot, turn);
-        problems.extend(turn.config_problem.iter().chain(&turn.rival).cloned());
-        problems.extend(turn.renewals.problem().into_iter().chain(turn.records.problem()));
-        problems.extend(turn.forgetful.clone());
         if basis == Basis::Kernel {
             turn.in_the_way = self.in_the_way(turn).await?;
         }
-        problems.extend(turn.in_the_way.iter().cloned());
         let report = overlay.call(move |backend| backend.reconcile(&desired, basis)).await?;
         // Not before there is a way to them: the first probe would be lost.
         if let Some(prober) = &turn.prober {
             prober.aim(targets);
         }
-        problems.extend(report.problems);
-        turn.failures = report.failures;
         self.kernel.hear_neighbours_of(report.neighbours_of);
         report.attrs.into_iter().for_each(|attrs| turn.describe(attrs));
-        if turn.is_away && turn.lease.attrs != turn.identity.attrs {
-            turn.failures.push(
-                "the registry tells peers what this node was before, and cannot be told otherwise now: \
-                 they do not reach it until it can"
-                    .into(),
-            );
-        }
-        turn.failures.extend(turn.stuck.iter().map(|reason| {
-            format!(
-                "the external interface cannot be followed ({reason}); it stays {}",
-                turn.interface
-            )
-        }));
-        if turn.repairs.is_fight() {
-            turn.failures.push(
-                "another program keeps changing links or routes of weft's; they are put right every \
-                 30 s only"
-                    .into(),
-            );
-        }
-        if turn.lost.is_none() && (basis == Basis::Kernel || turn.subnet_file != Some(Ok(()))) {
+        if turn.tenure.is_held() && (basis == Basis::Kernel || turn.subnet_file != Some(Ok(()))) {
             self.keep_subnet_file(turn);
         }
-        if let Some(Err(problem)) = &turn.subnet_file {
-            turn.failures.push(problem.clone());
-        }
-        problems.extend(turn.failures.iter().cloned());
-        turn.log_news(&problems);
-        problems.extend(turn.given_up.iter().map(|(line, _)| line.clone()));
-        turn.problems = problems;
-        let subnets: Vec<IpNetwork> = turn.lease.key.networks().collect();
+        turn.fails_in(report.failures);
+        turn.has_problems(refused.into_iter().chain(report.problems));
+        self.tell(overlay, turn, snapshot);
+        Ok(report.changed)
+    }
+
+    /// Tells whoever asks how it is.
+    fn tell(&self, overlay: &Overlay, turn: &Turn, snapshot: &Snapshot) {
+        let lease = &turn.tenure.lease;
+        let subnets: Vec<IpNetwork> = lease.key.networks().collect();
         self.board.backend(overlay.status(), &snapshot.nodes);
         self.board.update(|status| {
             status.reconciliations += 1;
@@ -442,9 +423,8 @@ impl Forwarding<'_> {
                 status.lease_since = Some(Timestamp::now());
             }
         });
-        self.board.lease(&turn.lease, turn.renewal);
+        self.board.lease(lease, turn.tenure.renewal);
         self.tell_health(turn);
-        Ok(report.changed)
     }
 
     /// What of this host keeps packets from containers: bridges of other subnets, and a kernel that does not
@@ -454,9 +434,10 @@ impl Forwarding<'_> {
         let Started { device, other_devices, .. } = &self.started;
         let ours: Vec<&str> =
             [device].into_iter().chain(other_devices).map(String::as_str).collect();
-        let found = links.map(|it| overlap::strays(&turn.config, &turn.lease.key, &it, &ours));
+        let found = links
+            .map(|it| overlap::strays(&turn.tenure.config, &turn.tenure.lease.key, &it, &ours));
         let found = found.unwrap_or_default().into_iter();
-        let families = turn.lease.key.networks().map(|subnet| subnet.is_ipv6());
+        let families = turn.tenure.lease.key.networks().map(|subnet| subnet.is_ipv6());
         let still =
             families.filter_map(|ipv6| ours.iter().find_map(|it| ip_forward::off(ipv6, it)));
         Ok(some(found.chain(still)))
@@ -466,7 +447,7 @@ impl Forwarding<'_> {
     /// our address some get lost, as with a device or routes that are not as they should be; without
     /// subnet.env containers do not get their addresses.
     fn tell_health(&self, turn: &Turn) {
-        if turn.lost.is_some() {
+        if turn.tenure.lost.is_some() {
             // What keeps us from a lease has been told.
         } else if turn.is_announced {
             let firewall = self.firewall.state();
@@ -493,7 +474,7 @@ impl Forwarding<'_> {
         let path = &self.settings.subnet_file;
         let Self { settings, started, .. } = self;
         let ip_masq = settings.switches.masquerade;
-        let env = SubnetEnv::new(&turn.config, &turn.lease, started.mtu, ip_masq);
+        let env = SubnetEnv::new(&turn.tenure.config, &turn.tenure.lease, started.mtu, ip_masq);
         if turn.subnet_file == Some(Ok(())) {
             if env.is_in(path) {
                 return;

@@ -25,6 +25,7 @@ pub mod log_level_command;
 mod made;
 mod metrics;
 pub mod netns;
+mod network_config;
 mod node;
 mod notify;
 mod or_never;

@@ -9,9 +9,9 @@ use weft_control::{
 use crate::board::Board;
 use crate::flags::{EtcdApi, RegistrySettings, Settings};
 use crate::health::Health;
+use crate::network_config::CONFIG_INTERVAL;
 use crate::node;
 use crate::repeats::Repeats;
-use crate::run::CONFIG_INTERVAL;
 use crate::state_file::StateFile;
 
 /// Opens it. Where the flags leave open by which API etcd is to be used, waits until that is known.

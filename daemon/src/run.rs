@@ -19,9 +19,8 @@ use weft_backends::{
 use weft_control::firewall::Rules;
 use weft_control::keeper;
 use weft_control::lease::{Expiry, Snapshot};
-use weft_control::registry::minimal_config;
 use weft_control::subnet_env::read_previous;
-use weft_control::{Backoff, Lease, LeaseKey, NetworkConfig, Registry};
+use weft_control::{Backoff, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 
 use crate::board::Board;
 use crate::external::{self, Prepared, Surroundings};
@@ -34,6 +33,7 @@ use crate::http;
 use crate::leasing::Claim;
 use crate::log::Log;
 use crate::made::Made;
+use crate::network_config::{CONFIG_INTERVAL, wait_for_config};
 use crate::node::Node;
 use crate::notify;
 use crate::overlay::Overlay;
@@ -41,10 +41,7 @@ use crate::place::{self, Place};
 use crate::registry::{self, config_file};
 use crate::repeats::Repeats;
 use crate::socket::Socket;
-use crate::state_file::{LastKnown, StateFile};
-
-/// How often a missing config is looked for, as flannel does.
-pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
+use crate::state_file::StateFile;
 
 /// How long a start waits for the address that this node is known by. Where that is gone for good, it becomes
 /// another node.
@@ -90,21 +87,14 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
     let mut said = Repeats::told_to(health);
     let mut backoff = Backoff::default();
     let mut told = None;
-    let formerly = place::formerly(settings, &registry.identity()).unwrap_or_default();
-    let held: Vec<IpAddr> = formerly.public_addresses().collect();
-    let mut late_since = None;
+    let mut known = Known::read(settings, registry.as_ref());
     loop {
         let (text, config, kind) =
             wait_for_config(registry.as_ref(), settings, board, &mut said).await?;
         let around = Surroundings::look(settings.wish.can_reach).await?;
-        let chosen = around.choose(settings, &config, &held)?;
-        if let Some(known) = around.lacks(&formerly, settings, &config, &chosen.interface)
-            && late_since.get_or_insert_with(Instant::now).elapsed() < ADDRESS_PATIENCE
-        {
-            said.warn(&format!(
-                "waiting a minute for {known}, by which other nodes know this one: {} has not got it yet",
-                chosen.interface.name
-            ));
+        let chosen = around.choose(settings, &config, &known.addresses())?;
+        if let Some(late) = known.waits_for(&around, settings, &config, &chosen.interface) {
+            said.warn(&late);
             tokio::time::sleep(CONFIG_INTERVAL).await;
             continue;
         }
@@ -149,6 +139,42 @@ async fn serve(settings: &Settings, health: &Health, board: &Board) -> anyhow::R
     }
 }
 
+/// What this node was known by when it last ran.
+struct Known {
+    attrs: LeaseAttrs,
+    /// Since when an address is waited for that is not there.
+    late_since: Option<Instant>,
+}
+
+impl Known {
+    fn read(settings: &Settings, registry: &dyn Registry) -> Self {
+        let attrs = place::formerly(settings, &registry.identity()).unwrap_or_default();
+        Self { attrs, late_since: None }
+    }
+
+    fn addresses(&self) -> Vec<IpAddr> {
+        self.attrs.public_addresses().collect()
+    }
+
+    /// What a start waits for, if that is an address that the interface has not got yet.
+    fn waits_for(
+        &mut self,
+        around: &Surroundings,
+        settings: &Settings,
+        config: &NetworkConfig,
+        interface: &ExternalInterface,
+    ) -> Option<String> {
+        let address = around.lacks(&self.attrs, settings, config, interface)?;
+        let since = *self.late_since.get_or_insert_with(Instant::now);
+        (since.elapsed() < ADDRESS_PATIENCE).then(|| {
+            format!(
+                "waiting a minute for {address}, by which other nodes know this one: {} has not got it yet",
+                interface.name
+            )
+        })
+    }
+}
+
 /// What was decided before the lease.
 struct Daemon<'a> {
     settings: &'a Settings,
@@ -177,17 +203,10 @@ impl Daemon<'_> {
         prepared: Prepared,
         socket: Socket,
     ) -> anyhow::Result<&'static str> {
-        let (settings, registry, health) = (self.settings, self.registry, self.health);
+        let Self { settings, registry, health, board, .. } = *self;
         let mut station = self.take_station(node, prepared, socket)?;
-        let claim = Claim {
-            config: &self.config,
-            identity: &station.place.identity,
-            ttl: settings.lease_ttl,
-            health,
-            board: self.board,
-        };
         let (lease, last) = tokio::select! {
-            first = self.first_lease(&claim, &station.memory.last_known) => first,
+            first = self.first_lease(&station) => first,
             why = self.outdated(&station.place.interface) => return Ok(why),
         };
         let mut tenure = Tenure::of(lease, self.config.clone());
@@ -198,7 +217,7 @@ impl Daemon<'_> {
         let by_config = self.config.enable_nftables;
         let kernel = KernelEvents::of_routing().context("cannot open a netlink socket")?;
         let mut firewall = Firewall::start(settings.firewall, by_config, settings.resync);
-        self.board.firewall(firewall.watch());
+        board.firewall(firewall.watch());
         self.remove_former(&station).await;
         self.record_made(&station).await;
         let mut pauses = Backoff::default();
@@ -207,14 +226,7 @@ impl Daemon<'_> {
             tracing::info!(subnet = %lease.key, expires = expiry(lease), "lease");
             let started = self.start(&mut station, &mut tenure).await?;
             let begun = Instant::now();
-            tracing::info!(backend = %self.kind, device = started.device, mtu = started.mtu,
-                "forwarding");
-            self.board.update(|status| {
-                status.device = Some(started.device.clone());
-                status.other_devices.clone_from(&started.other_devices);
-                status.mtu = Some(started.mtu);
-                status.mtu_why = Some(mtu_why(&station.place.interface, started.mtu));
-            });
+            self.tell_started(&started, &station.place.interface);
             firewall.want(self.wanted(&tenure.lease.key, &station.place.interface)?).await;
             let Station { place, overlay, memory } = &mut station;
             let forwarding = Forwarding {
@@ -226,26 +238,17 @@ impl Daemon<'_> {
                 kind: self.kind,
                 place,
                 started,
-                board: self.board,
+                board,
             };
-            let ended = forwarding.run(overlay, tenure, &mut watch, memory).await?;
-            match &ended.why {
-                Why::Lost(reason) => {
-                    tracing::error!("forwarding broke: {reason}; starting the backend again");
-                    health.starts_again(&format!("forwarding broke: {reason}"));
-                }
-                Why::OtherLease => health.starts_again("taking up other subnets"),
-                Why::OtherInterface(_) => {
-                    health.starts_again("the external interface has changed");
-                }
-            }
+            let Ended { why, tenure: held } =
+                forwarding.run(overlay, tenure, &mut watch, memory).await?;
+            tenure = held;
+            self.tell_ended(&why);
             if begun.elapsed() < STEADY {
                 pauses.wait().await;
             } else {
                 pauses = Backoff::default();
             }
-            let Ended { why, tenure: held } = ended;
-            tenure = held;
             if let Why::OtherInterface(prepared) = why {
                 let next = &prepared.interface;
                 // After a pause it may be another one again, which whoever starts next finds out.
@@ -324,6 +327,30 @@ impl Daemon<'_> {
             status.interface = Some(place.interface.name.clone());
             status.interface_why = Some(why);
         });
+    }
+
+    fn tell_started(&self, started: &Started, interface: &ExternalInterface) {
+        let Started { device, other_devices, mtu } = started;
+        tracing::info!(backend = %self.kind, device, mtu, "forwarding");
+        self.board.update(|status| {
+            status.device = Some(device.clone());
+            status.other_devices.clone_from(other_devices);
+            status.mtu = Some(*mtu);
+            status.mtu_why = Some(mtu_why(interface, *mtu));
+        });
+    }
+
+    fn tell_ended(&self, why: &Why) {
+        match why {
+            Why::Lost(reason) => {
+                tracing::error!("forwarding broke: {reason}; starting the backend again");
+                self.health.starts_again(&format!("forwarding broke: {reason}"));
+            }
+            Why::OtherLease => self.health.starts_again("taking up other subnets"),
+            Why::OtherInterface(_) => {
+                self.health.starts_again("the external interface has changed");
+            }
+        }
     }
 
     /// Starts the backend, however often it takes, on whatever the external interface becomes
@@ -417,22 +444,19 @@ impl Daemon<'_> {
 
     /// The lease to begin with, and what else is known of the registry. While that is away: what it
     /// was when this node last saw it.
-    async fn first_lease(
-        &self,
-        claim: &Claim<'_>,
-        file: &StateFile<LastKnown>,
-    ) -> (Lease, Snapshot) {
+    async fn first_lease(&self, station: &Station) -> (Lease, Snapshot) {
         let mut previous = read_previous(&self.settings.subnet_file);
         let away = self.registry.config().await.err();
         // A reboot takes subnet.env away.
         let is_forgotten = previous == LeaseKey::default();
-        let known = if is_forgotten || away.is_some() { file.load() } else { None };
+        let known =
+            if is_forgotten || away.is_some() { station.memory.last_known.load() } else { None };
         if let (true, Some((known, _))) = (is_forgotten, &known) {
             previous = known.lease.key;
         }
         if let Some(error) = away
             && let Some((known, since)) = known
-            && keeper::is_compatible(claim.config, &known.lease.key)
+            && keeper::is_compatible(&self.config, &known.lease.key)
         {
             tracing::warn!(
                 "{error}; starting with the lease and the {} peers known at {since}",
@@ -441,6 +465,13 @@ impl Daemon<'_> {
             // How long it lasts now, only the registry knows.
             return (Lease { expires: Expiry::Unknown, ..known.lease }, known.snapshot);
         }
+        let claim = Claim {
+            config: &self.config,
+            identity: &station.place.identity,
+            ttl: self.settings.lease_ttl,
+            health: self.health,
+            board: self.board,
+        };
         claim.acquire(self.registry, &previous).await
     }
 }
@@ -471,88 +502,4 @@ fn require_net_admin() -> anyhow::Result<()> {
         return Ok(());
     }
     bail!("weftd needs CAP_NET_ADMIN: run it as root, or grant the capability")
-}
-
-/// The config, once there is one that this daemon can work by, and the backend it asks for.
-///
-/// # Errors
-/// `--backend` and the config name different backends, or no overlay can be made of `--network`.
-async fn wait_for_config(
-    registry: &dyn Registry,
-    settings: &Settings,
-    board: &Board,
-    said: &mut Repeats,
-) -> anyhow::Result<(String, NetworkConfig, BackendKind)> {
-    let wanted = settings.network.map(minimal_config).transpose()?;
-    let file = config_file(&settings.state_dir, registry);
-    loop {
-        let text = read_config(registry, wanted.as_deref(), &file, board, said).await;
-        let parsed = text.and_then(|text| {
-            let bad = |error| format!("{} holds a bad one: {error}", registry.describe());
-            text.parse().map(|config: NetworkConfig| (text, config)).map_err(bad)
-        });
-        match parsed {
-            Ok((text, config)) => match choose_backend(&config, settings)? {
-                Ok(kind) => return Ok((text, config, kind)),
-                Err(reason) => said.warn(&format!("waiting: {reason}")),
-            },
-            Err(reason) => said.warn(&format!("waiting for the network config: {reason}")),
-        }
-        tokio::time::sleep(CONFIG_INTERVAL).await;
-    }
-}
-
-/// The config's text; that of `--network` if there is none; while the registry is away, what it
-/// was when it could last be read.
-async fn read_config(
-    registry: &dyn Registry,
-    wanted: Option<&str>,
-    file: &StateFile<String>,
-    board: &Board,
-    said: &mut Repeats,
-) -> Result<String, String> {
-    let found = registry.config().await;
-    board.registry(found.is_ok());
-    let found = match found {
-        Ok(found) => found,
-        Err(error) => {
-            let (text, since) = file.load().ok_or_else(|| error.to_string())?;
-            said.note(&format!("{error}; starting with the network config known at {since}"));
-            return Ok(text);
-        }
-    };
-    if let Some(text) = found {
-        return Ok(text);
-    }
-    let wanted = wanted.ok_or_else(|| {
-        format!("there is none in {}; write one, or start with --network", registry.describe())
-    })?;
-    if registry.init_config(wanted).await.map_err(|error| error.to_string())? {
-        tracing::info!("wrote the network config, there being none: {wanted}");
-    }
-    // It may be somebody else's, who was faster.
-    let found = registry.config().await.map_err(|error| error.to_string())?;
-    found.ok_or_else(|| "it was there for a moment only".into())
-}
-
-/// The inner error is the registry's and is waited out; the outer one is the command line's.
-pub(crate) fn choose_backend(
-    config: &NetworkConfig,
-    settings: &Settings,
-) -> anyhow::Result<Result<BackendKind, String>> {
-    let Some(name) = config.backend.kind.as_deref() else {
-        return Ok(Ok(settings.backend.unwrap_or(BackendKind::UdpTun)));
-    };
-    let Some(kind) = BackendKind::from_config(name) else {
-        return Ok(Err(format!(
-            "unknown backend type in the network config: {name:?}; there are udp, vxlan and host-gw"
-        )));
-    };
-    match settings.backend {
-        Some(wanted) if wanted != kind => bail!(
-            "--backend {wanted} contradicts the network config, which names the backend {kind}; \
-             drop the flag or change the config"
-        ),
-        _ => Ok(Ok(kind)),
-    }
 }

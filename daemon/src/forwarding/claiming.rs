@@ -18,13 +18,13 @@ impl<'a> Claiming<'a> {
     /// Asks for the subnets that were ours.
     pub(super) fn begin(forwarding: &Forwarding<'a>, turn: &Turn) -> Self {
         let Forwarding { settings, registry, health, board, .. } = *forwarding;
-        let (config, identity) = (turn.config.clone(), turn.identity.clone());
-        let previous = turn.lease.key;
+        let (config, identity) = (turn.tenure.config.clone(), turn.identity.clone());
+        let previous = turn.tenure.lease.key;
         let lease = Box::pin(async move {
             let (config, identity, ttl) = (&config, &identity, settings.lease_ttl);
             Claim { config, identity, ttl, health, board }.acquire(registry, &previous).await.0
         });
-        Self { config: turn.config.clone(), lease }
+        Self { config: turn.tenure.config.clone(), lease }
     }
 
     /// Whether this is the network config that it goes by.

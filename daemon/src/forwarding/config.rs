@@ -6,7 +6,7 @@ use weft_control::{NetworkConfig, keeper};
 
 use super::turn::Turn;
 use crate::flags::Settings;
-use crate::run::choose_backend;
+use crate::network_config::choose_backend;
 use crate::{external, overlap};
 
 /// Goes by a network config that was changed, where a running daemon can: in which subnets are given
@@ -20,13 +20,13 @@ pub(super) fn follow_config(
         return Some("the network config is gone; going on with what it was".into());
     };
     match text.parse::<NetworkConfig>() {
-        Ok(config) if config == turn.config => None,
+        Ok(config) if config == turn.tenure.config => None,
         Ok(config)
-            if config.differs_in_bounds_only(&turn.config)
-                && keeper::is_compatible(&config, &turn.lease.key) =>
+            if config.differs_in_bounds_only(&turn.tenure.config)
+                && keeper::is_compatible(&config, &turn.tenure.lease.key) =>
         {
             tracing::info!("the range of subnets in the network config has changed; going by it");
-            turn.config = config;
+            turn.tenure.config = config;
             None
         }
         Ok(config) => {
@@ -50,10 +50,10 @@ fn judge(settings: &Settings, config: &NetworkConfig, turn: &Turn) -> String {
             "the network config has become one that weftd would not start with ({reason}); going on \
              with what it was"
         ),
-        None if !keeper::is_in_range(config, &turn.lease.key) => format!(
+        None if !keeper::is_in_range(config, &turn.tenure.lease.key) => format!(
             "the network config has changed; restart weftd to go by it, which gives up our subnet \
              {}, since it is not in the range",
-            turn.lease.key
+            turn.tenure.lease.key
         ),
         None => "the network config has changed; restart weftd to go by it".into(),
     }

@@ -18,7 +18,13 @@ pub(super) fn desired(
     turn: &Turn,
 ) -> (Desired, BTreeSet<String>) {
     let further = &turn.interface.other_addresses;
-    let peers = peers(&turn.config, &turn.lease, &turn.former, further, &snapshot.leases);
+    let peers = peers(
+        &turn.tenure.config,
+        &turn.tenure.lease,
+        &turn.tenure.former,
+        further,
+        &snapshot.leases,
+    );
     let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
     let mut weft_nodes: HashSet<IpAddr> = HashSet::new();
     for record in &snapshot.nodes {
@@ -37,9 +43,10 @@ pub(super) fn desired(
             publics.iter().filter_map(|ip| others.get(ip)).flatten().copied().collect();
         DesiredPeer { lease, other_addresses, is_weft }
     });
-    let desired = Desired { lease: turn.lease.clone(), peers: desired.collect() };
+    let desired = Desired { lease: turn.tenure.lease.clone(), peers: desired.collect() };
     // A lease that has just been claimed may be told before the claim has ended.
-    let is_told = |why: &Refusal| turn.lost.is_none() || !matches!(why, Refusal::OurAddress(_));
+    let is_told =
+        |why: &Refusal| turn.tenure.lost.is_none() || !matches!(why, Refusal::OurAddress(_));
     let refused = peers.refused.iter().filter(|(_, why)| is_told(why));
     let refused = refused.map(|(key, why)| format!("lease {key} refused: {why}"));
     let skipped =

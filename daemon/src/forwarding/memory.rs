@@ -28,11 +28,11 @@ impl Memory {
     /// all anew.
     async fn write(&mut self, turn: &Turn, snapshot: &Snapshot) -> anyhow::Result<()> {
         let mut known = LastKnown {
-            lease: turn.lease.clone(),
+            lease: turn.tenure.lease.clone(),
             snapshot: snapshot.clone(),
             probe_port: turn.prober.as_ref().map(Prober::port),
         };
-        for lease in known.snapshot.leases.iter_mut().filter(|it| it.key != turn.lease.key) {
+        for lease in known.snapshot.leases.iter_mut().filter(|it| it.key != turn.tenure.lease.key) {
             lease.revision = 0;
             if lease.expires != Expiry::Never {
                 lease.expires = Expiry::Unknown;
@@ -41,8 +41,9 @@ impl Memory {
         self.last_known.save(&known).await?;
         let text = snapshot.config.as_ref();
         // One that takes a restart may be one that no daemon starts with.
-        let is_followed =
-            |text: &&String| text.parse::<NetworkConfig>().ok().as_ref() == Some(&turn.config);
+        let is_followed = |text: &&String| {
+            text.parse::<NetworkConfig>().ok().as_ref() == Some(&turn.tenure.config)
+        };
         match text.filter(is_followed) {
             Some(text) => self.config.save(text).await,
             None => Ok(()),

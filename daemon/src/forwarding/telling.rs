@@ -8,11 +8,13 @@ use weft_control::keeper;
 use weft_control::lease::{Expiry, NodeRecord};
 use weft_control::{Lease, RegistryError};
 
+use super::Forwarding;
 use super::turn::Turn;
-use super::{Forwarding, NODE_TTL};
 use crate::node;
 use crate::probe::Prober;
 
+/// Node records live three times as long as from one to the next, so two may get lost.
+const NODE_TTL: Duration = Duration::from_secs(60);
 /// How long the loop stands still for the registry.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Between tries to tell the registry that our address or MAC is another: peers send to the old one.
@@ -37,7 +39,9 @@ impl Forwarding<'_> {
         };
         turn.published = Some(Instant::now());
         let published = in_time(self.registry.publish_node(&record, NODE_TTL)).await;
-        turn.records.note("publish this node's record", &published);
+        if turn.records.note("publish this node's record", &published) {
+            turn.slow.reset_immediately();
+        }
         if published.is_ok() {
             self.board.registry(true);
         }
@@ -46,22 +50,25 @@ impl Forwarding<'_> {
     /// Writes the lease anew, with what we are now, and says whether it did.
     pub(super) async fn renew(&self, turn: &mut Turn) -> bool {
         let (margin, retry) = self.settings.renewal();
-        let ttl = keeper::ttl(&turn.lease, self.settings.lease_ttl);
-        let renewed = in_time(self.registry.renew(&turn.lease, &turn.identity.attrs, ttl)).await;
-        turn.renewals.note("renew the lease", &renewed);
+        let ttl = keeper::ttl(&turn.tenure.lease, self.settings.lease_ttl);
+        let renewed =
+            in_time(self.registry.renew(&turn.tenure.lease, &turn.identity.attrs, ttl)).await;
+        if turn.renewals.note("renew the lease", &renewed) {
+            turn.slow.reset_immediately();
+        }
         // What was not asked costs nothing to try again.
         let is_asked = !matches!(renewed, Err(RegistryError::NotAsked));
         if matches!(renewed, Ok(None)) {
-            tracing::warn!(subnet = %turn.lease.key, "the lease to renew is not ours any more");
+            tracing::warn!(subnet = %turn.tenure.lease.key, "the lease to renew is not ours any more");
         }
         let renewed = renewed.ok().flatten();
         let is_renewed = renewed.is_some();
         if let Some(lease) = renewed {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
             turn.hold(lease, margin);
-            self.board.lease(&turn.lease, turn.renewal);
+            self.board.lease(&turn.tenure.lease, turn.tenure.renewal);
         }
-        let is_told = turn.lease.attrs == turn.identity.attrs;
+        let is_told = turn.tenure.lease.attrs == turn.identity.attrs;
         let pause = if is_told && is_asked { retry } else { MOVED_RETRY };
         turn.renew_not_before = Instant::now() + pause;
         is_renewed

@@ -6,24 +6,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::time::Instant;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use weft_backends::ExternalInterface;
 use weft_control::keeper::{self, Identity, KnownEnd, Own};
 use weft_control::lease::Snapshot;
 use weft_control::{Lease, LeaseAttrs, NetworkConfig, RegistryError};
 
 use super::vanished::Vanished;
+use super::{Ended, Why};
 use crate::place::Place;
 use crate::probe::Prober;
 use crate::repairs::Repairs;
 
-/// A problem that comes back sooner is not logged once more.
-const LOGGED_AGAIN: Duration = Duration::from_secs(60);
+/// The slow timer: everything is reconciled even if nothing was heard.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
+/// How often the node's record is published.
+const NODE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// What changes from turn to turn.
 #[derive(Debug)]
 pub(super) struct Turn {
-    pub(super) config: NetworkConfig,
+    pub(super) tenure: Tenure,
     /// As [`Place::interface`], but for further addresses, which come and go.
     pub(super) interface: ExternalInterface,
     /// Why the external interface cannot be followed to what it is now.
@@ -34,24 +37,15 @@ pub(super) struct Turn {
     pub(super) failures: Vec<String>,
     /// What our lease is to say of us.
     pub(super) identity: Identity,
-    pub(super) lease: Lease,
-    /// Why the lease is ours no more, until we have another.
-    pub(super) lost: Option<Lost>,
     known_end: KnownEnd,
-    /// As [`Tenure::former`].
-    pub(super) former: Vec<LeaseAttrs>,
-    /// When to renew the lease, by the clock that nobody sets; never if it is a reservation.
-    pub(super) renewal: Option<Instant>,
-    /// The registry may have refused it a moment ago.
+    /// The registry may have refused a renewal a moment ago.
     pub(super) renew_not_before: Instant,
-    /// Whether the registry could be read when it was last heard of.
-    pub(super) readable: bool,
-    /// That it could not be then: at first nothing has been heard.
-    pub(super) is_away: bool,
+    /// Whether the registry could be read when it was last heard of; at first nothing has been.
+    pub(super) readable: Option<bool>,
     /// What could not be done, at the last reconciliation.
     pub(super) problems: BTreeSet<String>,
     /// When problems were last logged, not long ago: some come and go with a link that flaps.
-    logged: HashMap<String, Instant>,
+    pub(super) logged: HashMap<String, Instant>,
     /// Of those, another node at our address, and a network config that is not gone by.
     pub(super) rival: Option<String>,
     pub(super) config_problem: Option<String>,
@@ -68,8 +62,10 @@ pub(super) struct Turn {
     /// Renewals of the lease, and of the node's record.
     pub(super) renewals: Failing,
     pub(super) records: Failing,
-    /// When the record was last to be published.
+    /// When the record was last to be published, and when it is next; and when all is reconciled.
     pub(super) published: Option<Instant>,
+    pub(super) publish: Interval,
+    pub(super) slow: Interval,
     /// The registry as it was last heard of.
     pub(super) heard: Arc<Snapshot>,
     /// What it lost together with our own lease, for a while.
@@ -85,13 +81,15 @@ pub(super) struct Turn {
 pub(crate) struct Tenure {
     pub(crate) lease: Lease,
     /// What it goes by: its range of subnets may have changed since the start.
-    config: NetworkConfig,
+    pub(super) config: NetworkConfig,
     /// What the registry may tell of us: what we were, are, and were about to be when a write's answer
     /// got lost.
-    former: Vec<LeaseAttrs>,
-    lost: Option<Lost>,
-    /// When it is due, as worked out once: the clock may have been set since.
-    renewal: Option<Instant>,
+    pub(super) former: Vec<LeaseAttrs>,
+    /// Why the lease is ours no more, until we have another.
+    pub(super) lost: Option<Lost>,
+    /// When it is due to be renewed, as worked out once by the clock that nobody sets; never if it is a
+    /// reservation.
+    pub(super) renewal: Option<Instant>,
 }
 
 impl Tenure {
@@ -147,26 +145,20 @@ pub(super) enum Lost {
 impl Turn {
     pub(super) fn new(mut tenure: Tenure, place: &Place, margin: Duration) -> Self {
         let attrs = &place.identity.attrs;
-        let renewal = tenure.renewal(attrs, margin);
+        tenure.renewal(attrs, margin);
         for ours in [tenure.lease.attrs.clone(), attrs.clone()] {
             tenure.may_be_told(ours);
         }
-        let Tenure { lease, config, former, lost, .. } = tenure;
         Self {
-            config,
+            known_end: KnownEnd::of(&tenure.lease),
+            tenure,
             interface: place.interface.clone(),
             stuck: None,
             replaced: None,
             failures: Vec::new(),
             identity: place.identity.clone(),
-            former,
-            lost,
-            known_end: KnownEnd::of(&lease),
-            lease,
-            renewal,
             renew_not_before: Instant::now(),
-            readable: false,
-            is_away: false,
+            readable: None,
             problems: BTreeSet::new(),
             logged: HashMap::new(),
             rival: None,
@@ -180,6 +172,8 @@ impl Turn {
             renewals: Failing::default(),
             records: Failing::default(),
             published: None,
+            publish: timer(NODE_INTERVAL),
+            slow: timer(RECONCILE_INTERVAL),
             heard: Arc::default(),
             vanished: None,
             prober: None,
@@ -187,22 +181,32 @@ impl Turn {
         }
     }
 
-    /// What the next turn goes on with.
-    pub(super) fn tenure(&self) -> Tenure {
-        let Self { lost, renewal, .. } = *self;
-        let (lease, config, former) =
-            (self.lease.clone(), self.config.clone(), self.former.clone());
-        Tenure { lease, config, former, lost, renewal }
-    }
-
     /// Goes on under a lease for the same subnets. When it is due is worked out when its end becomes
     /// known, and not again: the clock may be set meanwhile.
     pub(super) fn hold(&mut self, lease: Lease, margin: Duration) {
         let lease = self.known_end.complete(lease);
-        if (lease.expires, &lease.attrs) != (self.lease.expires, &self.lease.attrs) {
-            self.renewal = renewal(&lease, &self.identity.attrs, margin);
+        let held = &mut self.tenure;
+        if (lease.expires, &lease.attrs) != (held.lease.expires, &held.lease.attrs) {
+            held.renewal = renewal(&lease, &self.identity.attrs, margin);
         }
-        self.lease = lease;
+        held.lease = lease;
+    }
+
+    /// When the lease is to be renewed, if ever.
+    pub(super) fn renewal(&self) -> Option<Instant> {
+        self.tenure.renewal.map(|due| due.max(self.renew_not_before))
+    }
+
+    /// What the next turn goes on with.
+    pub(super) fn ended(&self, why: Why) -> Ended {
+        Ended { why, tenure: self.tenure.clone() }
+    }
+
+    /// What the registry says, and what it has lost a moment ago; `None` if that is nothing.
+    pub(super) fn with_vanished(&mut self, snapshot: &Snapshot) -> Option<Snapshot> {
+        let completed = self.vanished.as_mut()?.complete(snapshot);
+        self.vanished.take_if(|it| it.is_over());
+        self.vanished.is_some().then_some(completed)
     }
 
     /// The address that is next, where the interface has had it besides ours.
@@ -210,24 +214,13 @@ impl Turn {
         next.addresses().find(|ip| self.interface.other_addresses.contains(ip))
     }
 
-    /// Logs those problems that were not there at the last look.
-    pub(super) fn log_news(&mut self, problems: &BTreeSet<String>) {
-        self.logged.retain(|_, at| at.elapsed() < LOGGED_AGAIN);
-        for problem in problems.difference(&self.problems) {
-            if !self.logged.contains_key(problem) {
-                tracing::warn!("{problem}");
-                self.logged.insert(problem.clone(), Instant::now());
-            }
-        }
-    }
-
     /// The lease is to say this of us. Peers must know of a change at once.
     pub(super) fn describe(&mut self, attrs: LeaseAttrs) {
         if attrs != self.identity.attrs {
-            tracing::warn!(subnet = %self.lease.key, "what our lease tells of us has changed");
+            tracing::warn!(subnet = %self.tenure.lease.key, "what our lease tells of us has changed");
             self.identity.attrs = attrs;
             self.renew_not_before = Instant::now();
-            self.renewal = Some(self.renew_not_before);
+            self.tenure.renewal = Some(self.renew_not_before);
         }
     }
 }
@@ -241,8 +234,9 @@ pub(super) struct Failing {
 }
 
 impl Failing {
-    /// Takes in what became of a write.
-    pub(super) fn note<T>(&mut self, what: &str, outcome: &Result<T, RegistryError>) {
+    /// Takes in what became of a write, and says whether a problem has come or gone.
+    pub(super) fn note<T>(&mut self, what: &str, outcome: &Result<T, RegistryError>) -> bool {
+        let was = self.is_problem();
         match outcome {
             Ok(_) => *self = Self::default(),
             Err(RegistryError::NotAsked) => {}
@@ -252,11 +246,23 @@ impl Failing {
                 tracing::debug!("{}", self.why);
             }
         }
+        self.is_problem() != was
+    }
+
+    fn is_problem(&self) -> bool {
+        self.times > 1
     }
 
     pub(super) fn problem(&self) -> Option<String> {
-        (self.times > 1).then(|| self.why.clone())
+        self.is_problem().then(|| self.why.clone())
     }
+}
+
+fn timer(period: Duration) -> Interval {
+    let mut timer = interval(period);
+    // What was due while the registry was away is due once.
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    timer
 }
 
 fn renewal(lease: &Lease, attrs: &LeaseAttrs, margin: Duration) -> Option<Instant> {
@@ -271,14 +277,15 @@ mod tests {
     fn a_write_that_fails_is_told_from_the_second_time_on() {
         let away = || Err::<(), _>(RegistryError::Away("connection refused".into()));
         let mut failing = Failing::default();
-        failing.note("renew the lease", &away());
+        assert!(!failing.note("renew the lease", &away()));
         // Nothing was asked, so nothing failed.
-        failing.note("renew the lease", &Err::<(), _>(RegistryError::NotAsked));
+        assert!(!failing.note("renew the lease", &Err::<(), _>(RegistryError::NotAsked)));
         assert_eq!(failing.problem(), None);
-        failing.note("renew the lease", &away());
+        assert!(failing.note("renew the lease", &away()));
         let told = failing.problem().unwrap();
         assert_eq!(told, "cannot renew the lease, trying again: connection refused");
-        failing.note("renew the lease", &Ok(()));
+        assert!(!failing.note("renew the lease", &away()));
+        assert!(failing.note("renew the lease", &Ok(())));
         assert_eq!(failing.problem(), None);
     }
 }
