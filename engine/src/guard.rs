@@ -17,8 +17,8 @@ pub enum GuardMode {
     /// The outer sender and the inner destination: for fleets whose hosts forward packets of
     /// others into the overlay without masquerading.
     Peer,
-    /// Well-formed packets from anywhere to anywhere, as flannel does; but none that claim to come from
-    /// here, which the kernel would drop if our own ICMP errors did not need it to let them in.
+    /// Well-formed packets from anywhere to anywhere, as flannel does; but none that claim to come from our
+    /// subnet or our address on the underlay, which the kernel would drop if our own ICMP errors did not need it to let them in.
     Off,
 }
 

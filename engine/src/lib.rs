@@ -37,6 +37,7 @@ mod scheduling;
 pub mod stats;
 #[expect(unsafe_code, reason = "the fence: system calls that no crate wraps safely")]
 mod sys;
+mod thread;
 mod traffic;
 mod tun;
 mod tun_to_udp;
@@ -45,17 +46,11 @@ mod udp_to_tun;
 mod worker;
 
 use std::fmt;
-use std::fs::File;
-use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use crossbeam::channel::{self, Sender};
 
 pub use ecn::{DscpMode, EcnMode};
 pub use features::{Feature, FeatureState};
@@ -72,14 +67,11 @@ pub use tun::{TunDevice, TunQueue};
 
 use features::Features;
 use guard::Guard;
-use io::Io;
-use io::mmsg::Mmsg;
-use io::uring::{self, Ring};
+use io::uring;
 use stats::LaneStats;
-use tun_to_udp::TunToUdp;
+use thread::Threads;
 use udp::UdpSocket;
-use udp_to_tun::UdpToTun;
-use worker::{Context, Lane, LaneOn};
+use worker::Context;
 
 /// What an engine is made of.
 #[derive(Debug, Clone)]
@@ -115,7 +107,7 @@ pub struct Tuning {
 impl Tuning {
     /// Busy polling, one thread carries both: it costs one core a worker, and packets do not wait until
     /// the other direction's thread gives way. Otherwise each has its own, which sleeps sooner.
-    fn directions_a_thread(&self) -> usize {
+    pub(crate) fn directions_a_thread(&self) -> usize {
         if self.busy_poll.is_zero() { 1 } else { 2 }
     }
 }
@@ -235,65 +227,46 @@ impl Engine {
         on_failure: OnFailure,
     ) -> Result<EngineHandle, EngineError> {
         tracing::debug!(features = ?self.features, config = ?self.config, "engine starts");
-        let mut handle = EngineHandle {
-            io: self.io,
-            features: Arc::clone(&self.features),
-            routes: Arc::new(ArcSwap::from_pointee(routes)),
-            former: Vec::new(),
-            stats: Vec::new(),
-            stop: Arc::new(AtomicBool::new(false)),
-            threads: Vec::new(),
-        };
-        let (started, outcomes) = channel::bounded(2 * self.config.workers);
-        for (number, (tun, udp)) in
-            self.device.into_queues().into_iter().zip(self.sockets).enumerate()
-        {
-            let (tun, udp) = (Arc::new(tun), Arc::new(udp));
-            let sockets = if self.sources.is_empty() {
+        let Self { config, mut io, features, device, sockets, sources } = self;
+        let routes = Arc::new(ArcSwap::from_pointee(routes));
+        let (mut stats, mut contexts) = (Vec::new(), Vec::new());
+        for (tun, udp) in device.into_queues().into_iter().zip(sockets) {
+            let sockets = if sources.is_empty() {
                 Arc::from([udp.try_clone().map_err(EngineError::Thread)?])
             } else {
-                Arc::clone(&self.sources)
+                Arc::clone(&sources)
             };
-            let contexts = Direction::BOTH.map(|direction| {
-                let stats = Arc::new(LaneStats::default());
-                handle.stats.push((direction, Arc::clone(&stats)));
-                Context {
-                    direction,
-                    tun: Arc::clone(&tun),
-                    udp: Arc::clone(&udp),
-                    sockets: Arc::clone(&sockets),
-                    features: Arc::clone(&self.features),
-                    routes: Arc::clone(&handle.routes),
-                    stats,
-                    guard: Guard {
-                        mode: self.config.guard,
-                        mtu: self.config.mtu.into(),
-                        own: self.config.listen.ip(),
-                    },
-                    tunnel_addresses: self.config.tunnel_addresses.clone(),
-                    overhead: overhead(self.config.listen.ip()),
-                    dscp: self.config.tuning.dscp,
-                }
+            let (tun, udp) = (Arc::new(tun), Arc::new(udp));
+            let worker = Direction::BOTH.map(|direction| Context {
+                direction,
+                tun: Arc::clone(&tun),
+                udp: Arc::clone(&udp),
+                sockets: Arc::clone(&sockets),
+                features: Arc::clone(&features),
+                routes: Arc::clone(&routes),
+                stats: Arc::default(),
+                guard: Guard {
+                    mode: config.guard,
+                    mtu: config.mtu.into(),
+                    own: config.listen.ip(),
+                },
+                tunnel_addresses: config.tunnel_addresses.clone(),
+                overhead: overhead(config.listen.ip()),
+                dscp: config.tuning.dscp,
             });
-            for contexts in contexts.chunks(self.config.tuning.directions_a_thread()) {
-                let job = Job {
-                    contexts: contexts.to_vec(),
-                    io: self.io,
-                    busy_poll: self.config.tuning.busy_poll,
-                    stop: Arc::clone(&handle.stop),
-                    started: started.clone(),
-                    on_failure: Arc::clone(&on_failure),
-                };
-                handle.threads.push(job.spawn(number)?);
+            stats.extend(worker.iter().map(|it| (it.direction, Arc::clone(&it.stats))));
+            contexts.push(worker);
+        }
+        let threads = match Threads::start(io, &contexts, &config.tuning, &on_failure) {
+            // Of several rings the last may be one too many, by the memlock limit, where the first was not.
+            Err(EngineError::Io(error)) if io == IoKind::Uring && config.tuning.io.is_none() => {
+                tell_of_mmsg(&error);
+                io = IoKind::Mmsg;
+                Threads::start(io, &contexts, &config.tuning, &on_failure)?
             }
-        }
-        drop(started);
-        for _ in &handle.threads {
-            let outcome =
-                outcomes.recv().unwrap_or_else(|_| Err(std::io::Error::other("it panicked")));
-            outcome.map_err(EngineError::Io)?;
-        }
-        Ok(handle)
+            started => started?,
+        };
+        Ok(EngineHandle { io, features, routes, former: Vec::new(), stats, threads })
     }
 }
 
@@ -322,10 +295,14 @@ fn choose_io(wish: Option<IoKind>, device: &TunDevice) -> Result<IoKind, EngineE
         Some(Ok(())) => Ok(IoKind::Uring),
         Some(Err(error)) if wish.is_some() => Err(EngineError::Ring(error)),
         Some(Err(error)) => {
-            tracing::info!("packets go by recvmmsg and sendmsg, since {error}");
+            tell_of_mmsg(&error);
             Ok(IoKind::Mmsg)
         }
     }
+}
+
+fn tell_of_mmsg(why: &std::io::Error) {
+    tracing::info!("packets go by recvmmsg and sendmsg, since {why}");
 }
 
 /// A running engine. Dropping it stops the workers and closes the device.
@@ -336,13 +313,12 @@ pub struct EngineHandle {
     /// Tables that threads may still go by: none of them is to spend its time on freeing one.
     former: Vec<Arc<RouteTable>>,
     stats: Vec<(Direction, Arc<LaneStats>)>,
-    stop: Arc<AtomicBool>,
-    threads: Vec<Running>,
+    threads: Threads,
 }
 
 impl fmt::Debug for EngineHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EngineHandle").field("threads", &self.threads.len()).finish_non_exhaustive()
+        f.debug_struct("EngineHandle").field("threads", &self.threads).finish_non_exhaustive()
     }
 }
 
@@ -361,100 +337,6 @@ impl EngineHandle {
     /// What can be read of it at any time, from any thread.
     pub fn meter(&self) -> EngineMeter {
         EngineMeter::new(self.io, Arc::clone(&self.features), self.stats.clone().into())
-    }
-}
-
-impl Drop for EngineHandle {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in &self.threads {
-            // An eventfd refuses only when its count is full, and then the thread is awake.
-            let _ = (&thread.bell).write(&1u64.to_ne_bytes());
-        }
-        for thread in &mut self.threads {
-            if let Some(join) = thread.join.take() {
-                // A panic has been reported by the thread itself: see `Job::run`.
-                let _ = join.join();
-            }
-        }
-    }
-}
-
-/// A thread of a worker.
-struct Running {
-    join: Option<JoinHandle<()>>,
-    bell: File,
-}
-
-/// Everything that a thread needs to begin.
-struct Job {
-    contexts: Vec<Context>,
-    io: IoKind,
-    busy_poll: Duration,
-    stop: Arc<AtomicBool>,
-    started: Sender<std::io::Result<()>>,
-    on_failure: OnFailure,
-}
-
-impl Job {
-    fn spawn(self, number: usize) -> Result<Running, EngineError> {
-        let bell = sys::eventfd().map_err(EngineError::Thread)?;
-        let thread_bell = bell.try_clone().map_err(EngineError::Thread)?;
-        let name = match &self.contexts[..] {
-            [one] => format!("{}-{number}", one.direction.name()),
-            _ => format!("both_ways-{number}"),
-        };
-        let join = thread::Builder::new()
-            .name(name)
-            .spawn(move || self.run(&thread_bell))
-            .map_err(EngineError::Thread)?;
-        Ok(Running { join: Some(join), bell: bell.into() })
-    }
-
-    fn run(self, bell: &OwnedFd) {
-        let name = thread::current().name().unwrap_or("engine").to_owned();
-        let mut watch = DeathWatch { on_failure: self.on_failure, reason: None };
-        // Made here, since only the thread that makes a ring may use it.
-        let lanes = self.contexts.into_iter().map(|context| {
-            let files = context.files(bell.as_fd());
-            Ok(match self.io {
-                IoKind::Uring => lane(Ring::new(context.direction, &files)?, context),
-                IoKind::Mmsg => lane(Mmsg::new(context.direction, &files)?, context),
-            })
-        });
-        let mut lanes = match lanes.collect::<std::io::Result<Vec<_>>>() {
-            Ok(lanes) => lanes,
-            Err(error) => return drop(self.started.send(Err(error))),
-        };
-        let started = self.started;
-        drop(started.send(Ok(())));
-        // Or who waits for all to start would not hear of one that ends before.
-        drop(started);
-        watch.reason = Some(format!("{name} panicked"));
-        let ended = worker::run(&mut lanes, bell.as_fd(), &self.stop, self.busy_poll);
-        watch.reason = ended.err().map(|error| format!("{name} stopped: {error}"));
-    }
-}
-
-/// One direction of a worker, ready to carry packets.
-fn lane(io: impl Io + 'static, context: Context) -> Box<dyn Lane> {
-    match context.direction {
-        Direction::TunToUdp => Box::new(LaneOn::new(io, TunToUdp::new(context.clone()), context)),
-        Direction::UdpToTun => Box::new(LaneOn::new(io, UdpToTun::new(context.clone()), context)),
-    }
-}
-
-/// Reports how a thread ended, a panic too, unless it was asked to.
-struct DeathWatch {
-    on_failure: OnFailure,
-    reason: Option<String>,
-}
-
-impl Drop for DeathWatch {
-    fn drop(&mut self) {
-        if let Some(reason) = self.reason.take() {
-            (self.on_failure)(reason);
-        }
     }
 }
 

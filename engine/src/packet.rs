@@ -261,6 +261,12 @@ pub(crate) fn pseudo_header_sum(addresses: &[u8], protocol: u8, len: usize) -> u
     fold(sum(addresses) + u64::from(protocol) + len as u64)
 }
 
+/// The same sum for a message of another length.
+pub(crate) fn with_other_length(pseudo_sum: u16, before: usize, after: usize) -> u16 {
+    let before = u16::from_be_bytes(length_field(before));
+    fold(u64::from(pseudo_sum) + u64::from(!before) + after as u64)
+}
+
 /// A length in a header of 16 bits.
 pub(crate) fn length_field(len: usize) -> [u8; 2] {
     #[expect(clippy::cast_possible_truncation, reason = "no part of an IP packet is longer")]

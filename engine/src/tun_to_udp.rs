@@ -282,16 +282,41 @@ impl TunToUdp {
             }
             let one = Transmit { packets: 0..len, segment_len: len, ..transmit.clone() };
             let result = sys::send(&self.context.sockets[one.outer.socket], packet, &one);
-            // By the first one, which is as large as any: the last may fit where the others do not, or
-            // our address be back meanwhile. One that is too large says EINVAL, too, until Linux 6.14.
-            let is_the_cutting = result.is_ok() && refusal.raw_os_error() != Some(libc::EMSGSIZE);
-            if number == 0 && is_the_cutting && self.fits_path(&one) {
-                self.context.fall(Feature::UdpSegment, refusal);
-            }
+            // By the first one, which is as large as any: the last may fit where the others do not.
+            let passes = number == 0 && result.is_ok();
             let before = self.context.stats.get(Counter::TunToUdpTooBig);
             self.finish(routes, packet, &one, result);
             if self.context.stats.get(Counter::TunToUdpTooBig) > before {
                 told = sender.map(|sender| (sender, len));
+            }
+            if passes
+                && refusal.raw_os_error() != Some(libc::EMSGSIZE)
+                && self.send_rest(routes, &packets[len..], transmit)
+            {
+                return;
+            }
+        }
+    }
+
+    /// Sends together the rest of what was refused together, now that the first one has passed alone, and
+    /// says whether that has an answer. The kernel cannot cut if it is refused again: the refusal before may
+    /// be from when the path was smaller, since one that is too large says EINVAL, too, until Linux 6.14.
+    fn send_rest(&mut self, routes: &RouteTable, packets: &[u8], transmit: &Transmit) -> bool {
+        if packets.len() <= transmit.segment_len {
+            return false;
+        }
+        let rest = Transmit { packets: 0..packets.len(), ..transmit.clone() };
+        let result = sys::send(&self.context.sockets[rest.outer.socket], packets, &rest);
+        match result {
+            Err(error) if is_sent_again(&error) => {
+                if error.raw_os_error() != Some(libc::EMSGSIZE) && self.fits_path(&rest) {
+                    self.context.fall(Feature::UdpSegment, &error);
+                }
+                false
+            }
+            result => {
+                self.finish(routes, packets, &rest, result);
+                true
             }
         }
     }

@@ -1,7 +1,8 @@
 //! weftd's start and end: what it waits for, what ends it, and what it says.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::net::UdpSocket;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -11,11 +12,14 @@ use rustix::process::Signal;
 use weft_daemon::lab::Lab;
 use weft_daemon::status;
 use weft_tests::{
-    DEADLINE, Weftd, has_device, hosts, program, run_to_end, run_weftd, until, write_config,
+    DEADLINE, Weftd, bring_up, has_device, hosts, log, pings, program, run_to_end, run_weftd,
+    until, write_config,
 };
 
 /// How long a daemon may take to stop, on a machine that is busy with other tests.
 const STOP: Duration = Duration::from_secs(5);
+/// Bytes that are enough for one ring, and not for the four of two workers.
+const MEMLOCK: u32 = 128 << 10;
 
 /// The flags of a daemon on the first host, without a network.
 struct Files {
@@ -258,6 +262,52 @@ fn a_second_one_with_the_same_identity_is_refused() -> Result<()> {
     assert!(stderr.contains(&format!("pid {first}")), "{stderr}");
     assert_eq!(lab.status(0)?.pid, first);
     lab.remove()
+}
+
+/// Each thread has its ring, and the memlock limit may allow the first of them only: packets go by the
+/// calls that need none.
+#[test]
+fn rings_beyond_the_memlock_limit_are_done_without() -> Result<()> {
+    let (mut lab, directory) = (hosts(2)?, tempfile::tempdir()?);
+    let limited = directory.path().join("weftd");
+    let script = format!(
+        "#!/bin/sh\nexec prlimit --memlock={MEMLOCK} setpriv --bounding-set=-ipc_lock {} \"$@\"\n",
+        program("weftd")?.display()
+    );
+    fs::write(&limited, script)?;
+    fs::set_permissions(&limited, Permissions::from_mode(0o755))?;
+    lab.use_weftd(limited);
+    bring_up(&mut lab, &["--workers=2"])?;
+    pings(&lab)?;
+    for host in 0..2 {
+        assert_eq!(lab.status(host)?.io.as_deref(), Some("mmsg"));
+        let log = log(&lab, host)?;
+        assert!(log.contains("packets go by recvmmsg and sendmsg, since"), "{log}");
+        assert!(
+            log.contains("raise the memlock limit") && !log.contains("forwarding broke"),
+            "{log}"
+        );
+    }
+    lab.remove()
+}
+
+/// Its error is passed on once to who receives; the socket receives on.
+#[test]
+fn a_socket_that_is_killed_from_outside_receives_on() -> Result<()> {
+    for io in ["--io=uring", "--io=mmsg"] {
+        let mut lab = hosts(2)?;
+        bring_up(&mut lab, &[io, "--workers=1"])?;
+        for _ in 0..3 {
+            let killed =
+                lab.host(1).netns.tool("ss", &["--kill", "--udp", "--all", "sport = 8285"])?;
+            assert!(killed.contains(":8285"), "{killed}");
+            pings(&lab)?;
+        }
+        let log = log(&lab, 1)?;
+        assert!(!log.contains("forwarding broke"), "{log}");
+        lab.remove()?;
+    }
+    Ok(())
 }
 
 #[test]

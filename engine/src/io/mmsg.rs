@@ -188,6 +188,8 @@ impl Io for Mmsg {
     }
 }
 
+/// ECONNABORTED is what `ss --kill` leaves on a socket, which receives on (udp_abort() in net/ipv4/udp.c).
 fn is_passing(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted)
 }

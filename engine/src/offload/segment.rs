@@ -3,11 +3,9 @@
 //! Lengths, IP ids, sequence numbers, flags and checksums follow the kernel's own segmentation
 //! (net/ipv4/tcp_offload.c, udp_offload.c, net/ipv4/af_inet.c).
 
-use std::net::IpAddr;
-
 use super::{Gso, VirtioNetHdr};
 use crate::packet::{
-    IPV6_HEADER_LEN, IpView, Malformed, checksum, length_field, protocol, transport_checksum,
+    IPV6_HEADER_LEN, IpView, Malformed, be16, checksum, length_field, with_other_length,
 };
 
 /// Lengths of the fixed transport headers.
@@ -27,14 +25,19 @@ const CWR: u8 = 0x80;
 /// none stays as it is.
 ///
 /// # Errors
-/// The header points outside of the packet.
+/// The header points outside of the packet, or into its IP header, which nobody may change behind the
+/// host's firewall.
 pub fn finish_checksum(header: &VirtioNetHdr, packet: &mut [u8]) -> Result<(), Malformed> {
     if !header.needs_checksum {
         return Ok(());
     }
     let start = usize::from(header.checksum_start);
     let at = start + usize::from(header.checksum_offset);
-    if at + 2 > packet.len() {
+    let ip_header_len = match packet.first() {
+        Some(first) if first >> 4 == 4 => usize::from(first & 0xf) * 4,
+        _ => IPV6_HEADER_LEN,
+    };
+    if start < ip_header_len || at + 2 > packet.len() {
         return Err(Malformed);
     }
     // The field holds the pseudo-header's sum already, so it takes part.
@@ -47,8 +50,9 @@ pub fn finish_checksum(header: &VirtioNetHdr, packet: &mut [u8]) -> Result<(), M
 #[derive(Debug, Clone, Copy)]
 pub struct Cut {
     transport: Transport,
-    source: IpAddr,
-    destination: IpAddr,
+    /// The pseudo-header's sum, for the length of the whole. It is the kernel's: with a routing header, its
+    /// destination is not the one that the IPv6 header names now (RFC 8200 8.1).
+    pseudo_sum: u16,
     /// Where the transport header begins.
     transport_start: usize,
     /// Where the payload begins.
@@ -62,6 +66,15 @@ pub struct Cut {
 enum Transport {
     Tcp,
     Udp,
+}
+
+impl Transport {
+    fn checksum_offset(self) -> usize {
+        match self {
+            Self::Tcp => 16,
+            Self::Udp => 6,
+        }
+    }
 }
 
 impl Cut {
@@ -98,8 +111,7 @@ impl Cut {
         }
         let cut = Self {
             transport,
-            source: view.source(),
-            destination: view.destination(),
+            pseudo_sum: be16(packet, transport_start + transport.checksum_offset()),
             transport_start,
             payload_start,
             segment_len: header.segment_len.into(),
@@ -123,22 +135,19 @@ impl Cut {
         let payload = self.payload_of(number);
         out[..self.payload_start].copy_from_slice(&packet[..self.payload_start]);
         out[self.payload_start..].copy_from_slice(&packet[self.payload_start..][payload.clone()]);
-        let protocol = match self.transport {
-            Transport::Tcp => {
-                self.adapt_tcp(out, number, payload.start);
-                protocol::TCP
-            }
+        let len = out.len() - self.transport_start;
+        match self.transport {
+            Transport::Tcp => self.adapt_tcp(out, number, payload.start),
             Transport::Udp => {
-                let len = length_field(out.len() - self.transport_start);
-                out[self.transport_start + 4..][..2].copy_from_slice(&len);
-                protocol::UDP
+                out[self.transport_start + 4..][..2].copy_from_slice(&length_field(len));
             }
-        };
+        }
         adapt_ip(out, number);
-        let field = self.transport_start + self.checksum_offset();
-        out[field..field + 2].fill(0);
-        let message = &out[self.transport_start..];
-        let sum = transport_checksum(self.source, self.destination, protocol, message);
+        let whole = self.payload_start + self.payload_len - self.transport_start;
+        let pseudo_sum = with_other_length(self.pseudo_sum, whole, len);
+        let field = self.transport_start + self.transport.checksum_offset();
+        out[field..field + 2].copy_from_slice(&pseudo_sum.to_be_bytes());
+        let sum = checksum(&out[self.transport_start..]);
         let sum = if self.transport == Transport::Udp { never_zero(sum) } else { sum };
         out[field..field + 2].copy_from_slice(&sum.to_be_bytes());
     }
@@ -146,13 +155,6 @@ impl Cut {
     fn payload_of(&self, number: usize) -> std::ops::Range<usize> {
         let start = number * self.segment_len;
         start..(start + self.segment_len).min(self.payload_len)
-    }
-
-    fn checksum_offset(&self) -> usize {
-        match self.transport {
-            Transport::Tcp => 16,
-            Transport::Udp => 6,
-        }
     }
 
     fn adapt_tcp(&self, out: &mut [u8], number: usize, payload_start: usize) {
@@ -207,6 +209,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::packet::{protocol, transport_checksum};
 
     #[derive(Debug, Clone)]
     struct Super {
@@ -364,6 +367,26 @@ mod tests {
         }
 
         #[test]
+        fn the_pseudo_header_is_the_one_that_the_kernel_has_summed(it in super_packets()) {
+            let (header, mut packet) = build(&it);
+            // As a routing header leaves it: the destination that counts is the last one.
+            let at = if it.ipv6 { 24..40 } else { 16..20 };
+            let last = packet[at.clone()].to_vec();
+            packet[at.clone()].fill(0x7e);
+            let cut = Cut::plan(&header, &packet).unwrap().unwrap();
+            for number in 0..cut.count() {
+                let mut out = vec![0xee; cut.len_of(number)];
+                cut.write(&packet, number, &mut out);
+                out[at.clone()].copy_from_slice(&last);
+                let start = usize::from(header.checksum_start);
+                let view = IpView::check(&out).unwrap();
+                let proto = if it.tcp { protocol::TCP } else { protocol::UDP };
+                let (source, destination) = (view.source(), view.destination());
+                prop_assert_eq!(transport_checksum(source, destination, proto, &out[start..]), 0);
+            }
+        }
+
+        #[test]
         fn a_checksum_left_to_us_is_finished(it in super_packets()) {
             let (header, mut packet) = build(&it);
             finish_checksum(&header, &mut packet).unwrap();
@@ -406,6 +429,30 @@ mod tests {
         assert_eq!(wanted(SEGMENTS_MAX, 20), Ok(Some(SEGMENTS_MAX)));
         assert_eq!(wanted(SEGMENTS_MAX + 1, 20), Err(Malformed));
         assert_eq!(wanted(SEGMENTS_MAX, 24), Err(Malformed));
+    }
+
+    /// Behind the firewall that has let it pass, a packet keeps its addresses.
+    #[test]
+    fn a_checksum_is_written_behind_the_ip_header_only() {
+        for (ipv6, starts) in [(false, [0, 12, 19]), (true, [8, 20, 39])] {
+            let it = Super {
+                ipv6,
+                tcp: false,
+                options: Vec::new(),
+                payload: vec![1; 20],
+                segment_len: 1,
+                id: 0,
+                sequence: 0,
+                flags: 0,
+            };
+            let (header, packet) = build(&it);
+            for checksum_start in starts {
+                let header = VirtioNetHdr { checksum_start, checksum_offset: 2, ..header };
+                let mut same = packet.clone();
+                assert_eq!(finish_checksum(&header, &mut same), Err(Malformed));
+                assert_eq!(same, packet);
+            }
+        }
     }
 
     #[test]
