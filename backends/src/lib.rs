@@ -139,9 +139,17 @@ impl BackendKind {
         if self.is_of(&lease.attrs) {
             return Ok(());
         }
-        let (key, other) = (&lease.key, &lease.attrs.backend_type);
-        let other = if other.is_empty() { "udp" } else { other };
-        Err(format!("the node of {key} is of the backend {other}, not {self}"))
+        let other = match lease.attrs.backend_type.as_str() {
+            "" => Self::UdpTun.to_string(),
+            name => Self::from_config(name).map_or_else(|| name.to_owned(), |it| it.to_string()),
+        };
+        let at = lease.attrs.public_addresses().next().map(|ip| format!(" at {ip}"));
+        Err(format!(
+            "the node of {}{} is of the backend {other}, not {self}; a node takes up another one when its \
+             daemon starts again",
+            lease.key,
+            at.unwrap_or_default()
+        ))
     }
 
     /// The UDP port that its packets go to, where they go to one: the configured or its own.

@@ -5,6 +5,7 @@ mod asleep;
 mod claiming;
 mod config;
 mod desired;
+mod members;
 mod memory;
 mod problems;
 mod telling;
@@ -385,7 +386,8 @@ impl Forwarding<'_> {
     ) -> anyhow::Result<bool> {
         let completed = turn.with_vanished(snapshot);
         let snapshot = completed.as_ref().unwrap_or(snapshot);
-        let (desired, refused) = desired(self.settings, snapshot, turn);
+        let (desired, refused) = desired(self.settings, self.kind, snapshot, turn);
+        turn.members.follow(&desired.peers);
         let (kind, public_ip) = (self.kind, self.place.public_ip);
         let targets = probe::targets(kind, public_ip, &desired.peers, &snapshot.nodes);
         turn.forget_given_up(&desired);

@@ -4,7 +4,9 @@
 
 mod connection;
 
+use std::io::{self, ErrorKind::AddrInUse};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
@@ -17,6 +19,7 @@ use axum::routing::get;
 use connection::Bounded;
 use serde_json::json;
 use tokio::net::TcpListener;
+use tokio::time::{Instant, sleep};
 
 use crate::board::Board;
 use crate::health::Phase;
@@ -24,13 +27,20 @@ use crate::metrics;
 
 const JSON: &str = "application/json";
 
+/// How long a port that is in use is waited for, and how often it is tried.
+const PORT_PATIENCE: Duration = Duration::from_secs(2);
+const PORT_RETRY: Duration = Duration::from_millis(50);
+
 /// Answers from now on, until the runtime ends.
 ///
 /// # Errors
 /// The address cannot be listened at.
 pub(crate) async fn serve(address: SocketAddr, board: Board) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen at {address}; change --healthz-port or --healthz-ip")
+    let listener = listen(address).await.with_context(|| {
+        format!(
+            "cannot listen at {address}; another weftd may run here: stop that one, or change \
+             --healthz-port or --healthz-ip"
+        )
     })?;
     tracing::info!(%address, "answering health checks");
     let router = Router::new()
@@ -46,6 +56,19 @@ pub(crate) async fn serve(address: SocketAddr, board: Board) -> anyhow::Result<(
         }
     });
     Ok(())
+}
+
+/// Waits a moment for who has the port and is about to end, as another weftd at a restart.
+async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let patience = Instant::now() + PORT_PATIENCE;
+    loop {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() == AddrInUse && Instant::now() < patience => {
+                sleep(PORT_RETRY).await;
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 /// A connection is for one answer, so that none is in the way of others.

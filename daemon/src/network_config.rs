@@ -36,12 +36,31 @@ pub(crate) async fn wait_for_config(
         });
         match parsed {
             Ok((text, config)) => match choose_backend(&config, settings)? {
-                Ok(kind) => return Ok((text, config, kind)),
+                Ok(kind) => {
+                    note_ignored(&config, settings, registry, said);
+                    return Ok((text, config, kind));
+                }
                 Err(reason) => said.warn(&format!("waiting: {reason}")),
             },
             Err(reason) => said.warn(&format!("waiting for the network config: {reason}")),
         }
         tokio::time::sleep(CONFIG_INTERVAL).await;
+    }
+}
+
+fn note_ignored(
+    config: &NetworkConfig,
+    settings: &Settings,
+    registry: &dyn Registry,
+    said: &mut Repeats,
+) {
+    if let Some(wanted) =
+        settings.network.filter(|wanted| !config.networks().any(|it| it == *wanted))
+    {
+        said.note(&format!(
+            "--network {wanted} has no effect: {} has a network config already",
+            registry.describe()
+        ));
     }
 }
 
@@ -68,7 +87,11 @@ async fn read_config(
         return Ok(text);
     }
     let wanted = wanted.ok_or_else(|| {
-        format!("there is none in {}; write one, or start with --network", registry.describe())
+        let none = format!("there is none in {}; write one, or start with", registry.describe());
+        match file.load() {
+            Some((text, since)) => format!("{none} --network; it was {text} at {since}"),
+            None => format!("{none} --network"),
+        }
     })?;
     if registry.init_config(wanted).await.map_err(|error| error.to_string())? {
         tracing::info!("wrote the network config, there being none: {wanted}");

@@ -165,6 +165,15 @@ fn who_takes_up_a_reservation_gives_up_the_lease() -> Result<()> {
     let mut free = (7..10).map(|at| format!("subnets/10.42.{at}.0-24"));
     let reserved = free.find(|path| !held.contains(path)).context("three are more than two")?;
     put(&lab, &reserved, format!(r#"{{"PublicIP":"{}"}}"#, lab.host(0).address))?;
+    // Until then only its own node says anything of it.
+    tells(&lab, 0, "is reserved for this node; restart weftd to take it")?;
+    let config = get_one(&lab, "config")?.value;
+    delete(&lab, "config")?;
+    tells(&lab, 1, "the network config is gone")?;
+    let other = lab.status(1)?;
+    assert_eq!((other.peers.len(), other.problems.len()), (1, 1), "{other:?}");
+    put(&lab, "config", config)?;
+    logs(&lab, 1, "resolved: the network config is gone")?;
     lab.stop_daemon(0)?;
     lab.start_daemon(0, &[])?;
     until("it has the reservation", || {
@@ -172,6 +181,8 @@ fn who_takes_up_a_reservation_gives_up_the_lease() -> Result<()> {
     })?;
     assert!(get(&lab, &former)?.is_empty());
     all_acquainted(&lab)?;
+    logs(&lab, 1, "a peer has left")?;
+    logs(&lab, 1, "a peer has joined")?;
     lab.remove()
 }
 
@@ -242,7 +253,11 @@ fn garbage_is_skipped_and_named() -> Result<()> {
         ("subnets/192.0.2.0-24", r#"{"PublicIP":"192.0.2.9"}"#, "outside of the Network"),
         (half.as_str(), r#"{"PublicIP":"192.0.2.9"}"#, "overlaps our own"),
         ("subnets/10.42.9.0-24", r#"{"PublicIP":"10.42.9.9"}"#, "inside the overlay"),
-        ("subnets/10.42.9.0-24", ours.as_str(), "it has our own address"),
+        (
+            "subnets/10.42.9.0-24",
+            ours.as_str(),
+            "is reserved for this node, and the network config does not allow it",
+        ),
     ] {
         put(&lab, path, value)?;
         tells(&lab, 0, said).with_context(|| path.to_owned())?;

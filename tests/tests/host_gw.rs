@@ -214,7 +214,10 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     write_config(&lab, SUBNETS_KEPT_FREE)?;
     let host_gw = |ip: &str| format!(r#"{{"PublicIP":"{ip}","BackendType":"host-gw"}}"#);
     fs::write(subnets.join("10.42.1.0-24"), host_gw("203.0.113.7"))?;
-    fs::write(subnets.join("10.42.2.0-24"), r#"{"PublicIP":"10.168.0.120"}"#)?;
+    fs::write(
+        subnets.join("10.42.2.0-24"),
+        r#"{"PublicIP":"10.168.0.120","BackendType":"vxlan"}"#,
+    )?;
     fs::write(subnets.join("10.42.3.0-24"), host_gw("10.168.0.130"))?;
     fs::write(subnets.join("10.42.4.0-24"), host_gw("10.168.0.140"))?;
     fs::write(subnets.join("10.42.5.0-24"), host_gw("10.168.0.150"))?;
@@ -239,7 +242,7 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     }
     for told in [
         "the node 203.0.113.7 must be on the same link as eth0",
-        "the node of 10.42.2.0-24 is of the backend udp, not host-gw",
+        "the node of 10.42.2.0-24 at 10.168.0.120 is of the backend vxlan, not host-gw",
         "the route to 10.42.4.0/24 is somebody else's",
     ] {
         tells(&lab, 0, told)?;

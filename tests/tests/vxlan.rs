@@ -385,7 +385,10 @@ fn leases_that_cannot_be_served_are_told() -> Result<()> {
         format!("the node of {} has our own MAC {own}", range(free[0])),
         format!("the node of {} cannot be sent to: 01:00:5e:00:00:01", range(free[1])),
         format!("the node of {} has the MAC 02:00:00:00:00:03 of that of", range(free[3])),
-        format!("the node of {} is of the backend host-gw, not vxlan", range(free[4])),
+        format!(
+            "the node of {} at 10.168.0.205 is of the backend host-gw, not vxlan",
+            range(free[4])
+        ),
         format!("the node of {} has the MAC {theirs} of that of", range(free[5])),
     ] {
         tells(&lab, 0, &told)?;

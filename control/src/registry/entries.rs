@@ -132,7 +132,8 @@ fn parse<T: DeserializeOwned>(value: &[u8]) -> Result<T, String> {
     if value.len() > VALUE_LEN_MAX {
         return Err(format!("longer than {VALUE_LEN_MAX} bytes"));
     }
-    serde_json::from_slice(value).map_err(|error| error.to_string())
+    let text = String::from_utf8_lossy(value);
+    serde_json::from_slice(value).map_err(|error| format!("{error} in {text:?}"))
 }
 
 #[cfg(test)]

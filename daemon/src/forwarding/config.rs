@@ -17,7 +17,11 @@ pub(super) fn follow_config(
     turn: &mut Turn,
 ) -> Option<String> {
     let Some(text) = &snapshot.config else {
-        return Some("the network config is gone; going on with what it was".into());
+        return Some(
+            "the network config is gone; going on with what it was, but no weftd starts until it is \
+             back (`weft doctor` says how)"
+                .into(),
+        );
     };
     match text.parse::<NetworkConfig>() {
         Ok(config) if config == turn.tenure.config => None,

@@ -63,8 +63,16 @@ impl Turn {
             if !self.logged.contains_key(problem) {
                 tracing::warn!("{problem}");
                 self.logged.insert(problem.clone(), Instant::now());
+                self.unresolved.insert(problem.clone());
             }
         }
+        self.unresolved.retain(|problem| {
+            let stays = problems.contains(problem);
+            if !stays {
+                tracing::info!("resolved: {problem}");
+            }
+            stays
+        });
         // Those were told as they came.
         problems.extend(self.given_up.iter().map(|(line, _)| line.clone()));
         self.problems = problems;

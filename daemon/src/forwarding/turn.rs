@@ -12,6 +12,7 @@ use weft_control::keeper::{self, Identity, KnownEnd, Own};
 use weft_control::lease::Snapshot;
 use weft_control::{Lease, LeaseAttrs, NetworkConfig, RegistryError};
 
+use super::members::Members;
 use super::vanished::Vanished;
 use super::{Ended, Why};
 use crate::place::Place;
@@ -46,6 +47,8 @@ pub(super) struct Turn {
     pub(super) problems: BTreeSet<String>,
     /// When problems were last logged, not long ago: some come and go with a link that flaps.
     pub(super) logged: HashMap<String, Instant>,
+    /// Those that were logged, and whose end is to be.
+    pub(super) unresolved: BTreeSet<String>,
     /// Of those, another node at our address, and a network config that is not gone by.
     pub(super) rival: Option<String>,
     pub(super) config_problem: Option<String>,
@@ -68,6 +71,8 @@ pub(super) struct Turn {
     pub(super) slow: Interval,
     /// The registry as it was last heard of.
     pub(super) heard: Arc<Snapshot>,
+    /// Who is a peer.
+    pub(super) members: Members,
     /// What it lost together with our own lease, for a while.
     pub(super) vanished: Option<Vanished>,
     /// None where no socket was to be had.
@@ -161,6 +166,8 @@ impl Turn {
             readable: None,
             problems: BTreeSet::new(),
             logged: HashMap::new(),
+            unresolved: BTreeSet::new(),
+            members: Members::default(),
             rival: None,
             config_problem: None,
             judged: None,
