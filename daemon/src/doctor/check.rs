@@ -27,10 +27,9 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// One check, made.
+/// What one check saw.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Check {
-    pub(super) name: &'static str,
     pub(super) verdict: Verdict,
     /// What was seen, one line.
     pub(super) seen: String,
@@ -38,36 +37,22 @@ pub(super) struct Check {
     pub(super) cure: Option<String>,
 }
 
+/// Each as a `Judge` returns it.
 impl Check {
-    pub(super) fn ok(name: &'static str, seen: impl Into<String>) -> Self {
-        Self { name, verdict: Verdict::Ok, seen: seen.into(), cure: None }
+    pub(super) fn ok(seen: impl Into<String>) -> Option<Self> {
+        Some(Self { verdict: Verdict::Ok, seen: seen.into(), cure: None })
     }
 
-    pub(super) fn warn(
-        name: &'static str,
-        seen: impl Into<String>,
-        cure: impl Into<String>,
-    ) -> Self {
-        Self { name, verdict: Verdict::Warn, seen: seen.into(), cure: Some(cure.into()) }
+    pub(super) fn warn(seen: impl Into<String>, cure: impl Into<String>) -> Option<Self> {
+        Some(Self { verdict: Verdict::Warn, seen: seen.into(), cure: Some(cure.into()) })
     }
 
-    pub(super) fn fail(
-        name: &'static str,
-        seen: impl Into<String>,
-        cure: impl Into<String>,
-    ) -> Self {
-        Self { name, verdict: Verdict::Fail, seen: seen.into(), cure: Some(cure.into()) }
-    }
-
-    /// What only a daemon could tell.
-    pub(super) fn unknown(name: &'static str) -> Self {
-        let seen = "not known while no weftd answers, or its flags cannot be read";
-        Self::warn(name, seen, "systemctl start weftd   # and run this as root")
+    pub(super) fn fail(seen: impl Into<String>, cure: impl Into<String>) -> Option<Self> {
+        Some(Self { verdict: Verdict::Fail, seen: seen.into(), cure: Some(cure.into()) })
     }
 
     /// What only the registry could tell.
-    pub(super) fn unread(name: &'static str, registry: &RegistrySeen) -> Self {
-        let seen = "not known while the registry cannot be read";
-        Self::warn(name, seen, registry.weft("show"))
+    pub(super) fn unread(registry: &RegistrySeen) -> Option<Self> {
+        Self::warn("not known while the registry cannot be read", registry.weft("show"))
     }
 }

@@ -6,15 +6,13 @@ use super::check::Check;
 use super::seen::{Chain, Filter, Seen};
 
 /// Whether bridged packets go through iptables too, where nothing would let them pass.
-pub(super) fn br_netfilter(seen: &Seen) -> Check {
-    const NAME: &str = "br_netfilter";
+pub(super) fn br_netfilter(seen: &Seen) -> Option<Check> {
     match seen.sysctl("net/bridge/bridge-nf-call-iptables") {
-        None => Check::ok(NAME, "not loaded"),
-        Some("0") => Check::ok(NAME, "bridged packets do not go through iptables"),
+        None => Check::ok("not loaded"),
+        Some("0") => Check::ok("bridged packets do not go through iptables"),
         Some(_) => match blocking(seen).next() {
-            None => Check::ok(NAME, "bridged packets go through iptables, which lets them pass"),
+            None => Check::ok("bridged packets go through iptables, which lets them pass"),
             Some(filter) => Check::fail(
-                NAME,
                 format!(
                     "packets between containers of one bridge go through {}'s FORWARD, which drops \
                      them",
@@ -27,12 +25,10 @@ pub(super) fn br_netfilter(seen: &Seen) -> Check {
 }
 
 /// Whether some chain drops forwarded packets that no rule knows, and ours among them.
-pub(super) fn forward(seen: &Seen) -> Check {
-    const NAME: &str = "FORWARD";
+pub(super) fn forward(seen: &Seen) -> Option<Check> {
     if let Some(filter) = blocking(seen).next() {
         let program = &filter.program;
         return Check::fail(
-            NAME,
             format!("{program}'s chain FORWARD drops by its policy, and no rule lets ours pass"),
             format!("{program} -P FORWARD ACCEPT"),
         );
@@ -49,12 +45,12 @@ pub(super) fn forward(seen: &Seen) -> Check {
         let family = if network.is_some_and(IpNetwork::is_ipv6) { "ip6" } else { "ip" };
         let network = network.map(ToString::to_string).unwrap_or_default();
         let cure = format!("nft insert rule {name} {family} daddr {network} accept");
-        return Check::warn(NAME, what, cure);
+        return Check::warn(what, cure);
     }
     if of_our_families(seen).any(|filter| filter.drops) {
-        return Check::ok(NAME, "drops by its policy; weft's rules let the overlay's packets pass");
+        return Check::ok("drops by its policy; weft's rules let the overlay's packets pass");
     }
-    Check::ok(NAME, "accepts by its policy")
+    Check::ok("accepts by its policy")
 }
 
 /// The first of the overlay's networks whose packets get to this chain.
@@ -77,13 +73,10 @@ fn is_of_iptables(seen: &Seen, chain: &Chain) -> bool {
 }
 
 /// Whether weft's own rules stand, and stay.
-pub(super) fn rules(seen: &Seen) -> Check {
-    const NAME: &str = "rules";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn rules(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let Some(by) = status.firewall.as_deref() else {
-        return Check::ok(NAME, "none are asked for");
+        return Check::ok("none are asked for");
     };
     let wants_forward = seen.settings().is_none_or(|settings| settings.switches.forward);
     let is_there = if by == "nftables" {
@@ -93,15 +86,13 @@ pub(super) fn rules(seen: &Seen) -> Check {
     };
     if !is_there {
         return Check::fail(
-            NAME,
             format!("weft's rules, written by {by}, are gone"),
             seen.restart() + "   # and stop what flushes them",
         );
     }
     match status.firewall_repairs {
-        0 => Check::ok(NAME, format!("written by {by}")),
+        0 => Check::ok(format!("written by {by}")),
         times => Check::warn(
-            NAME,
             format!("somebody removed weft's rules; they were put back {times} times"),
             "nft monitor   # shows who changes rules; let it leave weft's alone",
         ),
@@ -109,14 +100,11 @@ pub(super) fn rules(seen: &Seen) -> Check {
 }
 
 /// Whether firewalld runs and would reject what is forwarded to and from containers.
-pub(super) fn firewalld(seen: &Seen) -> Check {
-    const NAME: &str = "firewalld";
+pub(super) fn firewalld(seen: &Seen) -> Option<Check> {
     let Some(table) = &seen.firewalld else {
-        return Check::ok(NAME, "not running");
+        return Check::ok("not running");
     };
-    let Some(network) = seen.networks().first() else {
-        return Check::unknown(NAME);
-    };
+    let network = seen.networks().first()?;
     let source = network.to_string();
     let device = seen.status().and_then(|status| status.device.as_deref());
     let trusts = |line: &str, whom: &str| {
@@ -125,11 +113,10 @@ pub(super) fn firewalld(seen: &Seen) -> Check {
     };
     for whom in device.into_iter().chain([source.as_str()]) {
         if table.lines().any(|line| trusts(line, whom)) {
-            return Check::ok(NAME, format!("trusts {whom}"));
+            return Check::ok(format!("trusts {whom}"));
         }
     }
     Check::fail(
-        NAME,
         format!("firewalld runs and does not trust {source}: it rejects what is forwarded"),
         format!(
             "firewall-cmd --permanent --zone=trusted --add-source={source} && firewall-cmd --reload"
@@ -138,10 +125,9 @@ pub(super) fn firewalld(seen: &Seen) -> Check {
 }
 
 /// Whether Docker, from 28 on, lets packets from other hosts in to the containers behind its bridge.
-pub(super) fn docker_lets_in(seen: &Seen) -> Check {
-    const NAME: &str = "Docker";
+pub(super) fn docker_lets_in(seen: &Seen) -> Option<Check> {
     let Some(Ok(handed)) = &seen.subnet_env else {
-        return Check::unknown(NAME);
+        return None;
     };
     let is_ours = |name: &&String| {
         let addresses = seen.link(name).into_iter().flat_map(|link| &link.addresses);
@@ -156,9 +142,9 @@ pub(super) fn docker_lets_in(seen: &Seen) -> Check {
         let direct = "dockerd --allow-direct-routing   # from 28.2 on; in its unit, or daemon.json";
         let cures = [shut.map(|_| accept.as_str()), raw.map(|_| direct)];
         let what = format!("Docker drops what other hosts send to containers behind {bridge}");
-        return Check::fail(NAME, what, cures.into_iter().flatten().collect::<Vec<_>>().join("; "));
+        return Check::fail(what, cures.into_iter().flatten().collect::<Vec<_>>().join("; "));
     }
-    Check::ok(NAME, "none of its rules keeps other hosts from our containers")
+    Check::ok("none of its rules keeps other hosts from our containers")
 }
 
 /// What tells the overlay's packets from others in a rule: with udp-tun the device, since what comes
@@ -205,17 +191,18 @@ mod tests {
 
     #[test]
     fn firewalld_that_does_not_know_the_overlay_is_told() {
-        assert_eq!(firewalld(&seen()).verdict, Verdict::Ok);
+        assert_eq!(firewalld(&seen()).unwrap().verdict, Verdict::Ok);
         let table = |text: &str| firewalld(&Seen { firewalld: Some(text.into()), ..seen() });
-        let rejecting = table("chain filter_FORWARD {\n reject with icmpx admin-prohibited\n}");
+        let rejecting =
+            table("chain filter_FORWARD {\n reject with icmpx admin-prohibited\n}").unwrap();
         assert_eq!(rejecting.verdict, Verdict::Fail);
         assert!(rejecting.cure.unwrap().contains("--add-source=10.42.0.0/16"));
-        let trusting = table("ip saddr 10.42.0.0/16 goto filter_FORWARD_trusted");
+        let trusting = table("ip saddr 10.42.0.0/16 goto filter_FORWARD_trusted").unwrap();
         assert_eq!(trusting.verdict, Verdict::Ok);
         for (zone, verdict) in [("trusted", Verdict::Ok), ("public", Verdict::Fail)] {
             let text = format!("iifname \"flannel0\" goto filter_FORWARD_{zone}");
             let seen = Seen { firewalld: Some(text), daemon: Some(daemon()), ..seen() };
-            assert_eq!(firewalld(&seen).verdict, verdict);
+            assert_eq!(firewalld(&seen).unwrap().verdict, verdict);
         }
     }
 
@@ -234,7 +221,9 @@ mod tests {
                 hook: "forward".into(),
                 policy: "drop".into(),
             };
-            forward(&Seen { chains: vec![chain], filters: filters.to_vec(), ..seen() }).verdict
+            forward(&Seen { chains: vec![chain], filters: filters.to_vec(), ..seen() })
+                .unwrap()
+                .verdict
         };
         let iptables = Filter {
             program: "iptables-nft".into(),
@@ -262,7 +251,7 @@ mod tests {
             let (table, name) = ("mine".into(), "forward".into());
             let (hook, policy) = ("forward".into(), "drop".into());
             seen.chains = vec![Chain { family: family.into(), table, name, hook, policy }];
-            forward(&seen).cure.unwrap()
+            forward(&seen).unwrap().cure.unwrap()
         };
         assert!(cure("inet").ends_with(" ip daddr 10.42.0.0/16 accept"));
         assert!(cure("ip6").ends_with(" ip6 daddr fd00:42::/48 accept"));

@@ -18,83 +18,76 @@ const NEWER_FEATURES: [((u32, u32), &str); 2] = [
 ];
 
 /// Whether a daemon answers, forwards, and has nothing to complain of.
-pub(super) fn daemon(seen: &Seen) -> Check {
-    const NAME: &str = "daemon";
+pub(super) fn daemon(seen: &Seen) -> Option<Check> {
     let log = format!("journalctl -u {} -n 20", seen.unit());
     let Some(daemon) = &seen.daemon else {
-        return Check::fail(NAME, &seen.no_daemon, "systemctl start weftd");
+        return Check::fail(&seen.no_daemon, "systemctl start weftd");
     };
     let status = &daemon.status;
     if let (true, Some(pid)) = (daemon.is_elsewhere, daemon.pid) {
         let there = format!("nsenter -t {pid} -n weft doctor");
-        return Check::fail(NAME, "it lives in another network namespace than this command", there);
+        return Check::fail("it lives in another network namespace than this command", there);
     }
     if !status.forwards() {
-        return Check::fail(NAME, &status.state, log);
+        return Check::fail(&status.state, log);
     }
     if !status.problems.is_empty() {
-        return Check::warn(NAME, status.problems.join("; "), log);
+        return Check::warn(status.problems.join("; "), log);
     }
     let subnets: Vec<String> = status.subnets.iter().map(ToString::to_string).collect();
     let backend = status.backend.as_deref().unwrap_or_default();
     let pid = daemon.pid.unwrap_or(status.pid);
     let what = format!("weftd {} (pid {pid}) carries", status.version);
-    Check::ok(NAME, format!("{what} {} by {backend}", subnets.join(" and ")))
+    Check::ok(format!("{what} {} by {backend}", subnets.join(" and ")))
 }
 
 /// What this kernel can and cannot do.
-pub(super) fn kernel(seen: &Seen) -> Check {
-    const NAME: &str = "kernel";
+pub(super) fn kernel(seen: &Seen) -> Option<Check> {
     let release = seen.sysctl("kernel/osrelease").unwrap_or("an unknown kernel");
     let Some(version) = version(release) else {
-        return Check::ok(NAME, release);
+        return Check::ok(release);
     };
     // The kernel moves the packets of the other backends, and any can.
     if !uses_tun(seen) {
-        return Check::ok(NAME, release);
+        return Check::ok(release);
     }
     if !seen.has_tun {
-        return Check::fail(NAME, format!("{release}: there is no /dev/net/tun"), "modprobe tun");
+        return Check::fail(format!("{release}: there is no /dev/net/tun"), "modprobe tun");
     }
     if version < OLDEST {
         let seen = format!("{release} is older than 6.1, the oldest that weft is tried with");
-        return Check::warn(NAME, seen, "apt-get install linux-image-amd64   # 6.1 or newer");
+        return Check::warn(seen, "apt-get install linux-image-amd64   # 6.1 or newer");
     }
     let missing = NEWER_FEATURES.iter().filter(|(since, _)| version < *since);
     let missing: Vec<&str> = missing.map(|(_, feature)| *feature).collect();
     if missing.is_empty() {
-        return Check::ok(NAME, release);
+        return Check::ok(release);
     }
-    Check::ok(NAME, format!("{release}; newer ones have {}", missing.join(" and ")))
+    Check::ok(format!("{release}; newer ones have {}", missing.join(" and ")))
 }
 
 /// Whether the engine has io_uring, unless it was told to do without.
-pub(super) fn io_uring(seen: &Seen) -> Check {
-    const NAME: &str = "io_uring";
+pub(super) fn io_uring(seen: &Seen) -> Option<Check> {
     let disabled = seen.sysctl("kernel/io_uring_disabled").unwrap_or("0");
     let enable = format!("sysctl -w kernel.io_uring_disabled=0 && {}", seen.restart());
     let by_sysctl = format!("kernel.io_uring_disabled is {disabled}");
     let Some(status) = seen.status() else {
-        return if disabled == "0" {
-            Check::ok(NAME, by_sysctl)
-        } else {
-            Check::warn(NAME, by_sysctl, enable)
-        };
+        return if disabled == "0" { Check::ok(by_sysctl) } else { Check::warn(by_sysctl, enable) };
     };
     match status.io.as_deref() {
-        None => Check::ok(NAME, "the backend moves no packets itself"),
-        Some("uring") => Check::ok(NAME, "in use"),
+        None => Check::ok("the backend moves no packets itself"),
+        Some("uring") => Check::ok("in use"),
         Some(io) => {
             let asked = seen.settings().is_some_and(|it| it.tuning.io == Some(IoKind::Mmsg));
             if asked {
-                return Check::ok(NAME, format!("not asked for: --io {io}"));
+                return Check::ok(format!("not asked for: --io {io}"));
             }
             let release = seen.sysctl("kernel/osrelease").and_then(version);
             if release.is_some_and(|version| version < IO_URING_SINCE) {
-                return Check::ok(NAME, format!("not for this kernel; packets go by {io}"));
+                return Check::ok(format!("not for this kernel; packets go by {io}"));
             }
             if disabled != "0" {
-                return Check::warn(NAME, format!("{by_sysctl}; packets go by {io}"), enable);
+                return Check::warn(format!("{by_sysctl}; packets go by {io}"), enable);
             }
             let what = format!("blocked, so packets go by {io}; weftd's log has the reason");
             // The unit that weft comes with allows both.
@@ -103,14 +96,13 @@ pub(super) fn io_uring(seen: &Seen) -> Check {
                  SystemCallFilter=io_uring_setup io_uring_enter io_uring_register",
                 seen.unit()
             );
-            Check::warn(NAME, what, cure)
+            Check::warn(what, cure)
         }
     }
 }
 
 /// Whether the host routes at all: between containers' bridge and the overlay.
-pub(super) fn ip_forward(seen: &Seen) -> Check {
-    const NAME: &str = "ip_forward";
+pub(super) fn ip_forward(seen: &Seen) -> Option<Check> {
     let networks = seen.networks();
     let ipv4 = networks.is_empty() || networks.iter().any(IpNetwork::is_ipv4);
     let ipv6 = networks.iter().any(IpNetwork::is_ipv6);
@@ -124,7 +116,7 @@ pub(super) fn ip_forward(seen: &Seen) -> Check {
         match seen.sysctl(path) {
             Some("0") => {
                 let what = format!("{name} is 0: this host drops what containers send to others");
-                return Check::fail(NAME, what, format!("sysctl -w {name}=1"));
+                return Check::fail(what, format!("sysctl -w {name}=1"));
             }
             Some(value) => on.push(format!("{name} is {value}")),
             None => {}
@@ -137,19 +129,16 @@ pub(super) fn ip_forward(seen: &Seen) -> Check {
         if seen.sysctl(&format!("net/ipv4/conf/{device}/forwarding")) == Some("0") {
             let what = format!("{device} does not forward, though the host does");
             let cure = format!("sysctl -w net/ipv4/conf/{device}/forwarding=1");
-            return Check::fail(NAME, what, cure);
+            return Check::fail(what, cure);
         }
     }
-    Check::ok(NAME, on.join(", "))
+    Check::ok(on.join(", "))
 }
 
 /// Whether the kernel discards what comes in another way than it would answer: strict reverse path
 /// filtering (ip-sysctl.rst). That is harmless where both ways are the same.
-pub(super) fn rp_filter(seen: &Seen) -> Check {
-    const NAME: &str = "rp_filter";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn rp_filter(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     // Direct peers' packets come unwrapped, so not out of the device.
     let (mut outer, mut inner) = (Vec::new(), Vec::new());
     for peer in &status.peers {
@@ -177,19 +166,15 @@ pub(super) fn rp_filter(seen: &Seen) -> Check {
                 "strict on {device}, but answers to {ip} leave another way: what comes from there \
                  is dropped"
             );
-            return Check::fail(
-                NAME,
-                what,
-                format!("sysctl -w net/ipv4/conf/{device}/rp_filter=2"),
-            );
+            return Check::fail(what, format!("sysctl -w net/ipv4/conf/{device}/rp_filter=2"));
         }
         strict.push(device);
     }
     strict.dedup();
     if strict.is_empty() {
-        return Check::ok(NAME, "not strict");
+        return Check::ok("not strict");
     }
-    Check::ok(NAME, format!("strict on {}, which all answers leave by", strict.join(" and ")))
+    Check::ok(format!("strict on {}, which all answers leave by", strict.join(" and ")))
 }
 
 fn uses_tun(seen: &Seen) -> bool {
@@ -216,13 +201,14 @@ mod tests {
 
     #[test]
     fn old_kernels_and_those_without_tun_are_told() {
-        let verdict = |release: &str| kernel(&with_sysctl("kernel/osrelease", release)).verdict;
+        let verdict =
+            |release: &str| kernel(&with_sysctl("kernel/osrelease", release)).unwrap().verdict;
         assert_eq!(verdict("5.15.0-91-generic"), Verdict::Warn);
         assert_eq!(verdict("6.1.0-18-amd64"), Verdict::Ok);
-        assert!(kernel(&with_sysctl("kernel/osrelease", "6.1.0")).seen.contains("6.4"));
-        assert_eq!(kernel(&with_sysctl("kernel/osrelease", "6.18.3")).seen, "6.18.3");
+        assert!(kernel(&with_sysctl("kernel/osrelease", "6.1.0")).unwrap().seen.contains("6.4"));
+        assert_eq!(kernel(&with_sysctl("kernel/osrelease", "6.18.3")).unwrap().seen, "6.18.3");
         let no_tun = Seen { has_tun: false, ..with_sysctl("kernel/osrelease", "6.18.3") };
-        let found = kernel(&no_tun);
+        let found = kernel(&no_tun).unwrap();
         assert_eq!((found.verdict, found.cure.as_deref()), (Verdict::Fail, Some("modprobe tun")));
     }
 
@@ -230,7 +216,7 @@ mod tests {
     fn what_only_the_engine_needs_is_no_matter_to_other_backends() {
         let mut seen = with_status(Status { backend: Some("vxlan".into()), ..Status::default() });
         seen.sysctls = with_sysctl("kernel/osrelease", "5.15.0-91-generic").sysctls;
-        assert_eq!(kernel(&seen).verdict, Verdict::Ok);
+        assert_eq!(kernel(&seen).unwrap().verdict, Verdict::Ok);
     }
 
     #[test]
@@ -249,8 +235,8 @@ mod tests {
                 ..Status::default()
             })
         };
-        assert_eq!(ip_forward(&seen("10.42.0.0/16")).verdict, Verdict::Fail);
-        let found = ip_forward(&seen("fd00:42::/48"));
+        assert_eq!(ip_forward(&seen("10.42.0.0/16")).unwrap().verdict, Verdict::Fail);
+        let found = ip_forward(&seen("fd00:42::/48")).unwrap();
         assert_eq!(found.seen, "net.ipv6.conf.all.forwarding is 1", "{found:?}");
     }
 
@@ -282,9 +268,9 @@ mod tests {
             ways: ways.map(|(ip, index)| way(ip, index)).into(),
             ..with_status(status)
         };
-        assert_eq!(rp_filter(&seen).verdict, Verdict::Ok);
+        assert_eq!(rp_filter(&seen).unwrap().verdict, Verdict::Ok);
         seen.ways.extend([way("10.42.3.0", 2)]);
-        let found = rp_filter(&seen);
+        let found = rp_filter(&seen).unwrap();
         assert!(found.seen.starts_with("strict on eth0, but answers to 10.42.3.0"), "{found:?}");
     }
 
@@ -292,19 +278,25 @@ mod tests {
     fn io_uring_is_missed_only_where_it_was_wanted() {
         let by =
             |io: Option<&str>| with_status(Status { io: io.map(Into::into), ..Status::default() });
-        assert_eq!(io_uring(&by(Some("uring"))).verdict, Verdict::Ok);
-        assert_eq!(io_uring(&by(None)).verdict, Verdict::Ok);
-        assert_eq!(io_uring(&by(Some("mmsg"))).verdict, Verdict::Warn);
+        assert_eq!(io_uring(&by(Some("uring"))).unwrap().verdict, Verdict::Ok);
+        assert_eq!(io_uring(&by(None)).unwrap().verdict, Verdict::Ok);
+        assert_eq!(io_uring(&by(Some("mmsg"))).unwrap().verdict, Verdict::Warn);
         let kernel = |release: &str| Seen {
             sysctls: [("kernel/osrelease".to_owned(), release.to_owned())].into(),
             ..by(Some("mmsg"))
         };
-        assert_eq!(io_uring(&kernel("6.1.0-56-amd64")).verdict, Verdict::Ok);
-        assert_eq!(io_uring(&kernel("6.4.0")).verdict, Verdict::Warn);
+        assert_eq!(io_uring(&kernel("6.1.0-56-amd64")).unwrap().verdict, Verdict::Ok);
+        assert_eq!(io_uring(&kernel("6.4.0")).unwrap().verdict, Verdict::Warn);
         let off = Seen {
             sysctls: [("kernel/io_uring_disabled".to_owned(), "2".to_owned())].into(),
             ..by(Some("mmsg"))
         };
-        assert!(io_uring(&off).cure.unwrap().starts_with("sysctl -w kernel.io_uring_disabled=0"));
+        assert!(
+            io_uring(&off)
+                .unwrap()
+                .cure
+                .unwrap()
+                .starts_with("sysctl -w kernel.io_uring_disabled=0")
+        );
     }
 }

@@ -8,37 +8,31 @@ use super::check::Check;
 use super::seen::Seen;
 
 /// Whether vxlan's device has the MAC that the other nodes send to.
-pub(super) fn mac(seen: &Seen) -> Check {
-    const NAME: &str = "MAC";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn mac(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let backend = status.backend.as_deref().unwrap_or_default();
     if backend != "vxlan" {
-        return Check::ok(NAME, format!("of no matter to {backend}"));
+        return Check::ok(format!("of no matter to {backend}"));
     }
     let device = status.device.as_deref().unwrap_or_default();
     let Some(mac) = seen.link(device).and_then(|link| link.mac) else {
         let what = format!("the device {device:?} is gone");
-        return Check::fail(NAME, what, seen.restart());
+        return Check::fail(what, seen.restart());
     };
-    let Some(registry) = &seen.registry else {
-        return Check::unknown(NAME);
-    };
+    let registry = seen.registry.as_ref()?;
     let Ok((snapshot, _)) = &registry.content else {
-        return Check::unread(NAME, registry);
+        return Check::unread(registry);
     };
     match leased(snapshot, &status.subnets) {
         Some(leased) if leased != mac => Check::fail(
-            NAME,
             format!(
                 "{device} has the MAC {mac}, but this node's lease says {leased}: what others send \
                  is dropped"
             ),
             format!("ip link set {device} address {leased}"),
         ),
-        Some(_) => Check::ok(NAME, format!("{device} has the MAC of the lease, {mac}")),
-        None => Check::warn(NAME, "this node's lease names none", seen.restart()),
+        Some(_) => Check::ok(format!("{device} has the MAC of the lease, {mac}")),
+        None => Check::warn("this node's lease names none", seen.restart()),
     }
 }
 
@@ -96,14 +90,14 @@ mod tests {
             links: vec![link("02:00:00:00:00:01")],
             ..Seen::default()
         };
-        assert_eq!(mac(&seen).verdict, Verdict::Ok);
+        assert_eq!(mac(&seen).unwrap().verdict, Verdict::Ok);
         seen.links = vec![link("02:00:00:00:00:02")];
-        let found = mac(&seen);
+        let found = mac(&seen).unwrap();
         assert_eq!(found.verdict, Verdict::Fail);
         let cure = found.cure.unwrap();
         assert_eq!(cure, "ip link set flannel.1 address 02:00:00:00:00:01");
         let away = RegistryError::Away("no etcd answers".into());
         seen.registry.as_mut().unwrap().content = Err(away);
-        assert!(mac(&seen).seen.contains("registry cannot be read"));
+        assert!(mac(&seen).unwrap().seen.contains("registry cannot be read"));
     }
 }

@@ -27,32 +27,35 @@ use crate::output::Output;
 use crate::socket::{self, Answered, Request};
 use crate::status::Status;
 
+/// Judges what was seen; `None` is that only a daemon could tell.
+type Judge = fn(&Seen) -> Option<Check>;
+
 /// In the order in which one thing stands on another.
-const CHECKS: [fn(&Seen) -> Check; 24] = [
-    host::daemon,
-    registry::registry,
-    registry::clock,
-    registry::public_ip,
-    host::kernel,
-    host::io_uring,
-    host::ip_forward,
-    host::rp_filter,
-    firewall::br_netfilter,
-    firewall::forward,
-    firewall::rules,
-    firewall::firewalld,
-    firewall::docker_lets_in,
-    routing::interface,
-    routing::bridge,
-    routing::stale_routes,
-    routing::overlap,
-    mac::mac,
-    peers::peers,
-    peers::port,
-    peers::mtu,
-    peers::offloads,
-    queues::conntrack,
-    queues::socket_buffers,
+const CHECKS: [(&str, Judge); 24] = [
+    ("daemon", host::daemon),
+    ("registry", registry::registry),
+    ("clock", registry::clock),
+    ("PublicIP", registry::public_ip),
+    ("kernel", host::kernel),
+    ("io_uring", host::io_uring),
+    ("ip_forward", host::ip_forward),
+    ("rp_filter", host::rp_filter),
+    ("br_netfilter", firewall::br_netfilter),
+    ("FORWARD", firewall::forward),
+    ("rules", firewall::rules),
+    ("firewalld", firewall::firewalld),
+    ("Docker", firewall::docker_lets_in),
+    ("interface", routing::interface),
+    ("docker0", routing::bridge),
+    ("routes", routing::stale_routes),
+    ("overlap", routing::overlap),
+    ("MAC", mac::mac),
+    ("peers", peers::peers),
+    ("port", peers::port),
+    ("MTU", peers::mtu),
+    ("offloads", peers::offloads),
+    ("conntrack", queues::conntrack),
+    ("sockets", queues::socket_buffers),
 ];
 
 /// Look for what keeps this host's part of the overlay from working, and say how to mend it.
@@ -82,6 +85,7 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct Numbered {
     number: usize,
+    name: &'static str,
     #[serde(flatten)]
     check: Check,
 }
@@ -133,9 +137,20 @@ async fn examine(daemon: Result<Daemon, String>, fallback: &Fallback) -> anyhow:
     let pid = there.map(|daemon| daemon.pid.unwrap_or(daemon.status.pid));
     let node_id = there.map(|daemon| daemon.status.node_id.clone());
     let seen = Seen::look(daemon, fallback).await?;
-    let checks = CHECKS.iter().enumerate();
-    let checks = checks.map(|(at, check)| Numbered { number: at + 1, check: check(&seen) });
+    let checks = (1..).zip(CHECKS).map(|(number, (name, check))| {
+        let check = check(&seen).unwrap_or_else(unknown);
+        Numbered { number, name, check }
+    });
     Ok(Report { pid, node_id, checks: checks.collect() })
+}
+
+/// What only a daemon could tell.
+fn unknown() -> Check {
+    Check {
+        verdict: Verdict::Warn,
+        seen: "not known while no weftd answers, or its flags cannot be read".into(),
+        cure: Some("systemctl start weftd   # and run this as root".into()),
+    }
 }
 
 /// "6.18.3-generic" is 6.18.
@@ -149,8 +164,8 @@ impl Report {
         if let (Some(pid), 2..) = (self.pid, reports) {
             writeln!(out, "weftd (pid {pid}):")?;
         }
-        for Numbered { number, check } in &self.checks {
-            writeln!(out, "{number}. {} {}: {}", check.verdict, check.name, check.seen)?;
+        for Numbered { number, name, check } in &self.checks {
+            writeln!(out, "{number}. {} {name}: {}", check.verdict, check.seen)?;
             if let Some(cure) = &check.cure {
                 writeln!(out, "   {cure}")?;
             }

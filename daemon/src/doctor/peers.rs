@@ -7,20 +7,14 @@ use super::seen::Seen;
 use crate::status::{PeerStatus, Status};
 
 /// Whether all peers answer.
-pub(super) fn peers(seen: &Seen) -> Check {
-    const NAME: &str = "peers";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn peers(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let is_gone =
         |peer: &&PeerStatus| has_fault(peer, &["silent", "unanswered", "refused", "no-daemon"]);
     let mut gone = status.peers.iter().filter(is_gone);
     let Some(peer) = gone.next() else {
         let answering = status.peers.iter().filter(|it| it.probe.reachable == Some(true)).count();
-        return Check::ok(
-            NAME,
-            format!("{answering} of {} are known to answer", status.peers.len()),
-        );
+        return Check::ok(format!("{answering} of {} are known to answer", status.peers.len()));
     };
     let more = match gone.count() {
         0 => String::new(),
@@ -32,50 +26,41 @@ pub(super) fn peers(seen: &Seen) -> Check {
     } else {
         format!("ping {ip}   # then start that host, or mend the way to it")
     };
-    Check::fail(NAME, describe(peer) + &more, cure)
+    Check::fail(describe(peer) + &more, cure)
 }
 
 /// Whether the backend's packets get through where pings do.
-pub(super) fn port(seen: &Seen) -> Check {
-    const NAME: &str = "port";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn port(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let Some(peer) = find(status, &["blocked"]) else {
-        return Check::ok(NAME, "no peer's is blocked");
+        return Check::ok("no peer's is blocked");
     };
     let backend = status.backend.as_deref().and_then(BackendKind::from_config);
     let config = seen.config().map(|it| it.backend);
     let port = backend.and_then(|it| it.port(config.as_ref())).unwrap_or_default();
     let cure =
         format!("iptables -I INPUT -p udp --dport {port} -j ACCEPT   # on {}", peer.public_ip);
-    Check::fail(NAME, describe(peer), cure)
+    Check::fail(describe(peer), cure)
 }
 
 /// Whether packets as large as containers send get through.
-pub(super) fn mtu(seen: &Seen) -> Check {
-    const NAME: &str = "MTU";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn mtu(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let mtu = status.mtu.unwrap_or_default();
     let Some(peer) = find(status, &["narrow"]) else {
-        return Check::ok(NAME, format!("no packet of up to {mtu} bytes is known to get lost"));
+        return Check::ok(format!("no packet of up to {mtu} bytes is known to get lost"));
     };
     let interface = status.interface.as_deref().unwrap_or_default();
     let outer = seen.link(interface).map_or(0, |link| link.mtu);
     // As much as headers take away now, they will then.
     let wanted = outer.saturating_sub(mtu.saturating_sub(peer.probe.path_mtu.unwrap_or(mtu)));
     let cure = format!("ip link set {interface} mtu {wanted} && {}", seen.restart());
-    Check::fail(NAME, describe(peer), cure)
+    Check::fail(describe(peer), cure)
 }
 
 /// Whether what cuts and checks packets on the way does it right.
-pub(super) fn offloads(seen: &Seen) -> Check {
-    const NAME: &str = "offloads";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn offloads(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let interface = status.interface.as_deref().unwrap_or_default();
     if let Some(peer) = find(status, &["no-offload", "damaged"]) {
         let kinds = if has_fault(peer, &["damaged"]) {
@@ -84,7 +69,7 @@ pub(super) fn offloads(seen: &Seen) -> Check {
             "tx-udp-segmentation off gro off"
         };
         let cure = format!("ethtool -K {interface} {kinds}   # here, or on {}", peer.public_ip);
-        return Check::fail(NAME, describe(peer), cure);
+        return Check::fail(describe(peer), cure);
     }
     if let Some(peer) = find(status, &["echo-only"]) {
         let device = status.device.as_deref().unwrap_or_default();
@@ -94,20 +79,20 @@ pub(super) fn offloads(seen: &Seen) -> Check {
         } else {
             format!("iptables -I INPUT -i {device} -p udp -j ACCEPT   # on {ip}")
         };
-        return Check::warn(NAME, describe(peer), cure);
+        return Check::warn(describe(peer), cure);
     }
     let given_up = status.problems.iter().find(|problem| problem.contains(" is given up: "));
     if let Some(problem) = given_up {
-        return Check::warn(NAME, problem, format!("ethtool -k {interface}"));
+        return Check::warn(problem, format!("ethtool -k {interface}"));
     }
     let name = Feature::UdpSegment.name();
     let state = status.offloads.get(name).map_or("on", String::as_str);
     if [FeatureState::Lossy, FeatureState::Refused].iter().any(|bad| bad.name() == state) {
         let what = format!("{name} is not in use: {state}");
         let cure = format!("ethtool -K {interface} tx-udp-segmentation off");
-        return Check::warn(NAME, what, cure);
+        return Check::warn(what, cure);
     }
-    Check::ok(NAME, "nothing that they cut or check is known to get lost")
+    Check::ok("nothing that they cut or check is known to get lost")
 }
 
 fn find<'a>(status: &'a Status, faults: &[&str]) -> Option<&'a PeerStatus> {
@@ -164,7 +149,7 @@ mod tests {
         for (fault, at, verdict) in business {
             let seen = seen(fault);
             for (number, check) in checks.iter().enumerate() {
-                let found = check(&seen);
+                let found = check(&seen).unwrap();
                 let wanted = if number == at { verdict } else { Verdict::Ok };
                 assert_eq!(found.verdict, wanted, "{fault}: {found:?}");
                 if number == at {
@@ -172,7 +157,7 @@ mod tests {
                 }
             }
         }
-        assert!(checks.iter().all(|check| check(&seen("")).verdict == Verdict::Ok));
+        assert!(checks.iter().all(|check| check(&seen("")).unwrap().verdict == Verdict::Ok));
     }
 
     #[test]
@@ -181,7 +166,7 @@ mod tests {
         let status = &mut fallen.daemon.as_mut().unwrap().status;
         status.offloads.insert("udp-segment".into(), "lossy".into());
         status.problems.push("udp-segment is given up: packets get lost".into());
-        let found = offloads(&fallen);
+        let found = offloads(&fallen).unwrap();
         assert_eq!(
             (found.verdict, found.seen.as_str()),
             (Verdict::Warn, "udp-segment is given up: packets get lost")

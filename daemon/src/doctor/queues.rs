@@ -9,13 +9,12 @@ use super::seen::Seen;
 const NEARLY_FULL: u64 = 90;
 
 /// Whether connection tracking has room for new flows.
-pub(super) fn conntrack(seen: &Seen) -> Check {
-    const NAME: &str = "conntrack";
+pub(super) fn conntrack(seen: &Seen) -> Option<Check> {
     let number = |name: &str| {
         seen.sysctl(&format!("net/netfilter/nf_conntrack_{name}")).and_then(|it| it.parse().ok())
     };
     let (Some(count), Some(max)) = (number("count"), number("max")) else {
-        return Check::ok(NAME, "not in use");
+        return Check::ok("not in use");
     };
     let count: u64 = count;
     let max: u64 = max;
@@ -23,33 +22,29 @@ pub(super) fn conntrack(seen: &Seen) -> Check {
     let cure = format!("sysctl -w net.netfilter.nf_conntrack_max={}", max.saturating_mul(2));
     // 0 is no limit.
     match count.saturating_mul(100).checked_div(max) {
-        Some(100..) => Check::fail(NAME, format!("full, {what}: new flows are dropped"), cure),
-        Some(NEARLY_FULL..) => Check::warn(NAME, format!("nearly full, {what}"), cure),
-        Some(_) | None => Check::ok(NAME, what),
+        Some(100..) => Check::fail(format!("full, {what}: new flows are dropped"), cure),
+        Some(NEARLY_FULL..) => Check::warn(format!("nearly full, {what}"), cure),
+        Some(_) | None => Check::ok(what),
     }
 }
 
 /// Whether the kernel gave the engine's sockets the buffers it asked for.
-pub(super) fn socket_buffers(seen: &Seen) -> Check {
-    const NAME: &str = "sockets";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn socket_buffers(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     if status.io.is_none() {
-        return Check::ok(NAME, "the backend has none");
+        return Check::ok("the backend has none");
     }
     let largest = |buffers: &mut dyn Iterator<Item = u64>| buffers.max().unwrap_or(0);
     let receive = largest(&mut seen.sockets.iter().map(|(receive, _)| *receive));
     let send = largest(&mut seen.sockets.iter().map(|(_, send)| *send));
     if receive == 0 {
-        return Check::warn(NAME, "cannot be seen without ss", "apt-get install iproute2");
+        return Check::warn("cannot be seen without ss", "apt-get install iproute2");
     }
     // The kernel doubles what is asked for (socket(7)).
     let wanted = 2 * u64::from(SOCKET_BUFFER_LEN);
     for (buffer, what, name) in [(receive, "receive", "rmem_max"), (send, "send", "wmem_max")] {
         if buffer < wanted {
             return Check::warn(
-                NAME,
                 format!(
                     "the {what} buffers are clamped to {} KiB, of {} KiB asked for: bursts get lost",
                     buffer >> 10,
@@ -59,7 +54,7 @@ pub(super) fn socket_buffers(seen: &Seen) -> Check {
             );
         }
     }
-    Check::ok(NAME, format!("buffers of {} KiB", wanted >> 10))
+    Check::ok(format!("buffers of {} KiB", wanted >> 10))
 }
 
 #[cfg(test)]
@@ -77,11 +72,11 @@ mod tests {
             let sysctls = sysctls.map(|(name, value)| (path(name), value.to_owned())).into();
             conntrack(&Seen { sysctls, ..Seen::default() })
         };
-        assert_eq!(found("899").verdict, Verdict::Ok);
-        assert_eq!(found("900").verdict, Verdict::Warn);
-        assert_eq!(found("1000").verdict, Verdict::Fail);
-        assert!(found("1000").cure.unwrap().ends_with("nf_conntrack_max=2000"));
-        assert_eq!(conntrack(&Seen::default()).verdict, Verdict::Ok);
+        assert_eq!(found("899").unwrap().verdict, Verdict::Ok);
+        assert_eq!(found("900").unwrap().verdict, Verdict::Warn);
+        assert_eq!(found("1000").unwrap().verdict, Verdict::Fail);
+        assert!(found("1000").unwrap().cure.unwrap().ends_with("nf_conntrack_max=2000"));
+        assert_eq!(conntrack(&Seen::default()).unwrap().verdict, Verdict::Ok);
     }
 
     #[test]
@@ -91,8 +86,8 @@ mod tests {
             let daemon = Some(Daemon { status, ..Daemon::default() });
             socket_buffers(&Seen { daemon, sockets: vec![buffers, (0, 0)], ..Seen::default() })
         };
-        assert_eq!(with((16 << 20, 16 << 20)).verdict, Verdict::Ok);
-        let found = with((425_984, 16 << 20));
+        assert_eq!(with((16 << 20, 16 << 20)).unwrap().verdict, Verdict::Ok);
+        let found = with((425_984, 16 << 20)).unwrap();
         assert_eq!(found.verdict, Verdict::Warn);
         assert!(found.cure.unwrap().starts_with("sysctl -w net.core.rmem_max=8388608"));
     }

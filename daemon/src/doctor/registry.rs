@@ -21,11 +21,8 @@ const SKEW_MAX_SECS: i64 = 5;
 const ETCD_SINCE: (u32, u32) = (3, 4);
 
 /// Whether it answers, lets us in, is quick and has a network config.
-pub(super) fn registry(seen: &Seen) -> Check {
-    const NAME: &str = "registry";
-    let Some(registry) = &seen.registry else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn registry(seen: &Seen) -> Option<Check> {
+    let registry = seen.registry.as_ref()?;
     let name = &registry.name;
     let is_etcd = !registry.servers.is_empty();
     let (snapshot, took) = match &registry.content {
@@ -34,31 +31,32 @@ pub(super) fn registry(seen: &Seen) -> Check {
             let what = format!("{name} does not let weft in: {error}");
             let cure = "user get USER   # the one of --etcd-username, or the certificate's";
             let cure = registry.etcdctl(name, cure);
-            return Check::fail(NAME, what, cure);
+            return Check::fail(what, cure);
         }
         Err(error) if is_etcd => {
             let cure = registry.etcdctl(name, "endpoint health");
-            return Check::fail(NAME, error.to_string(), cure);
+            return Check::fail(error.to_string(), cure);
         }
         Err(RegistryError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
             let cure = registry.weft("init 10.42.0.0/16   # unless its disk is not mounted");
-            return Check::fail(NAME, format!("{name} is no registry yet"), cure);
+            return Check::fail(format!("{name} is no registry yet"), cure);
         }
         Err(error) => {
-            return Check::fail(NAME, error.to_string(), format!("ls -ld {}", path_of(name)));
+            return Check::fail(error.to_string(), format!("ls -ld {}", path_of(name)));
         }
     };
     let Some(config) = &snapshot.config else {
         let what = format!("{name} has no network config");
         let config = seen.last_config.as_deref().map_or("10.42.0.0/16".into(), quoted);
-        return Check::fail(NAME, what, registry.weft(&format!("init {config}")));
+        return Check::fail(what, registry.weft(&format!("init {config}")));
     };
     if let Err(error) = config.parse::<NetworkConfig>() {
         let what = format!("{name} has a network config that cannot be used: {error}");
-        return Check::fail(NAME, what, registry.weft("show"));
+        return Check::fail(what, registry.weft("show"));
     }
-    if let Some(check) = servers(NAME, registry) {
-        return check;
+    let of_servers = servers(registry);
+    if of_servers.is_some() {
+        return of_servers;
     }
     if *took > SLOW {
         let what = format!("{name} takes {} ms to be read", took.as_millis());
@@ -67,12 +65,12 @@ pub(super) fn registry(seen: &Seen) -> Check {
         } else {
             format!("findmnt -T {}   # a disk of this host, not busy or full", path_of(name))
         };
-        return Check::warn(NAME, what, cure);
+        return Check::warn(what, cure);
     }
     let version = registry.servers.iter().find_map(|(_, server)| server.as_ref().ok());
     let version = version.map(|server| format!(", etcd {}", server.version)).unwrap_or_default();
     let leases = snapshot.leases.len();
-    Check::ok(NAME, format!("{name}{version}: {leases} leases, read in {} ms", took.as_millis()))
+    Check::ok(format!("{name}{version}: {leases} leases, read in {} ms", took.as_millis()))
 }
 
 /// Where a directory registry is.
@@ -81,67 +79,61 @@ fn path_of(name: &str) -> &str {
 }
 
 /// What is wrong with single servers of etcd.
-fn servers(name: &'static str, registry: &RegistrySeen) -> Option<Check> {
+fn servers(registry: &RegistrySeen) -> Option<Check> {
     let mut servers = registry.servers.iter();
     if let Some((url, Err(reason))) = servers.clone().find(|(_, server)| server.is_err()) {
         let answer = servers.filter(|(_, server)| server.is_ok()).count();
         let all = registry.servers.len();
         let what = format!("{answer} of {all} endpoints answer; {url} does not: {reason}");
-        return Some(Check::warn(name, what, registry.etcdctl(url, "endpoint health")));
+        return Check::warn(what, registry.etcdctl(url, "endpoint health"));
     }
     servers.find_map(|(url, server)| {
         let server = server.as_ref().ok()?;
-        let is_old = version(&server.version).is_some_and(|it| it < ETCD_SINCE);
-        let what = || format!("{url} is etcd {}, older than weft is tried with", server.version);
-        is_old.then(|| Check::warn(name, what(), "apt-get install etcd-server   # 3.4 or newer"))
+        version(&server.version).filter(|it| *it < ETCD_SINCE)?;
+        let what = format!("{url} is etcd {}, older than weft is tried with", server.version);
+        Check::warn(what, "apt-get install etcd-server   # 3.4 or newer")
     })
 }
 
 /// Whether our clock and the servers' are the same.
-pub(super) fn clock(seen: &Seen) -> Check {
-    const NAME: &str = "clock";
-    let Some(registry) = &seen.registry else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn clock(seen: &Seen) -> Option<Check> {
+    let registry = seen.registry.as_ref()?;
     if registry.servers.is_empty() {
-        return Check::ok(NAME, "the registry goes by this host's own");
+        return Check::ok("the registry goes by this host's own");
     }
     let skews = registry.servers.iter().filter_map(|(url, server)| {
         let server = server.as_ref().ok()?;
         Some((server.asked.as_second() - server.clock?.as_second(), url))
     });
     match skews.max_by_key(|(skew, _)| skew.abs()) {
-        None => Check::warn(NAME, "no server tells its clock", "timedatectl"),
+        None => Check::warn("no server tells its clock", "timedatectl"),
         Some((skew, url)) if skew.abs() > SKEW_MAX_SECS => {
             let side = if skew > 0 { "ahead of" } else { "behind" };
             let what = format!("this host is {} s {side} {url}", skew.abs());
-            Check::warn(NAME, what, "timedatectl set-ntp true   # on both hosts")
+            Check::warn(what, "timedatectl set-ntp true   # on both hosts")
         }
-        Some(_) => Check::ok(NAME, "as etcd's"),
+        Some(_) => Check::ok("as etcd's"),
     }
 }
 
 /// Whether two nodes, or two leases, have one address.
-pub(super) fn public_ip(seen: &Seen) -> Check {
-    const NAME: &str = "PublicIP";
-    let Some(registry) = &seen.registry else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn public_ip(seen: &Seen) -> Option<Check> {
+    let registry = seen.registry.as_ref()?;
     let Ok((snapshot, _)) = &registry.content else {
-        return Check::unread(NAME, registry);
+        return Check::unread(registry);
     };
     let own = seen.status().map(|status| status.node_id.as_str());
     if let Some((ip, nodes)) = nodes_by_address(snapshot, own).into_iter().find(is_shared) {
         let what = format!("{ip} is claimed by {}", nodes.join(" and "));
         let cure = "weftd --public-ip ADDRESS   # on one of them, with an address of its own";
-        return Check::fail(NAME, what, cure);
+        return Check::fail(what, cure);
     }
     if let Some((ip, leases)) = leases_by_address(snapshot).into_iter().find(is_shared) {
         let what = format!("{ip} has several leases: {}", leases.join(" and "));
         let cure = registry.weft("show   # then release the one that its node does not use");
-        return Check::fail(NAME, what, cure);
+        return Check::fail(what, cure);
     }
-    Check::ok(NAME, format!("each of {} nodes has its own", snapshot.leases.len()))
+    Check::ok(format!("each of {} nodes has its own", snapshot.leases.len()))
 }
 
 fn is_shared((_, owners): &(IpAddr, Vec<String>)) -> bool {
@@ -208,16 +200,16 @@ mod tests {
     #[test]
     fn a_slow_old_or_missing_server_is_told() {
         let quick = Duration::from_millis(3);
-        assert_eq!(registry(&seen(vec![server("3.5.1", 0)], quick)).verdict, Verdict::Ok);
-        let slow = registry(&seen(vec![server("3.5.1", 0)], Duration::from_secs(2)));
+        assert_eq!(registry(&seen(vec![server("3.5.1", 0)], quick)).unwrap().verdict, Verdict::Ok);
+        let slow = registry(&seen(vec![server("3.5.1", 0)], Duration::from_secs(2))).unwrap();
         assert!(slow.verdict == Verdict::Warn && slow.seen.contains("2000 ms"), "{slow:?}");
         let mut directory = seen(vec![], Duration::from_secs(2));
         directory.registry.as_mut().unwrap().name = "dir:/r".into();
-        let slow = registry(&directory);
+        let slow = registry(&directory).unwrap();
         assert!(slow.cure.is_some_and(|cure| cure.starts_with("findmnt -T /r ")));
-        let old = registry(&seen(vec![server("3.3.27", 0)], quick));
+        let old = registry(&seen(vec![server("3.3.27", 0)], quick)).unwrap();
         assert!(old.verdict == Verdict::Warn && old.seen.contains("3.3.27"), "{old:?}");
-        let one = registry(&seen(vec![server("3.5.1", 0), Err("refused".into())], quick));
+        let one = registry(&seen(vec![server("3.5.1", 0), Err("refused".into())], quick)).unwrap();
         assert!(one.verdict == Verdict::Warn && one.seen.contains("1 of 2"), "{one:?}");
     }
 
@@ -228,15 +220,15 @@ mod tests {
             ("http://etcd:2379".into(), "etcdserver: permission denied".into());
         let refused = RegistryError::Refused { endpoint, reason };
         seen.registry.as_mut().unwrap().content = Err(refused);
-        let found = registry(&seen);
+        let found = registry(&seen).unwrap();
         assert!(found.verdict == Verdict::Fail && found.seen.contains("does not let weft in"));
     }
 
     #[test]
     fn clocks_apart_are_told_with_their_direction() {
         let by = |behind| clock(&seen(vec![server("3.5.1", behind)], Duration::ZERO));
-        assert_eq!(by(1).verdict, Verdict::Ok);
-        assert!(by(3600).seen.contains("3600 s ahead of"), "{:?}", by(3600));
-        assert!(by(-60).seen.contains("60 s behind"), "{:?}", by(-60));
+        assert_eq!(by(1).unwrap().verdict, Verdict::Ok);
+        assert!(by(3600).unwrap().seen.contains("3600 s ahead of"), "{:?}", by(3600));
+        assert!(by(-60).unwrap().seen.contains("60 s behind"), "{:?}", by(-60));
     }
 }

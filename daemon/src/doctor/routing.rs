@@ -17,23 +17,16 @@ const BRIDGES: [&str; 3] = ["docker0", "cni0", "cbr0"];
 const BY_KERNEL: u8 = 2;
 
 /// Whether packets to the peers leave by the interface that weft is bound to.
-pub(super) fn interface(seen: &Seen) -> Check {
-    const NAME: &str = "interface";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn interface(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let Some(name) = status.interface.as_deref() else {
-        return Check::warn(
-            NAME,
-            "none is chosen yet",
-            format!("journalctl -u {} -n 20", seen.unit()),
-        );
+        return Check::warn("none is chosen yet", format!("journalctl -u {} -n 20", seen.unit()));
     };
     let Some(link) = seen.link(name) else {
-        return Check::fail(NAME, format!("{name} is gone"), seen.restart());
+        return Check::fail(format!("{name} is gone"), seen.restart());
     };
     if !link.up {
-        return Check::fail(NAME, format!("{name} is down"), format!("ip link set {name} up"));
+        return Check::fail(format!("{name} is down"), format!("ip link set {name} up"));
     }
     for ip in status.peers.iter().map(|peer| peer.public_ip) {
         match seen.ways.get(&ip) {
@@ -42,29 +35,26 @@ pub(super) fn interface(seen: &Seen) -> Check {
                 let other = seen.links.iter().find(|link| link.index == *index);
                 let other = other.map_or("another interface", |link| &link.name);
                 return Check::fail(
-                    NAME,
                     format!("weft sends from {name}, but the way to the peer {ip} is {other}"),
                     format!("systemctl cat {}   # give its weftd --iface {other}", seen.unit()),
                 );
             }
             Some(None) => {
                 let what = format!("there is no route to the peer {ip}");
-                return Check::fail(NAME, what, format!("ip route get {ip}"));
+                return Check::fail(what, format!("ip route get {ip}"));
             }
             None => {}
         }
     }
     let public = status.public_ip.map(|ip| ip.to_string()).unwrap_or_default();
-    Check::ok(NAME, format!("{name}, known to others as {public}"))
+    Check::ok(format!("{name}, known to others as {public}"))
 }
 
 /// Whether the containers' bridge has the address that subnet.env gives it.
-pub(super) fn bridge(seen: &Seen) -> Check {
-    const NAME: &str = "docker0";
-    let handed = match &seen.subnet_env {
-        Some(Ok(handed)) => handed,
-        Some(Err(reason)) => return Check::warn(NAME, reason, seen.restart()),
-        None => return Check::unknown(NAME),
+pub(super) fn bridge(seen: &Seen) -> Option<Check> {
+    let handed = match seen.subnet_env.as_ref()? {
+        Ok(handed) => handed,
+        Err(reason) => return Check::warn(reason, seen.restart()),
     };
     let mut astray = None;
     for link in BRIDGES.iter().filter_map(|name| seen.link(name)) {
@@ -74,12 +64,11 @@ pub(super) fn bridge(seen: &Seen) -> Check {
         if addresses.clone().any(|address| handed.gateways.contains(&address)) {
             if link.mtu > handed.mtu {
                 return Check::warn(
-                    NAME,
                     format!("{name} has the MTU {}, subnet.env says {}", link.mtu, handed.mtu),
                     restart(name),
                 );
             }
-            return Check::ok(NAME, format!("{name} has the address of subnet.env"));
+            return Check::ok(format!("{name} has the address of subnet.env"));
         }
         let found: Vec<String> = addresses.map(|address| address.to_string()).collect();
         let wanted: Vec<String> = handed.gateways.iter().map(ToString::to_string).collect();
@@ -88,9 +77,9 @@ pub(super) fn bridge(seen: &Seen) -> Check {
             if found.is_empty() { "no address".into() } else { found.join(", ") },
             wanted.join(", ")
         );
-        astray.get_or_insert(Check::fail(NAME, what, restart(name)));
+        astray = astray.or_else(|| Check::fail(what, restart(name)));
     }
-    astray.unwrap_or_else(|| Check::ok(NAME, "there is no docker0 or cni0 yet"))
+    astray.or_else(|| Check::ok("there is no docker0 or cni0 yet"))
 }
 
 fn restart(bridge: &str) -> String {
@@ -102,11 +91,8 @@ fn restart(bridge: &str) -> String {
 }
 
 /// Routes, or rules, that take packets for some node's containers elsewhere.
-pub(super) fn stale_routes(seen: &Seen) -> Check {
-    const NAME: &str = "routes";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn stale_routes(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let peers: Vec<IpNetwork> =
         status.peers.iter().flat_map(|peer| peer.subnets.iter().copied()).collect();
     let is_ours = |route: &KernelRoute| {
@@ -123,8 +109,8 @@ pub(super) fn stale_routes(seen: &Seen) -> Check {
     let stale = inside(seen).find(is_stale);
     match stale {
         None => match status.peers.iter().find_map(|peer| astray(seen, status, peer)) {
-            None => Check::ok(NAME, "none takes packets of the overlay elsewhere"),
-            Some((what, cure)) => Check::fail(NAME, what, cure),
+            None => Check::ok("none takes packets of the overlay elsewhere"),
+            Some((what, cure)) => Check::fail(what, cure),
         },
         Some(route) => {
             let KernelRoute { destination, .. } = route;
@@ -133,7 +119,7 @@ pub(super) fn stale_routes(seen: &Seen) -> Check {
                  elsewhere",
                 way(seen, route)
             );
-            Check::fail(NAME, what, format!("ip route del {destination}{}", way(seen, route)))
+            Check::fail(what, format!("ip route del {destination}{}", way(seen, route)))
         }
     }
 }
@@ -158,16 +144,12 @@ fn astray(seen: &Seen, status: &Status, peer: &PeerStatus) -> Option<(String, St
 }
 
 /// Networks of this host that lie within the overlay's.
-pub(super) fn overlap(seen: &Seen) -> Check {
-    const NAME: &str = "overlap";
-    let Some(status) = seen.status() else {
-        return Check::unknown(NAME);
-    };
+pub(super) fn overlap(seen: &Seen) -> Option<Check> {
+    let status = seen.status()?;
     let networks = seen.networks();
     let inside_overlay = |ip: &IpAddr| networks.iter().any(|network| network.contains(*ip));
     if let Some(ip) = status.public_ip.filter(inside_overlay) {
         return Check::fail(
-            NAME,
             format!("this host's own address {ip} lies in the overlay's Network"),
             format!("write another Network into the config in {}", status.registry),
         );
@@ -182,17 +164,17 @@ pub(super) fn overlap(seen: &Seen) -> Check {
         );
         let device = link_name(seen, route).unwrap_or("DEVICE");
         let cure = format!("ip address flush dev {device} to {}", route.destination);
-        return Check::fail(NAME, what, cure);
+        return Check::fail(what, cure);
     }
     let ours: Vec<&str> = status.devices().map(String::as_str).collect();
     // Before there is a device, nothing is known to be anywhere.
     if let (Some(config), Some(key), false) = (seen.config(), seen.lease_key(), ours.is_empty()) {
         let strays = overlap::strays(&config, &key, &seen.links, &ours);
         if let Some(stray) = strays.into_iter().next() {
-            return Check::warn(NAME, stray, restart("docker0"));
+            return Check::warn(stray, restart("docker0"));
         }
     }
-    Check::ok(NAME, "no network of this host lies in the overlay's")
+    Check::ok("no network of this host lies in the overlay's")
 }
 
 /// Routes more special than the overlay's, and not into our own subnet.
