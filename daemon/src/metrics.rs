@@ -1,7 +1,9 @@
-//! `/metrics`: what the board and the kernel know, as OpenMetrics. Every family is here whatever the
+//! `/metrics`: what the board and the kernel know, as OpenMetrics. Every metric is here whatever the
 //! daemon does; those that have nothing to say have no samples. `docs/metrics.md` tells of each.
 
-mod family;
+mod metric;
+
+use std::mem::discriminant;
 
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::MetricType;
@@ -14,7 +16,7 @@ use crate::output::float;
 use crate::probe::{FAULTS, RTT_BOUNDS_US, Totals};
 use crate::status::Status;
 use crate::usage::{self, Usage};
-use family::{Families, Family, Sample, Value, counted, counter, gauge};
+use metric::{Metric, Metrics, Sample, Value, counted, counter, gauge, gauged, gauges, info};
 
 /// What an HTTP client is told of the form.
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -37,9 +39,9 @@ pub(crate) fn read(board: &Board) -> String {
     let devices: Vec<(String, LinkCounters)> = devices.collect();
     let (engine, probes) = (board.engine(), board.probe_totals());
     let process = (usage::now(), usage::open_files());
-    let families = families(&status, &probes, engine.as_ref(), &devices, &process);
+    let metrics = metrics(&status, &probes, engine.as_ref(), &devices, &process);
     let mut registry = Registry::with_prefix(PREFIX);
-    registry.register_collector(Box::new(Families(families)));
+    registry.register_collector(Box::new(Metrics(metrics)));
     let mut text = String::new();
     // Writing to a string does not fail.
     let _ = text::encode(&mut text, &registry);
@@ -50,40 +52,32 @@ fn yes_or_no(yes: bool) -> f64 {
     f64::from(u8::from(yes))
 }
 
-fn families(
+fn metrics(
     status: &Status,
     probes: &Totals,
     engine: Option<&EngineMeter>,
     devices: &[(String, LinkCounters)],
     process: &(Usage, u64),
-) -> Vec<Family> {
-    let mut families = of_daemon(status);
-    families.extend(of_probes(status, probes));
-    families.extend(of_registry(status));
-    families.extend(of_engine(status, engine));
-    families.extend(of_devices(devices));
-    families.extend(of_process(process));
-    families
+) -> Vec<Metric> {
+    let mut metrics = of_daemon(status);
+    metrics.extend(of_probes(status, probes));
+    metrics.extend(of_registry(status));
+    metrics.extend(of_engine(status, engine));
+    metrics.extend(of_devices(devices));
+    metrics.extend(of_process(process));
+    metrics
 }
 
-fn of_daemon(status: &Status) -> Vec<Family> {
+fn of_daemon(status: &Status) -> Vec<Metric> {
     let way = |way: &str| {
         let peers = status.peers.iter().filter(|peer| peer.way == way).count();
-        let labels = vec![("way", way.to_owned())];
-        Sample { labels, value: Value::Gauge(float(peers as u64)) }
+        gauged(&[("way", way)], float(peers as u64))
     };
     let unreachable =
         status.peers.iter().filter(|peer| peer.probe.reachable == Some(false)).count();
     let once = |count| vec![counted(&[], count)];
-    let version = Sample { labels: vec![("version", status.version.clone())], value: Value::Info };
     vec![
-        Family {
-            name: "build",
-            labels: &["version"],
-            help: "Which weft it is",
-            kind: MetricType::Info,
-            samples: vec![version],
-        },
+        info("build", &["version"], "Which weft it is", Some(&status.version)),
         gauge(
             "ready",
             "Whether the daemon forwards and nothing that belongs to it is wrong, as /readyz has it",
@@ -94,13 +88,7 @@ fn of_daemon(status: &Status) -> Vec<Family> {
             "What could not be done; `weft status` names them",
             [float(status.problems.len() as u64)],
         ),
-        Family {
-            name: "peers",
-            labels: &["way"],
-            help: "Nodes that packets go to",
-            kind: MetricType::Gauge,
-            samples: WAYS.map(way).into(),
-        },
+        gauges("peers", &["way"], "Nodes that packets go to", WAYS.map(way).into()),
         gauge(
             "peers_unreachable",
             "Nodes that cannot be reached; `weft status` names them",
@@ -137,7 +125,7 @@ fn of_daemon(status: &Status) -> Vec<Family> {
     ]
 }
 
-fn of_registry(status: &Status) -> Vec<Family> {
+fn of_registry(status: &Status) -> Vec<Metric> {
     let seconds = |at: jiff::Timestamp| at.as_duration().as_secs_f64();
     vec![
         gauge(
@@ -164,11 +152,10 @@ fn of_registry(status: &Status) -> Vec<Family> {
     ]
 }
 
-fn of_probes(status: &Status, totals: &Totals) -> Vec<Family> {
+fn of_probes(status: &Status, totals: &Totals) -> Vec<Metric> {
     let fault = |fault: &str| {
         let peers = status.peers.iter().filter(|peer| peer.probe.fault.as_deref() == Some(fault));
-        let value = Value::Gauge(float(peers.count() as u64));
-        Sample { labels: vec![("fault", fault.to_owned())], value }
+        gauged(&[("fault", fault)], float(peers.count() as u64))
     };
     let bounds = RTT_BOUNDS_US.map(|us| float(us) * 1e-6).into_iter().chain([f64::MAX]);
     let rtt = Value::Histogram {
@@ -176,13 +163,12 @@ fn of_probes(status: &Status, totals: &Totals) -> Vec<Family> {
         sum: totals.rtt_total.as_secs_f64(),
     };
     vec![
-        Family {
-            name: "peers_faulty",
-            labels: &["fault"],
-            help: "Nodes that probes find something wrong with; `weft status` names them",
-            kind: MetricType::Gauge,
-            samples: FAULTS.map(fault).into(),
-        },
+        gauges(
+            "peers_faulty",
+            &["fault"],
+            "Nodes that probes find something wrong with; `weft status` names them",
+            FAULTS.map(fault).into(),
+        ),
         counter(
             "probes",
             &["outcome"],
@@ -192,7 +178,7 @@ fn of_probes(status: &Status, totals: &Totals) -> Vec<Family> {
                 counted(&[("outcome", "lost")], totals.lost),
             ],
         ),
-        Family {
+        Metric {
             name: "probe_round_trip_seconds",
             labels: &[],
             help: "Round trips of small probes through the overlay",
@@ -202,7 +188,7 @@ fn of_probes(status: &Status, totals: &Totals) -> Vec<Family> {
     ]
 }
 
-/// The families that counters of the engine are samples of.
+/// The metrics that counters of the engine are samples of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Engine {
     Input,
@@ -218,6 +204,68 @@ enum Engine {
     /// In a histogram already.
     Nowhere,
 }
+
+/// These in their order, with their names, labels and meanings.
+const ENGINE: [(Engine, &str, &[&str], &str); 10] = [
+    (
+        Engine::Input,
+        "input_packets",
+        &["direction"],
+        "What came in: from the TUN device, where a super-packet is one, and datagrams from \
+         the network",
+    ),
+    (
+        Engine::Packets,
+        "packets",
+        &["direction"],
+        "Packets handed on: sent to peers, and written to the TUN device",
+    ),
+    (
+        Engine::Bytes,
+        "bytes",
+        &["direction"],
+        "Their bytes, without the outer headers; those of joined packets with one set of \
+         headers",
+    ),
+    (Engine::Operations, "operations", &["direction"], "Sends and writes that carried them"),
+    (
+        Engine::SuperPackets,
+        "super_packets",
+        &["direction"],
+        "Super-packets that were cut, or that packets were joined to",
+    ),
+    (
+        Engine::Refusals,
+        "refused_operations",
+        &["direction"],
+        "Sends and writes of several packets that the kernel refused, and that went packet by \
+         packet",
+    ),
+    (
+        Engine::Dropped(""),
+        "dropped_packets",
+        &["direction", "reason"],
+        "Packets dropped, by reason",
+    ),
+    (
+        Engine::Fragmented,
+        "fragmented_packets",
+        &["direction"],
+        "Packets sent in outer fragments, the path being smaller than the MTU",
+    ),
+    (
+        Engine::Stalls,
+        "stalls",
+        &["direction"],
+        "Times that sends waited for room in the socket's send buffer",
+    ),
+    (
+        Engine::Icmp(""),
+        "icmp_errors",
+        &["outcome"],
+        "ICMP errors owed to senders: sent, or held back by the rate limit",
+    ),
+];
 
 /// Where a counter belongs, and its direction.
 fn place(counter: Counter) -> (Engine, Direction) {
@@ -266,109 +314,59 @@ pub(crate) fn is_drop(name: &str) -> bool {
     counter.is_some_and(|counter| matches!(place(*counter).0, Engine::Dropped(_)))
 }
 
-fn of_engine(status: &Status, engine: Option<&EngineMeter>) -> Vec<Family> {
+fn of_engine(status: &Status, engine: Option<&EngineMeter>) -> Vec<Metric> {
     let counters: Vec<(Engine, Direction, u64)> = engine
         .into_iter()
         .flat_map(EngineMeter::counters)
         .map(|(it, count)| (place(it).0, place(it).1, count))
         .collect();
-    let by_direction = |wanted: Engine| {
-        let of_family = counters.iter().filter(|(it, ..)| *it == wanted);
-        of_family.map(|(_, way, count)| counted(&[("direction", way.name())], *count)).collect()
+    let mut metrics = of_engine_state(status);
+    metrics.extend(
+        ENGINE.map(|(it, name, labels, help)| counter(name, labels, help, samples(&counters, it))),
+    );
+    metrics.extend(of_batches(engine));
+    metrics
+}
+
+fn of_engine_state(status: &Status) -> Vec<Metric> {
+    let offload = |(name, state): (&String, &String)| {
+        gauged(&[("offload", name), ("state", state)], yes_or_no(state == "on"))
     };
-    let dropped = counters.iter().filter_map(|(it, way, count)| {
-        let Engine::Dropped(reason) = *it else { return None };
-        Some(counted(&[("direction", way.name()), ("reason", reason)], *count))
-    });
-    let icmp = counters.iter().filter_map(|(it, _, count)| {
-        let Engine::Icmp(outcome) = *it else { return None };
-        Some(counted(&[("outcome", outcome)], *count))
-    });
-    let offloads = status.offloads.iter().map(|(name, state)| Sample {
-        labels: vec![("offload", name.clone()), ("state", state.clone())],
-        value: Value::Gauge(yes_or_no(state == "on")),
-    });
-    let io =
-        status.io.iter().map(|io| Sample { labels: vec![("io", io.clone())], value: Value::Info });
     vec![
-        Family {
-            name: "engine",
-            labels: &["io"],
-            help: "How the packet engine does input and output: uring or mmsg",
-            kind: MetricType::Info,
-            samples: io.collect(),
-        },
-        Family {
-            name: "offload_in_use",
-            labels: &["offload", "state"],
-            help: "Whether the kernel does this for many packets at once, and why not: off by a flag, \
-                   missing in it, refused by it, or lossy",
-            kind: MetricType::Gauge,
-            samples: offloads.collect(),
-        },
-        counter(
-            "input_packets",
-            &["direction"],
-            "What came in: from the TUN device, where a super-packet is one, and datagrams from \
-             the network",
-            by_direction(Engine::Input),
+        info(
+            "engine",
+            &["io"],
+            "How the packet engine does input and output: uring or mmsg",
+            status.io.as_deref(),
         ),
-        counter(
-            "packets",
-            &["direction"],
-            "Packets handed on: sent to peers, and written to the TUN device",
-            by_direction(Engine::Packets),
+        gauges(
+            "offload_in_use",
+            &["offload", "state"],
+            "Whether the kernel does this for many packets at once, and why not: off by a flag, \
+             missing in it, refused by it, or lossy",
+            status.offloads.iter().map(offload).collect(),
         ),
-        counter(
-            "bytes",
-            &["direction"],
-            "Their bytes, without the outer headers; those of joined packets with one set of \
-             headers",
-            by_direction(Engine::Bytes),
-        ),
-        counter(
-            "operations",
-            &["direction"],
-            "Sends and writes that carried them",
-            by_direction(Engine::Operations),
-        ),
-        counter(
-            "super_packets",
-            &["direction"],
-            "Super-packets that were cut, or that packets were joined to",
-            by_direction(Engine::SuperPackets),
-        ),
-        counter(
-            "refused_operations",
-            &["direction"],
-            "Sends and writes of several packets that the kernel refused, and that went packet by \
-             packet",
-            by_direction(Engine::Refusals),
-        ),
-        counter(
-            "dropped_packets",
-            &["direction", "reason"],
-            "Packets dropped, by reason",
-            dropped.collect(),
-        ),
-        counter(
-            "fragmented_packets",
-            &["direction"],
-            "Packets sent in outer fragments, the path being smaller than the MTU",
-            by_direction(Engine::Fragmented),
-        ),
-        counter(
-            "stalls",
-            &["direction"],
-            "Times that sends waited for room in the socket's send buffer",
-            by_direction(Engine::Stalls),
-        ),
-        counter(
-            "icmp_errors",
-            &["outcome"],
-            "ICMP errors owed to senders: sent, or held back by the rate limit",
-            icmp.collect(),
-        ),
+    ]
+}
+
+/// Those of one metric. Which reason or outcome it is does not matter in `wanted`.
+fn samples(counters: &[(Engine, Direction, u64)], wanted: Engine) -> Vec<Sample> {
+    let of_it = counters.iter().filter(|(it, ..)| discriminant(it) == discriminant(&wanted));
+    let sample = |(it, way, count): &(Engine, Direction, u64)| {
+        let direction = ("direction", way.name());
+        if let Engine::Dropped(reason) = *it {
+            counted(&[direction, ("reason", reason)], *count)
+        } else if let Engine::Icmp(outcome) = *it {
+            counted(&[("outcome", outcome)], *count)
+        } else {
+            counted(&[direction], *count)
+        }
+    };
+    of_it.map(sample).collect()
+}
+
+fn of_batches(engine: Option<&EngineMeter>) -> [Metric; 3] {
+    [
         histogram(
             "batch_packets",
             "Packets that were found at once",
@@ -398,7 +396,7 @@ fn histogram(
     help: &'static str,
     (engine, distribution): (Option<&EngineMeter>, Distribution),
     (shown, unit): (std::ops::RangeInclusive<usize>, f64),
-) -> Family {
+) -> Metric {
     let sample = |direction: Direction| {
         let Histogram { buckets, sum } = engine?.distribution(direction, distribution);
         let below: u64 = buckets[..*shown.start()].iter().sum();
@@ -415,10 +413,10 @@ fn histogram(
         })
     };
     let samples = Direction::BOTH.into_iter().filter_map(sample).collect();
-    Family { name, labels: &["direction"], help, kind: MetricType::Histogram, samples }
+    Metric { name, labels: &["direction"], help, kind: MetricType::Histogram, samples }
 }
 
-fn of_devices(devices: &[(String, LinkCounters)]) -> Vec<Family> {
+fn of_devices(devices: &[(String, LinkCounters)]) -> Vec<Metric> {
     let both = |pick: fn(&LinkCounters) -> (u64, u64)| -> Vec<Sample> {
         let of_device = |(name, device): &(String, LinkCounters)| {
             let (transmitted, received) = pick(device);
@@ -450,7 +448,7 @@ fn of_devices(devices: &[(String, LinkCounters)]) -> Vec<Family> {
     ]
 }
 
-fn of_process((usage, open_files): &(Usage, u64)) -> Vec<Family> {
+fn of_process((usage, open_files): &(Usage, u64)) -> Vec<Metric> {
     let Usage { cpu_millis, resident_bytes, threads } = *usage;
     let cpu = Sample { labels: Vec::new(), value: Value::Seconds(float(cpu_millis) / 1000.0) };
     vec![
@@ -465,21 +463,21 @@ fn of_process((usage, open_files): &(Usage, u64)) -> Vec<Family> {
 mod tests {
     use super::*;
 
-    /// The families with their types and meanings, as rows of a table.
+    /// The metrics with their types and meanings, as rows of a table.
     fn rows() -> Vec<String> {
-        let families =
-            families(&Status::default(), &Totals::default(), None, &[], &<(Usage, u64)>::default());
-        let row = |family: &Family| {
-            let behind = match family.kind {
+        let metrics =
+            metrics(&Status::default(), &Totals::default(), None, &[], &<(Usage, u64)>::default());
+        let row = |metric: &Metric| {
+            let behind = match metric.kind {
                 MetricType::Counter => "_total",
                 MetricType::Info => "_info",
                 MetricType::Gauge | MetricType::Histogram | MetricType::Unknown => "",
             };
-            let Family { name, labels, help, kind, .. } = family;
+            let Metric { name, labels, help, kind, .. } = metric;
             let labels = labels.join(", ");
             format!("| `{PREFIX}_{name}{behind}` | {} | {labels} | {help} |", kind.as_str())
         };
-        families.iter().map(row).collect()
+        metrics.iter().map(row).collect()
     }
 
     #[test]
@@ -493,8 +491,8 @@ mod tests {
     #[test]
     fn each_device_has_its_samples() {
         let devices = ["flannel.1", "flannel-v6.1"].map(|it| (it.into(), LinkCounters::default()));
-        for family in of_devices(&devices) {
-            let of: Vec<&str> = family.samples.iter().map(|it| it.labels[0].1.as_str()).collect();
+        for metric in of_devices(&devices) {
+            let of: Vec<&str> = metric.samples.iter().map(|it| it.labels[0].1.as_str()).collect();
             assert_eq!(of, ["flannel.1", "flannel.1", "flannel-v6.1", "flannel-v6.1"]);
         }
     }

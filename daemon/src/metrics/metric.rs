@@ -1,4 +1,4 @@
-//! The form of metrics: families of samples, and how OpenMetrics writes them.
+//! The form of metrics: names with samples, and how OpenMetrics writes them.
 
 use std::fmt;
 
@@ -6,9 +6,9 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 
-/// The metrics of one name.
+/// What has one name.
 #[derive(Debug)]
-pub(super) struct Family {
+pub(super) struct Metric {
     /// Without the prefix, and without what the format puts behind it.
     pub(super) name: &'static str,
     /// The names of the labels that each sample has.
@@ -34,13 +34,13 @@ pub(super) enum Value {
 }
 
 #[derive(Debug)]
-pub(super) struct Families(pub(super) Vec<Family>);
+pub(super) struct Metrics(pub(super) Vec<Metric>);
 
-impl Collector for Families {
+impl Collector for Metrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        for family in &self.0 {
-            let Family { name, labels, help, kind, samples } = family;
-            debug_assert!(samples.iter().all(|sample| sample.has(labels)), "{family:?}");
+        for metric in &self.0 {
+            let Metric { name, labels, help, kind, samples } = metric;
+            debug_assert!(samples.iter().all(|sample| sample.has(labels)), "{metric:?}");
             let mut encoder = encoder.encode_descriptor(name, help, None, *kind)?;
             for sample in samples {
                 sample.encode(&mut encoder)?;
@@ -89,10 +89,33 @@ pub(super) fn gauge(
     name: &'static str,
     help: &'static str,
     value: impl IntoIterator<Item = f64>,
-) -> Family {
-    let sample = |value| Sample { labels: Vec::new(), value: Value::Gauge(value) };
-    let samples = value.into_iter().map(sample).collect();
-    Family { name, labels: &[], help, kind: MetricType::Gauge, samples }
+) -> Metric {
+    gauges(name, &[], help, value.into_iter().map(|value| gauged(&[], value)).collect())
+}
+
+pub(super) fn gauges(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+    samples: Vec<Sample>,
+) -> Metric {
+    Metric { name, labels, help, kind: MetricType::Gauge, samples }
+}
+
+pub(super) fn gauged(labels: &[(&'static str, &str)], value: f64) -> Sample {
+    Sample { labels: owned(labels), value: Value::Gauge(value) }
+}
+
+/// What its one label says is all there is to it.
+pub(super) fn info(
+    name: &'static str,
+    label: &'static [&'static str; 1],
+    help: &'static str,
+    value: Option<&str>,
+) -> Metric {
+    let sample = |value| Sample { labels: owned(&[(label[0], value)]), value: Value::Info };
+    let samples = value.map(sample).into_iter().collect();
+    Metric { name, labels: label, help, kind: MetricType::Info, samples }
 }
 
 pub(super) fn counter(
@@ -100,11 +123,14 @@ pub(super) fn counter(
     labels: &'static [&'static str],
     help: &'static str,
     samples: Vec<Sample>,
-) -> Family {
-    Family { name, labels, help, kind: MetricType::Counter, samples }
+) -> Metric {
+    Metric { name, labels, help, kind: MetricType::Counter, samples }
 }
 
 pub(super) fn counted(labels: &[(&'static str, &str)], count: u64) -> Sample {
-    let labels = labels.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-    Sample { labels, value: Value::Counter(count) }
+    Sample { labels: owned(labels), value: Value::Counter(count) }
+}
+
+fn owned(labels: &[(&'static str, &str)]) -> Vec<(&'static str, String)> {
+    labels.iter().map(|(name, value)| (*name, (*value).to_owned())).collect()
 }
