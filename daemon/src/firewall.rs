@@ -335,15 +335,9 @@ impl Keeper {
         if nothing && !first {
             return Ok(None);
         }
-        let mut writer = match self.writer.take() {
-            Some(writer) => writer,
-            None => match Writer::choose(self.kind).await {
-                Err(FirewallError::Missing(_)) if nothing => {
-                    self.kept = Some(wanted.clone());
-                    return Ok(None);
-                }
-                chosen => chosen?,
-            },
+        let Some(mut writer) = self.writer(nothing).await? else {
+            self.kept = Some(wanted.clone());
+            return Ok(None);
         };
         let outcome = writer.apply(&wanted.rules, first).await;
         let mut obstacle = None;
@@ -352,36 +346,15 @@ impl Keeper {
                 obstacle = writer.obstacle(ipv6).await;
             }
         }
-        let by = writer.describe();
-        if outcome.is_ok() && self.sweep_at.is_some_and(|at| at <= Instant::now()) {
-            self.sweep_at = match writer.remove_leavings().await {
-                Ok(()) => None,
-                Err(error) => {
-                    self.left.warn(&format!(
-                        "cannot look for, or remove, firewall rules that may be left from before: {error}"
-                    ));
-                    Some(Instant::now() + OTHERS_INTERVAL)
-                }
-            };
-        }
-        if outcome.is_ok() && first {
-            writer.tell_policy().await;
-        }
-        self.writer = Some(writer);
-        match outcome {
-            Err(FirewallError::Missing(_)) if nothing => {}
-            Ok(true) if self.kept.as_ref() == Some(wanted) => self.repaired(),
-            Ok(true) => tracing::info!(%by, "wrote the firewall's rules"),
-            Ok(false) => {}
-            Err(error) => {
-                // We wrote, which the kernel tells us of, too.
-                if matches!(error, FirewallError::NotKept(_)) {
-                    self.repairs.count();
-                }
-                return Err(error.into());
+        if outcome.is_ok() {
+            self.sweep(&mut writer).await;
+            if first {
+                writer.tell_policy().await;
             }
         }
-        self.kept = Some(wanted.clone());
+        let by = writer.describe();
+        self.writer = Some(writer);
+        self.note(outcome, wanted, &by)?;
         if self.repairs.is_fight() {
             return Ok(Some(
                 "another program keeps removing the firewall's rules; they are put back by the \
@@ -390,6 +363,57 @@ impl Keeper {
             ));
         }
         Ok(obstacle)
+    }
+
+    /// The one so far, or a new one; none where there is no program to write with and nothing to write.
+    async fn writer(&mut self, nothing: bool) -> Result<Option<Writer>, FirewallError> {
+        if let Some(writer) = self.writer.take() {
+            return Ok(Some(writer));
+        }
+        match Writer::choose(self.kind).await {
+            Err(FirewallError::Missing(_)) if nothing => Ok(None),
+            chosen => chosen.map(Some),
+        }
+    }
+
+    /// Removes what others left, once it is time.
+    async fn sweep(&mut self, writer: &mut Writer) {
+        if self.sweep_at.is_none_or(|at| at > Instant::now()) {
+            return;
+        }
+        self.sweep_at = match writer.remove_leavings().await {
+            Ok(()) => None,
+            Err(error) => {
+                self.left.warn(&format!(
+                    "cannot look for, or remove, firewall rules that may be left from before: {error}"
+                ));
+                Some(Instant::now() + OTHERS_INTERVAL)
+            }
+        };
+    }
+
+    /// What came of writing.
+    fn note(
+        &mut self,
+        outcome: Result<bool, FirewallError>,
+        wanted: &Wanted,
+        by: &str,
+    ) -> Result<(), FirewallError> {
+        match outcome {
+            Err(FirewallError::Missing(_)) if wanted.rules.is_empty() => {}
+            Ok(true) if self.kept.as_ref() == Some(wanted) => self.repaired(),
+            Ok(true) => tracing::info!(%by, "wrote the firewall's rules"),
+            Ok(false) => {}
+            Err(error) => {
+                // We wrote, which the kernel tells us of, too.
+                if matches!(error, FirewallError::NotKept(_)) {
+                    self.repairs.count();
+                }
+                return Err(error);
+            }
+        }
+        self.kept = Some(wanted.clone());
+        Ok(())
     }
 
     fn repaired(&mut self) {
