@@ -151,11 +151,38 @@ fn follow(
     let own = status.subnets.iter().find(|subnet| subnet.is_ipv6() == to.is_ipv6());
     let from = from.or(own.map(|subnet| subnet.network()));
     let (target, peer) = target(status, to);
-    let expected: Vec<&String> = match (target, &peer) {
-        (Target::Peer, Some(peer)) if peer.way == "direct" => status.interface.iter().collect(),
-        (Target::Peer, _) => status.devices().collect(),
-        (Target::Local | Target::Nobody | Target::Outside, _) => Vec::new(),
-    };
+    let problems = problems(status, to, (target, peer), device.as_deref());
+    let rules = rules.zip(from).map_or_else(Vec::new, |(rules, from)| verdicts(rules, from, to));
+    let mtu = peer.and(status.mtu);
+    let backend = peer.and_then(|_| status.backend.clone());
+    Trace { to, from, target, peer: peer.cloned(), backend, device, mtu, rules, problems }
+}
+
+/// By the longest prefix, as the packet engine and the kernel do it.
+fn target(status: &Status, to: IpAddr) -> (Target, Option<&PeerStatus>) {
+    let peers = status.peers.iter().flat_map(|peer| {
+        let covering = peer.subnets.iter().filter(|subnet| subnet.contains(to));
+        covering.map(move |subnet| (subnet.prefix(), Some(peer)))
+    });
+    let own = status.subnets.iter().filter(|subnet| subnet.contains(to));
+    let own = own.map(|subnet| (subnet.prefix(), None));
+    match peers.chain(own).max_by_key(|(prefix, _)| *prefix) {
+        Some((_, Some(peer))) => (Target::Peer, Some(peer)),
+        Some((_, None)) => (Target::Local, None),
+        None if status.networks.iter().any(|network| network.contains(to)) => {
+            (Target::Nobody, None)
+        }
+        None => (Target::Outside, None),
+    }
+}
+
+/// Why it would not arrive.
+fn problems(
+    status: &Status,
+    to: IpAddr,
+    (target, peer): (Target, Option<&PeerStatus>),
+    device: Option<&str>,
+) -> Vec<String> {
     let mut problems = Vec::new();
     if !status.forwards() {
         problems.push(format!("the daemon does not forward: {}", status.state));
@@ -166,36 +193,41 @@ fn follow(
              `weft status` says what is wrong with some"
         ));
     }
-    match (expected.first(), &device) {
-        (_, None) => problems.push(format!("the kernel has no route to {to}")),
-        (Some(first), Some(device)) if !expected.contains(&device) => problems.push(format!(
+    problems.extend(off_route(status, to, (target, peer), device));
+    // Packets get there all the same where only its daemon has ended, or the probes are refused.
+    let gets_there = |fault: &String| ["no-daemon", "echo-only"].contains(&fault.as_str());
+    let unreached = peer.filter(|it| !it.probe.fault.as_ref().is_some_and(gets_there));
+    let probe = unreached.and_then(|peer| Some((peer.public_ip, peer.probe.problem.as_ref()?)));
+    problems.extend(probe.map(|(peer, problem)| format!("the peer {peer}: {problem}")));
+    problems
+}
+
+/// What is wrong with the device that the kernel would send it out of.
+fn off_route(
+    status: &Status,
+    to: IpAddr,
+    (target, peer): (Target, Option<&PeerStatus>),
+    device: Option<&str>,
+) -> Option<String> {
+    let Some(device) = device else {
+        return Some(format!("the kernel has no route to {to}"));
+    };
+    let expected: Vec<&String> = match (target, peer) {
+        (Target::Peer, Some(peer)) if peer.way == "direct" => status.interface.iter().collect(),
+        (Target::Peer, _) => status.devices().collect(),
+        (Target::Local | Target::Nobody | Target::Outside, _) => Vec::new(),
+    };
+    match expected.first() {
+        Some(first) if !expected.iter().any(|it| *it == device) => Some(format!(
             "the kernel sends it out of {device}, not {first}: another route comes first; see `ip \
              route get {to}`"
         )),
-        (None, Some(device)) if target == Target::Local && is_way_out(status, device) => {
-            problems.push(format!(
-                "the kernel sends it out of {device}, away from this host: no bridge here has {to}'s \
-                 subnet; see `weft doctor` on docker0"
-            ));
-        }
-        _ => {}
+        None if target == Target::Local && is_way_out(status, device) => Some(format!(
+            "the kernel sends it out of {device}, away from this host: no bridge here has {to}'s \
+             subnet; see `weft doctor` on docker0"
+        )),
+        Some(_) | None => None,
     }
-    // Packets get there all the same where only its daemon has ended, or the probes are refused.
-    let gets_there = |fault: &String| ["no-daemon", "echo-only"].contains(&fault.as_str());
-    let unreached = peer.as_ref().filter(|it| !it.probe.fault.as_ref().is_some_and(gets_there));
-    let probe = unreached.and_then(|peer| Some((peer.public_ip, peer.probe.problem.as_ref()?)));
-    problems.extend(probe.map(|(peer, problem)| format!("the peer {peer}: {problem}")));
-    let rules = match (rules, from) {
-        (Some(rules), Some(from)) if from.is_ipv6() == to.is_ipv6() => {
-            let family = rules.family(to.is_ipv6());
-            let chains = [("forward", &family.forward), ("postrouting", &family.postrouting)];
-            chains.map(|(chain, rules)| verdict(chain, rules, from, to)).into()
-        }
-        _ => Vec::new(),
-    };
-    let mtu = peer.as_ref().and(status.mtu);
-    let backend = peer.as_ref().and_then(|_| status.backend.clone());
-    Trace { to, from, target, peer, backend, device, mtu, rules, problems }
 }
 
 /// Whether it leads to other hosts.
@@ -204,22 +236,14 @@ fn is_way_out(status: &Status, device: &str) -> bool {
     ways.any(|way| way == device)
 }
 
-/// By the longest prefix, as the packet engine and the kernel do it.
-fn target(status: &Status, to: IpAddr) -> (Target, Option<PeerStatus>) {
-    let peers = status.peers.iter().flat_map(|peer| {
-        let covering = peer.subnets.iter().filter(|subnet| subnet.contains(to));
-        covering.map(move |subnet| (subnet.prefix(), Some(peer)))
-    });
-    let own = status.subnets.iter().filter(|subnet| subnet.contains(to));
-    let own = own.map(|subnet| (subnet.prefix(), None));
-    match peers.chain(own).max_by_key(|(prefix, _)| *prefix) {
-        Some((_, Some(peer))) => (Target::Peer, Some(peer.clone())),
-        Some((_, None)) => (Target::Local, None),
-        None if status.networks.iter().any(|network| network.contains(to)) => {
-            (Target::Nobody, None)
-        }
-        None => (Target::Outside, None),
+/// What each chain does with it.
+fn verdicts(rules: &Rules, from: IpAddr, to: IpAddr) -> Vec<String> {
+    if from.is_ipv6() != to.is_ipv6() {
+        return Vec::new();
     }
+    let family = rules.family(to.is_ipv6());
+    let chains = [("forward", &family.forward), ("postrouting", &family.postrouting)];
+    chains.map(|(chain, rules)| verdict(chain, rules, from, to)).into()
 }
 
 /// What the first rule of a chain that the packet matches does with it.
