@@ -304,6 +304,15 @@ impl Snapshot {
             Some((key, it))
         })
     }
+
+    /// With this lease in it, in place of one with its key.
+    #[must_use]
+    pub fn with(mut self, lease: Lease) -> Self {
+        self.leases.retain(|it| it.key != lease.key);
+        self.leases.push(lease);
+        self.leases.sort_by_key(|it| it.key);
+        self
+    }
 }
 
 /// An entry that is there but cannot be read.

@@ -91,19 +91,28 @@ impl Claim<'_> {
         previous: &LeaseKey,
         rng: &mut fastrand::Rng,
     ) -> Result<Attempt, RegistryError> {
-        let Self { config, identity, ttl, .. } = *self;
+        let Self { config, identity, .. } = *self;
         let snapshot = registry.snapshot().await;
         self.board.registry(snapshot.is_ok());
-        let mut snapshot = snapshot?;
+        let snapshot = snapshot?;
         if let Some(other) = keeper::claimant(identity, &snapshot.nodes) {
             return Ok(Attempt::Claimed(Box::new(other.clone())));
         }
         let unreadable: Vec<LeaseKey> = snapshot.unreadable().map(|(key, _)| key).collect();
         let plan = keeper::plan(config, identity, previous, &snapshot.leases, &unreadable, rng);
+        self.carry_out(plan, registry, snapshot).await
+    }
+
+    async fn carry_out(
+        &self,
+        plan: Plan,
+        registry: &dyn Registry,
+        snapshot: Snapshot,
+    ) -> Result<Attempt, RegistryError> {
         let lease = match plan {
             Plan::Reuse(seen) => {
                 tracing::info!(subnet = %seen.key, "taking up the lease that is ours");
-                registry.renew(&seen, &identity.attrs, keeper::ttl(&seen, ttl)).await?
+                registry.renew(&seen, &self.identity.attrs, keeper::ttl(&seen, self.ttl)).await?
             }
             Plan::Create(key) => self.create(registry, &key).await?,
             Plan::Remove(seen) => {
@@ -126,18 +135,19 @@ impl Claim<'_> {
             Plan::OutOfSubnets => return Ok(Attempt::Full),
         };
         let Some(lease) = lease else { return Ok(Attempt::Again) };
-        for reserved in keeper::set_aside(config, identity, &snapshot.leases) {
+        self.tell_set_aside(&lease, &snapshot);
+        Ok(Attempt::Ours(Box::new((lease.clone(), snapshot.with(lease)))))
+    }
+
+    fn tell_set_aside(&self, ours: &Lease, before: &Snapshot) {
+        for reserved in keeper::set_aside(self.config, self.identity, &before.leases) {
             tracing::warn!(
                 "the network config does not allow {}, which is reserved for this node; it stays \
                  reserved, and we have {} instead",
                 reserved.key,
-                lease.key
+                ours.key
             );
         }
-        snapshot.leases.retain(|it| it.key != lease.key);
-        snapshot.leases.push(lease.clone());
-        snapshot.leases.sort_by_key(|it| it.key);
-        Ok(Attempt::Ours(Box::new((lease, snapshot))))
     }
 
     /// `None` if somebody else was faster, be it with a part of it only.
