@@ -165,38 +165,11 @@ impl Backend for UdpTun {
             }
         }
         let direct = self.route_directly(desired, basis, &mut report);
-        let (mut peers, mut problems) = (Vec::new(), Vec::new());
-        let known = std::mem::take(&mut self.traffic);
-        for desired in &desired.peers {
-            if let Err(problem) = BackendKind::UdpTun.require(&desired.lease) {
-                problems.push(problem);
-                continue;
-            }
-            let key = desired.lease.key;
-            let traffic = known.get(&key).map(Arc::clone).unwrap_or_default();
-            self.traffic.insert(key, Arc::clone(&traffic));
-            match self.peer(desired, underlay, traffic) {
-                Some(peer) => peers.push(peer),
-                None => problems.push(format!(
-                    "the node of {key} publishes no address of {underlay}'s family, so nothing can \
-                     be sent to it"
-                )),
-            }
-        }
-        report.tell(problems);
+        let peers = self.engine_peers(desired, underlay, &mut report);
         self.apart.retain(|it| peers.iter().any(|peer| peer.endpoint.ip() == *it));
-        if let Some(running) = &mut self.running {
-            running.peers = peers.iter().map(|peer| way_to(peer, &direct)).collect();
-            if running.is_stale || running.published.as_ref() != Some(desired) {
-                running.published = Some(desired.clone());
-                running.is_stale = false;
-                let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
-                let routes = RouteTable::new(&local, peers);
-                if let Err(error) = running.publish(routes, &self.losses) {
-                    report.failures.push(error.to_string());
-                    lose(&self.losses, error.to_string());
-                }
-            }
+        if let Err(error) = self.publish_changes(peers, desired, &direct) {
+            report.failures.push(error.to_string());
+            lose(&self.losses, error.to_string());
         }
         report
     }
@@ -379,6 +352,35 @@ impl UdpTun {
         Ok(changed)
     }
 
+    /// As the engine has them, with what it counted of each so far.
+    fn engine_peers(
+        &mut self,
+        desired: &Desired,
+        underlay: IpAddr,
+        report: &mut Report,
+    ) -> Vec<Peer> {
+        let (mut peers, mut problems) = (Vec::new(), Vec::new());
+        let known = std::mem::take(&mut self.traffic);
+        for desired in &desired.peers {
+            if let Err(problem) = BackendKind::UdpTun.require(&desired.lease) {
+                problems.push(problem);
+                continue;
+            }
+            let key = desired.lease.key;
+            let traffic = known.get(&key).map(Arc::clone).unwrap_or_default();
+            self.traffic.insert(key, Arc::clone(&traffic));
+            match self.peer(desired, underlay, traffic) {
+                Some(peer) => peers.push(peer),
+                None => problems.push(format!(
+                    "the node of {key} publishes no address of {underlay}'s family, so nothing can \
+                     be sent to it"
+                )),
+            }
+        }
+        report.tell(problems);
+        peers
+    }
+
     /// `None` where the peer has no address of our underlay's family.
     fn peer(&self, desired: &DesiredPeer, underlay: IpAddr, traffic: Arc<Traffic>) -> Option<Peer> {
         let mut publics = desired.lease.attrs.public_addresses();
@@ -392,6 +394,24 @@ impl UdpTun {
             segments: !self.apart.contains(&endpoint),
             traffic,
         })
+    }
+
+    /// Has the engine go by other routes only where there is something new.
+    fn publish_changes(
+        &mut self,
+        peers: Vec<Peer>,
+        desired: &Desired,
+        direct: &HashSet<IpNetwork>,
+    ) -> Result<(), EngineError> {
+        let Some(running) = &mut self.running else { return Ok(()) };
+        running.peers = peers.iter().map(|peer| way_to(peer, direct)).collect();
+        if !running.is_stale && running.published.as_ref() == Some(desired) {
+            return Ok(());
+        }
+        running.published = Some(desired.clone());
+        running.is_stale = false;
+        let local: Vec<IpNetwork> = desired.lease.key.networks().collect();
+        running.publish(RouteTable::new(&local, peers), &self.losses)
     }
 
     fn link(&self, device: &str) -> Result<Link, BackendError> {
