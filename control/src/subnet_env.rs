@@ -15,11 +15,14 @@ use crate::lease::{Lease, LeaseKey};
 /// The file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SubnetEnv {
-    /// For each family, IPv4 first: the whole overlay, and our subnet by its first host address,
-    /// which is the containers' gateway.
-    networks: Vec<(IpNetwork, IpNetwork)>,
-    mtu: u32,
-    ip_masq: bool,
+    /// The whole overlay, of each family, IPv4 first.
+    pub networks: Vec<IpNetwork>,
+    /// Our subnets by their first host addresses, which are the bridge's and the containers' gateways.
+    pub gateways: Vec<IpNetwork>,
+    /// The MTU of bridge and container.
+    pub mtu: u32,
+    /// Whether packets that leave the overlay are masqueraded already.
+    pub ip_masq: bool,
 }
 
 impl SubnetEnv {
@@ -29,7 +32,19 @@ impl SubnetEnv {
             let network = config.family(subnet.is_ipv6())?.network;
             Some((network, IpNetwork::new(first_host(subnet), subnet.prefix()).ok()?))
         });
-        Self { networks: subnets.collect(), mtu, ip_masq }
+        let (networks, gateways) = subnets.unzip();
+        Self { networks, gateways, mtu, ip_masq }
+    }
+
+    /// Reads the file that weftd or flanneld wrote.
+    ///
+    /// # Errors
+    /// It is missing, or lacks something, or something in it is not what it should be.
+    pub fn read(path: &Path) -> Result<Self, String> {
+        let text = fs::read_to_string(path).map_err(|error| {
+            format!("cannot read {}, which weftd writes: {error}", path.display())
+        })?;
+        parse(&text).map_err(|error| format!("cannot use {}: {error}", path.display()))
     }
 
     /// Replaces the file in one step, so that no reader sees half of it. Its directory is made if
@@ -48,11 +63,11 @@ impl SubnetEnv {
 
     fn text(&self) -> String {
         let mut text = String::new();
-        for (network, subnet) in &self.networks {
+        for (network, gateway) in self.networks.iter().zip(&self.gateways) {
             let infix = if network.is_ipv6() { "IPV6_" } else { "" };
             // Writing to a String cannot fail.
             let _ = writeln!(text, "FLANNEL_{infix}NETWORK={network}");
-            let _ = writeln!(text, "FLANNEL_{infix}SUBNET={subnet}");
+            let _ = writeln!(text, "FLANNEL_{infix}SUBNET={gateway}");
         }
         let _ = writeln!(text, "FLANNEL_MTU={}", self.mtu);
         let _ = writeln!(text, "FLANNEL_IPMASQ={}", self.ip_masq);
@@ -62,6 +77,29 @@ impl SubnetEnv {
 
 fn first_host(subnet: IpNetwork) -> IpAddr {
     from_bits(to_bits(subnet.network()) + 1, subnet)
+}
+
+fn parse(text: &str) -> Result<SubnetEnv, String> {
+    let value = |key: &str| {
+        let mut pairs = text.lines().filter_map(|line| line.trim().split_once('='));
+        pairs.find_map(|(name, value)| (name == key).then_some(value))
+    };
+    let both = |keys: [&str; 2]| -> Result<Vec<IpNetwork>, String> {
+        let found = keys.into_iter().filter_map(|key| Some((key, value(key)?)));
+        let parse = |(key, text): (&str, &str)| {
+            text.parse().map_err(|error| format!("{key}={text} is no subnet: {error}"))
+        };
+        found.map(parse).collect()
+    };
+    let networks = both(["FLANNEL_NETWORK", "FLANNEL_IPV6_NETWORK"])?;
+    let gateways = both(["FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET"])?;
+    if gateways.is_empty() {
+        return Err("it has neither FLANNEL_SUBNET nor FLANNEL_IPV6_SUBNET".into());
+    }
+    let mtu = value("FLANNEL_MTU").ok_or("it has no FLANNEL_MTU")?;
+    let mtu = mtu.parse().map_err(|error| format!("FLANNEL_MTU={mtu} is no number: {error}"))?;
+    let ip_masq = value("FLANNEL_IPMASQ") == Some("true");
+    Ok(SubnetEnv { networks, gateways, mtu, ip_masq })
 }
 
 /// The subnets of the last run, by an old file, ours or flannel's. Whatever cannot be read counts as absent, with a warning:
@@ -148,6 +186,28 @@ mod tests {
              FLANNEL_IPV6_NETWORK=2001:cafe:42::/56\nFLANNEL_IPV6_SUBNET=2001:cafe:42::1/64\n\
              FLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n"
         );
+    }
+
+    #[test]
+    fn reads_what_it_wrote() {
+        let dual = env(
+            r#"{"EnableIPv6":true,"Network":"10.42.0.0/16","IPv6Network":"fd00:42::/56"}"#,
+            "10.42.7.0-24&fd00:42:0:7::-64",
+        );
+        assert_eq!(parse(&dual.text()).unwrap(), dual);
+    }
+
+    #[test]
+    fn says_what_is_missing_or_wrong() {
+        for (text, complaint) in [
+            ("", "neither FLANNEL_SUBNET"),
+            ("FLANNEL_SUBNET=10.42.7.1/24\n", "no FLANNEL_MTU"),
+            ("FLANNEL_SUBNET=ten/24\nFLANNEL_MTU=1472\n", "FLANNEL_SUBNET=ten/24"),
+            ("FLANNEL_SUBNET=10.42.7.1/24\nFLANNEL_MTU=-1\n", "FLANNEL_MTU=-1"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(complaint), "{error}");
+        }
     }
 
     #[test]

@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
-
-use crate::handed::Handed;
+use weft_control::subnet_env::SubnetEnv;
 
 /// The newest version of the CNI specification that the bridge plugins of all distributions know.
 const CNI_VERSION: &str = "0.3.1";
@@ -32,26 +31,26 @@ pub struct CniArgs {
 /// # Errors
 /// subnet.env is missing or names no subnet.
 pub fn run(arguments: &CniArgs, out: &mut impl Write) -> anyhow::Result<()> {
-    let handed = Handed::read(&arguments.subnet_file)?;
-    writeln!(out, "{:#}", configuration(&handed, arguments))?;
+    let env = SubnetEnv::read(&arguments.subnet_file).map_err(anyhow::Error::msg)?;
+    writeln!(out, "{:#}", configuration(&env, arguments))?;
     Ok(())
 }
 
-fn configuration(handed: &Handed, arguments: &CniArgs) -> Value {
+fn configuration(env: &SubnetEnv, arguments: &CniArgs) -> Value {
     let range = |gateway: &IpNetwork| {
         let subnet = format!("{}/{}", gateway.network(), gateway.prefix());
         json!([{ "subnet": subnet }])
     };
-    let ranges: Vec<Value> = handed.gateways.iter().map(range).collect();
-    let routes: Vec<Value> = handed.networks.iter().map(|net| json!({ "dst": net })).collect();
+    let ranges: Vec<Value> = env.gateways.iter().map(range).collect();
+    let routes: Vec<Value> = env.networks.iter().map(|net| json!({ "dst": net })).collect();
     let bridge = json!({
         "type": "bridge",
         "bridge": arguments.bridge,
         "isDefaultGateway": true,
         "hairpinMode": true,
         // Who masquerades: weftd or the bridge, not both.
-        "ipMasq": !handed.ip_masq,
-        "mtu": handed.mtu,
+        "ipMasq": !env.ip_masq,
+        "mtu": env.mtu,
         "ipam": { "type": "host-local", "ranges": ranges, "routes": routes },
     });
     json!({ "cniVersion": CNI_VERSION, "name": arguments.name, "plugins": [bridge] })

@@ -10,8 +10,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use weft_control::file::{self, PUBLIC};
-
-use crate::handed::Handed;
+use weft_control::subnet_env::SubnetEnv;
 
 /// Write docker's options for this node's subnet to a file for docker's unit (EnvironmentFile=).
 ///
@@ -44,7 +43,7 @@ pub struct DockerOptsArgs {
 /// # Errors
 /// subnet.env is missing or lacks what docker needs, or the file cannot be written.
 pub fn run(arguments: &DockerOptsArgs) -> anyhow::Result<()> {
-    let handed = Handed::read(&arguments.subnet_file)?;
+    let subnet_env = SubnetEnv::read(&arguments.subnet_file).map_err(anyhow::Error::msg)?;
     ensure!(
         is_variable(&arguments.key),
         "{:?} is no name of a variable: give -k letters, digits and underscores",
@@ -53,7 +52,7 @@ pub fn run(arguments: &DockerOptsArgs) -> anyhow::Result<()> {
     // What is no text is no option either.
     let texts =
         |(name, value): (OsString, OsString)| name.into_string().ok().zip(value.into_string().ok());
-    let text = text(&handed, arguments, env::vars_os().filter_map(texts).collect())?;
+    let text = text(&subnet_env, arguments, env::vars_os().filter_map(texts).collect())?;
     // Where a link leads to; and a terminal or a pipe, as /dev/stdout, stays what it is.
     let path = &arguments.docker_file;
     let target = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
@@ -74,11 +73,11 @@ fn is_variable(name: &str) -> bool {
 
 /// In the order of the variables' names, as the shell lists them for flannel.
 fn text(
-    handed: &Handed,
+    subnet_env: &SubnetEnv,
     arguments: &DockerOptsArgs,
     mut environment: BTreeMap<String, String>,
 ) -> anyhow::Result<String> {
-    let Some(subnet) = handed.gateways.iter().find(|gateway| gateway.is_ipv4()) else {
+    let Some(subnet) = subnet_env.gateways.iter().find(|gateway| gateway.is_ipv4()) else {
         bail!(
             "{} names no IPv4 subnet, which docker's --bip needs",
             arguments.subnet_file.display()
@@ -91,9 +90,9 @@ fn text(
     options.insert("DOCKER_OPT_BIP".into(), format!("--bip={subnet}"));
     // Who masquerades: weftd or docker, not both.
     if !arguments.no_ip_masq {
-        options.insert("DOCKER_OPT_IPMASQ".into(), format!("--ip-masq={}", !handed.ip_masq));
+        options.insert("DOCKER_OPT_IPMASQ".into(), format!("--ip-masq={}", !subnet_env.ip_masq));
     }
-    options.insert("DOCKER_OPT_MTU".into(), format!("--mtu={}", handed.mtu));
+    options.insert("DOCKER_OPT_MTU".into(), format!("--mtu={}", subnet_env.mtu));
     let both = arguments.individual == arguments.combined;
     let mut text = String::new();
     if arguments.individual || both {
@@ -159,7 +158,7 @@ mod tests {
             ("DOCKER_HOST", "unix:///run/docker.sock"),
         ];
         let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let handed = Handed {
+        let subnet_env = SubnetEnv {
             networks: Vec::new(),
             gateways: vec!["10.1.74.1/24".parse().unwrap()],
             mtu: 1472,
@@ -167,7 +166,7 @@ mod tests {
         };
         let arguments = Cli::try_parse_from(["weft", "-c"]).unwrap().arguments;
         assert_eq!(
-            text(&handed, &arguments, environment.into()).unwrap(),
+            text(&subnet_env, &arguments, environment.into()).unwrap(),
             "DOCKER_OPTS=\"--insecure-registry=10.0.0.0/8  --bip=10.1.74.1/24 --ip-masq=true \
              --log-level=warn --mtu=1472\"\n"
         );

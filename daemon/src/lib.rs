@@ -13,7 +13,6 @@ pub mod flags;
 mod former;
 mod forwarding;
 pub mod generate;
-mod handed;
 mod health;
 mod http;
 pub mod interface;

@@ -126,12 +126,12 @@ pub(super) fn firewalld(seen: &Seen) -> Option<Check> {
 
 /// Whether Docker, from 28 on, lets packets from other hosts in to the containers behind its bridge.
 pub(super) fn docker_lets_in(seen: &Seen) -> Option<Check> {
-    let Some(Ok(handed)) = &seen.subnet_env else {
+    let Some(Ok(env)) = &seen.subnet_env else {
         return None;
     };
     let is_ours = |name: &&String| {
         let addresses = seen.link(name).into_iter().flat_map(|link| &link.addresses);
-        addresses.map(|it| it.network).any(|network| handed.gateways.contains(&network))
+        addresses.map(|it| it.network).any(|network| env.gateways.contains(&network))
     };
     for filter in of_our_families(seen) {
         let shut = filter.docker.shut.iter().find(is_ours);
@@ -173,14 +173,15 @@ fn blocking(seen: &Seen) -> impl Iterator<Item = &Filter> {
 
 #[cfg(test)]
 mod tests {
+    use weft_control::subnet_env::SubnetEnv;
+
     use super::super::seen::Daemon;
     use super::*;
     use crate::doctor::check::Verdict;
-    use crate::handed::Handed;
     use crate::status::Status;
 
     fn seen() -> Seen {
-        let subnet_env = Some(Ok(Handed {
+        let subnet_env = Some(Ok(SubnetEnv {
             networks: vec!["10.42.0.0/16".parse().unwrap()],
             gateways: vec!["10.42.7.1/24".parse().unwrap()],
             mtu: 1472,
@@ -244,8 +245,8 @@ mod tests {
     #[test]
     fn a_foreign_chain_is_opened_to_the_family_that_it_sees() {
         let mut seen = seen();
-        if let Some(Ok(handed)) = &mut seen.subnet_env {
-            handed.networks.push("fd00:42::/48".parse().unwrap());
+        if let Some(Ok(env)) = &mut seen.subnet_env {
+            env.networks.push("fd00:42::/48".parse().unwrap());
         }
         let mut cure = |family: &str| {
             let (table, name) = ("mine".into(), "forward".into());

@@ -52,8 +52,8 @@ pub(super) fn interface(seen: &Seen) -> Option<Check> {
 
 /// Whether the containers' bridge has the address that subnet.env gives it.
 pub(super) fn bridge(seen: &Seen) -> Option<Check> {
-    let handed = match seen.subnet_env.as_ref()? {
-        Ok(handed) => handed,
+    let env = match seen.subnet_env.as_ref()? {
+        Ok(env) => env,
         Err(reason) => return Check::warn(reason, seen.restart()),
     };
     let mut astray = None;
@@ -61,17 +61,17 @@ pub(super) fn bridge(seen: &Seen) -> Option<Check> {
         let addresses = link.addresses.iter().filter(|address| !address.link_local);
         let addresses = addresses.map(|address| address.network);
         let name = &link.name;
-        if addresses.clone().any(|address| handed.gateways.contains(&address)) {
-            if link.mtu > handed.mtu {
+        if addresses.clone().any(|address| env.gateways.contains(&address)) {
+            if link.mtu > env.mtu {
                 return Check::warn(
-                    format!("{name} has the MTU {}, subnet.env says {}", link.mtu, handed.mtu),
+                    format!("{name} has the MTU {}, subnet.env says {}", link.mtu, env.mtu),
                     restart(name),
                 );
             }
             return Check::ok(format!("{name} has the address of subnet.env"));
         }
         let found: Vec<String> = addresses.map(|address| address.to_string()).collect();
-        let wanted: Vec<String> = handed.gateways.iter().map(ToString::to_string).collect();
+        let wanted: Vec<String> = env.gateways.iter().map(ToString::to_string).collect();
         let what = format!(
             "{name} has {}, subnet.env says {}: no other host reaches its containers",
             if found.is_empty() { "no address".into() } else { found.join(", ") },

@@ -14,10 +14,10 @@ use weft_backends::netlink::{KernelRoute, Link, Netlink};
 use weft_control::firewall::iptables::has_legacy;
 use weft_control::lease::Snapshot;
 use weft_control::registry::server::{Server, servers};
+use weft_control::subnet_env::SubnetEnv;
 use weft_control::{LeaseKey, NetworkConfig, RegistryError};
 
 use crate::flags::{RegistrySettings, Settings};
-use crate::handed::Handed;
 use crate::made::files_of;
 use crate::registry::open_now;
 use crate::socket;
@@ -59,7 +59,7 @@ pub(super) struct Seen {
     /// firewalld's table.
     pub(super) firewalld: Option<String>,
     /// subnet.env, or why it cannot be used.
-    pub(super) subnet_env: Option<Result<Handed, String>>,
+    pub(super) subnet_env: Option<Result<SubnetEnv, String>>,
     pub(super) registry: Option<RegistrySeen>,
     /// The network config that the daemon last read.
     pub(super) last_config: Option<String>,
@@ -153,7 +153,7 @@ impl Seen {
             }
         };
         if let Some((registry, subnet_file, state_dir)) = places {
-            seen.subnet_env = Some(Handed::read(subnet_file).map_err(|error| format!("{error:#}")));
+            seen.subnet_env = Some(SubnetEnv::read(subnet_file));
             seen.registry = Some(RegistrySeen::look(registry, state_dir).await);
         }
         let settings = seen.daemon.as_ref().and_then(|daemon| daemon.settings.as_ref());
@@ -221,7 +221,7 @@ impl Seen {
     pub(super) fn networks(&self) -> &[IpNetwork] {
         match (self.status(), &self.subnet_env) {
             (Some(status), _) if !status.networks.is_empty() => &status.networks,
-            (_, Some(Ok(handed))) => &handed.networks,
+            (_, Some(Ok(env))) => &env.networks,
             _ => &[],
         }
     }
@@ -230,8 +230,8 @@ impl Seen {
     pub(super) fn subnets(&self) -> Vec<IpNetwork> {
         match (self.status(), &self.subnet_env) {
             (Some(status), _) if !status.subnets.is_empty() => status.subnets.clone(),
-            (_, Some(Ok(handed))) => {
-                let gateways = handed.gateways.iter();
+            (_, Some(Ok(env))) => {
+                let gateways = env.gateways.iter();
                 gateways.filter_map(|it| IpNetwork::new(it.network(), it.prefix()).ok()).collect()
             }
             _ => Vec::new(),

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use ipnetwork::IpNetwork;
+use weft_control::subnet_env::SubnetEnv;
 
-use crate::handed::Handed;
 use crate::netns::NetNs;
 
 /// Hosts are numbered through the underlay's /24, from .94 on.
@@ -158,7 +158,7 @@ pub(super) fn make_container(
     name: String,
     number: usize,
 ) -> anyhow::Result<Container> {
-    let env = Handed::read(&host.subnet_file)?;
+    let env = SubnetEnv::read(&host.subnet_file).map_err(anyhow::Error::msg)?;
     let addresses = env.gateways.iter().map(|gateway| first_container(*gateway));
     let container = Container {
         addresses: addresses.collect::<anyhow::Result<_>>()?,
