@@ -34,7 +34,7 @@ impl Direct {
 
     /// The plain route to a subnet of the node that published this, if it is on a link.
     pub(crate) fn route(&self, destination: IpNetwork, attrs: &LeaseAttrs) -> Option<GatewayRoute> {
-        let gateway = attrs.public_addresses().find(|ip| ip.is_ipv6() == destination.is_ipv6())?;
+        let gateway = attrs.address_of(destination.is_ipv6())?;
         let link = self.link(gateway)?;
         Some(GatewayRoute { destination, gateway, link, onlink: false })
     }

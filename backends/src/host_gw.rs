@@ -151,8 +151,8 @@ impl HostGw {
             let gateway = IpAddr::V6(self.neighbour(peer)?);
             return Ok(GatewayRoute { destination, gateway, link, onlink: true });
         }
-        let same = attrs.public_addresses().find(|ip| ip.is_ipv6() == destination.is_ipv6());
-        let gateway = same.or_else(|| attrs.public_addresses().find(IpAddr::is_ipv6));
+        let same = attrs.address_of(destination.is_ipv6());
+        let gateway = same.or_else(|| attrs.address_of(true));
         let gateway = gateway.ok_or_else(|| {
             format!("the node of {key} publishes no address of {destination}'s family")
         })?;

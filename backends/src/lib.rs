@@ -20,6 +20,7 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::UnboundedReceiver;
 use weft_control::config::BackendConfig;
+use weft_control::lease::addresses;
 use weft_control::{ConfigError, Lease, LeaseAttrs, NetworkConfig};
 use weft_engine::EngineError;
 
@@ -229,7 +230,12 @@ pub struct ExternalInterface {
 impl ExternalInterface {
     /// Its own addresses, IPv4 first.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
-        self.ipv4.map(IpAddr::V4).into_iter().chain(self.ipv6.map(IpAddr::V6))
+        addresses(self.ipv4, self.ipv6)
+    }
+
+    /// Those that other nodes send to, IPv4 first.
+    pub fn public_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        addresses(self.public_ipv4, self.public_ipv6)
     }
 }
 

@@ -383,8 +383,7 @@ impl UdpTun {
 
     /// `None` where the peer has no address of our underlay's family.
     fn peer(&self, desired: &DesiredPeer, underlay: IpAddr, traffic: Arc<Traffic>) -> Option<Peer> {
-        let mut publics = desired.lease.attrs.public_addresses();
-        let endpoint = publics.find(|ip| ip.is_ipv4() == underlay.is_ipv4())?;
+        let endpoint = desired.lease.attrs.address_of(underlay.is_ipv6())?;
         Some(Peer {
             endpoint: SocketAddr::new(endpoint, self.port),
             outer: desired.addresses().collect(),

@@ -168,8 +168,12 @@ fn short_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::E
 impl LeaseAttrs {
     /// The addresses to send to, IPv4 first.
     pub fn public_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
-        let ipv4 = self.public_ip.map(IpAddr::V4);
-        ipv4.into_iter().chain(self.public_ipv6.map(IpAddr::V6))
+        addresses(self.public_ip, self.public_ipv6)
+    }
+
+    /// The one of a family.
+    pub fn address_of(&self, ipv6: bool) -> Option<IpAddr> {
+        self.public_addresses().find(|ip| ip.is_ipv6() == ipv6)
     }
 
     /// Whether both name the same node: by IPv4 address, or by IPv6 where neither has IPv4.
@@ -281,8 +285,7 @@ pub struct NodeRecord {
 impl NodeRecord {
     /// The addresses that its lease has, IPv4 first.
     pub fn public_addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
-        let ipv4 = self.public_ip.map(IpAddr::V4);
-        ipv4.into_iter().chain(self.public_ipv6.map(IpAddr::V6))
+        addresses(self.public_ip, self.public_ipv6)
     }
 }
 
@@ -321,6 +324,14 @@ pub struct Skipped {
     /// Its path, as in `subnets/10.42.7.0-24`.
     pub name: String,
     pub reason: String,
+}
+
+/// Those that there are, IPv4 first.
+pub fn addresses(
+    ipv4: Option<Ipv4Addr>,
+    ipv6: Option<Ipv6Addr>,
+) -> impl Iterator<Item = IpAddr> + use<> {
+    ipv4.map(IpAddr::V4).into_iter().chain(ipv6.map(IpAddr::V6))
 }
 
 /// Whether `inner` lies wholly inside `outer`.

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use anyhow::Context;
 use weft_backends::netlink::{KernelRoute, Link, Netlink, WayOut};
 use weft_backends::{BackendError, BackendKind, ExternalInterface, Options};
+use weft_control::lease::addresses;
 use weft_control::{LeaseAttrs, NetworkConfig};
 
 use crate::flags::Settings;
@@ -62,15 +63,13 @@ impl Surroundings {
         next: &ExternalInterface,
     ) -> Option<IpAddr> {
         let known = formerly.public_addresses().next()?;
-        let both = |ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>| {
-            [ipv4.map(IpAddr::V4), ipv6.map(IpAddr::V6)]
-        };
-        if both(next.public_ipv4, next.public_ipv6).contains(&Some(known)) {
+        if next.public_addresses().any(|ip| ip == known) {
             return None;
         }
-        let given = both(settings.wish.public_ip, settings.wish.public_ipv6);
-        let is_given = given.contains(&Some(known));
-        if !is_given && given.iter().any(Option::is_some) {
+        let given = addresses(settings.wish.public_ip, settings.wish.public_ipv6);
+        let given: Vec<IpAddr> = given.collect();
+        let is_given = given.contains(&known);
+        if !is_given && !given.is_empty() {
             return None;
         }
         let mut there = self.links.iter().flat_map(|link| &link.addresses);

@@ -12,6 +12,7 @@ use address::{addresses, can_send, is_link_local, is_usable};
 use regex::Regex;
 use weft_backends::ExternalInterface;
 use weft_backends::netlink::{KernelRoute, Link, LinkAddress, WayOut};
+use weft_control::lease;
 
 /// What the operator asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -289,9 +290,9 @@ impl<'a> Chooser<'a> {
         if let Some(fault) = link.fault() {
             why += &format!("; it {fault} now");
         }
-        let taken = [ipv4.map(IpAddr::V4), ipv6.map(IpAddr::V6)];
+        let taken: Vec<IpAddr> = lease::addresses(ipv4, ipv6).collect();
         let others = link.addresses.iter().filter(|it| can_send(it) && !is_link_local(it));
-        let others = others.map(|it| it.network.ip()).filter(|ip| !taken.contains(&Some(*ip)));
+        let others = others.map(|it| it.network.ip()).filter(|ip| !taken.contains(ip));
         // The kernel has the latest first, such as a virtual router's, which moves to other hosts.
         let mut oldest_first = link.addresses.iter().rev().filter(|it| !it.deprecated);
         let link_local = oldest_first.find_map(|address| match address.network.ip() {

@@ -89,8 +89,7 @@ impl Place {
 }
 
 fn public_ip(interface: &ExternalInterface) -> anyhow::Result<IpAddr> {
-    let ExternalInterface { public_ipv4, public_ipv6, .. } = interface;
-    let first = public_ipv4.map(IpAddr::V4).or(public_ipv6.map(IpAddr::V6));
+    let first = interface.public_addresses().next();
     first.context("the interface has no address that other nodes could send to")
 }
 

@@ -90,8 +90,7 @@ impl Ways {
         }
         let mac = vtep_mac(data.as_ref(), backend.options.vni)
             .map_err(|reason| format!("the node of {key} cannot be sent to: {reason}"))?;
-        let destination = attrs.public_addresses().find(|ip| same_family(*ip, device.local));
-        let destination = destination.ok_or_else(|| {
+        let destination = attrs.address_of(device.local.is_ipv6()).ok_or_else(|| {
             format!("the node of {key} publishes no address of {}'s family", device.local)
         })?;
         let base = subnet.network();
@@ -196,10 +195,6 @@ fn vtep_mac(data: Option<&Value>, vni: u32) -> Result<Mac, String> {
     let text = data["VtepMAC"].as_str().ok_or("its lease tells no VtepMAC")?;
     let mac = text.parse::<Mac>().map_err(|error| error.to_string())?;
     mac.is_unicast().then_some(mac).ok_or_else(|| format!("{mac} is no device's MAC"))
-}
-
-fn same_family(a: IpAddr, b: IpAddr) -> bool {
-    a.is_ipv6() == b.is_ipv6()
 }
 
 #[cfg(test)]

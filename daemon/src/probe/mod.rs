@@ -376,8 +376,7 @@ pub(crate) fn targets(
         ports.extend(node.public_addresses().map(|ip| (ip, node.probe_port)));
     }
     let target = |peer: &DesiredPeer| {
-        let mut publics = peer.lease.attrs.public_addresses();
-        let outer = publics.find(|ip| ip.is_ipv6() == public_ip.is_ipv6())?;
+        let outer = peer.lease.attrs.address_of(public_ip.is_ipv6())?;
         let inner = local(kind, outer, peer.lease.key.networks())?;
         Some(Target { inner, outer, port: ports.get(&outer).copied().flatten() })
     };
