@@ -1,5 +1,6 @@
 //! A lease: which node owns a subnet, in the registry's own form.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -10,6 +11,8 @@ use jiff::{SignedDuration, Timestamp};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
+
+use crate::config::NetworkConfig;
 
 /// The subnets of one lease, one of each family at most; without any it is no lease's. Its text form is the
 /// last part of the registry key, `10.1.2.0-24&fd00:1::-64` (flannel: subnet.MakeSubnetKey).
@@ -308,6 +311,11 @@ impl Snapshot {
         })
     }
 
+    /// The network config, if it can be used.
+    pub fn network_config(&self) -> Option<NetworkConfig> {
+        self.config.as_ref()?.parse().ok()
+    }
+
     /// With this lease in it, in place of one with its key.
     #[must_use]
     pub fn with(mut self, lease: Lease) -> Self {
@@ -324,6 +332,11 @@ pub struct Skipped {
     /// Its path, as in `subnets/10.42.7.0-24`.
     pub name: String,
     pub reason: String,
+}
+
+/// The nodes by their public addresses; of two with one address, the last.
+pub fn by_address(nodes: &[NodeRecord]) -> HashMap<IpAddr, &NodeRecord> {
+    nodes.iter().flat_map(|node| node.public_addresses().map(move |ip| (ip, node))).collect()
 }
 
 /// Those that there are, IPv4 first.

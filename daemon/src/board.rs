@@ -2,8 +2,6 @@
 //! socket ([`crate::socket`]) and HTTP ([`crate::http`]) read it at any time, whatever the daemon
 //! waits for.
 
-use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,7 +12,7 @@ use tokio::time::Instant;
 use weft_backends::{BackendStatus, EngineMeter, PeerWay, Traffic};
 use weft_control::Lease;
 use weft_control::firewall::Rules;
-use weft_control::lease::{Expiry, NodeRecord};
+use weft_control::lease::{Expiry, NodeRecord, by_address};
 
 use crate::firewall::FirewallState;
 use crate::health::{Health, Phase};
@@ -70,12 +68,10 @@ impl Board {
 
     /// Writes down what the backend does, and what the nodes tell of themselves.
     pub(crate) fn backend(&self, backend: BackendStatus, nodes: &[NodeRecord]) {
-        let by_address =
-            nodes.iter().flat_map(|node| node.public_addresses().map(move |ip| (ip, node)));
-        let by_address: HashMap<IpAddr, &NodeRecord> = by_address.collect();
+        let nodes = by_address(nodes);
         let peers = backend.peers.into_iter().map(|peer| {
             let PeerWay { public_ip, subnets, way, traffic } = peer;
-            let node = by_address.get(&public_ip);
+            let node = nodes.get(&public_ip);
             let peer = PeerStatus {
                 subnets,
                 public_ip,

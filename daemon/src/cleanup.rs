@@ -18,7 +18,6 @@ use clap::Args;
 use ipnetwork::IpNetwork;
 use tokio::runtime::{Builder, Runtime};
 use weft_backends::netlink::{KernelRoute, LINK_ALIAS, Link, Netlink, ROUTE_PROTOCOL};
-use weft_control::NetworkConfig;
 use weft_control::firewall::FirewallError;
 use weft_control::firewall::iptables::{Iptables, OwnChain};
 use weft_control::firewall::nftables::{self, Nftables};
@@ -167,8 +166,8 @@ fn holds_only(directory: &Path, files: &[PathBuf]) -> bool {
 /// The overlays that daemons here were last in: the notes of what they made may be gone.
 fn known_networks(state_dir: &Path) -> anyhow::Result<Vec<IpNetwork>> {
     let known = LastKnown::read_all(state_dir)?.into_iter();
-    let configs = known.filter_map(|(_, known, _)| known.snapshot.config?.parse().ok());
-    Ok(configs.flat_map(|config: NetworkConfig| config.networks().collect::<Vec<_>>()).collect())
+    let configs = known.filter_map(|(_, known, _)| known.snapshot.network_config());
+    Ok(configs.flat_map(|config| config.networks().collect::<Vec<_>>()).collect())
 }
 
 /// What lies in a registry, which is not this host's alone.

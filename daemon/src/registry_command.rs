@@ -17,7 +17,7 @@ use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use weft_control::keeper;
-use weft_control::lease::{Expiry, NodeRecord, Snapshot};
+use weft_control::lease::{Expiry, NodeRecord, Snapshot, by_address};
 use weft_control::peers::is_unusable;
 use weft_control::registry::minimal_config;
 use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
@@ -237,7 +237,7 @@ impl Operator<'_> {
             }
             Some(found) => bail!("{key} is leased to {}", owner(found)),
             None => {
-                let config = config_of(&snapshot);
+                let config = snapshot.network_config();
                 let is_in_the_way =
                     |it: &&Lease| keeper::is_in_the_way(config.as_ref(), &it.key, &key);
                 if let Some(other) = snapshot.leases.iter().find(is_in_the_way) {
@@ -359,7 +359,7 @@ impl Operator<'_> {
             }
             _ => {}
         }
-        let config = config_of(&snapshot);
+        let config = snapshot.network_config();
         let (mut written, mut kept, mut refused) = (0, 0, Vec::new());
         for DocumentLease { subnet, value, ttl } in &document.leases {
             // Some registries compare whole keys only.
@@ -453,38 +453,23 @@ fn owner(lease: &Lease) -> String {
     addresses(&lease.attrs)
 }
 
-/// The network config, if it can be used.
-fn config_of(snapshot: &Snapshot) -> Option<NetworkConfig> {
-    snapshot.config.as_ref()?.parse().ok()
-}
-
-/// The weft nodes that live, by their addresses.
-struct Nodes<'a>(HashMap<IpAddr, &'a NodeRecord>);
-
-impl<'a> Nodes<'a> {
-    fn of(snapshot: &'a Snapshot) -> Self {
-        let addresses = |node: &'a NodeRecord| node.public_addresses().map(move |ip| (ip, node));
-        Self(snapshot.nodes.iter().flat_map(addresses).collect())
-    }
-
-    /// The one that has a lease.
-    fn with(&self, lease: &Lease) -> Option<&'a NodeRecord> {
-        lease.attrs.public_addresses().find_map(|ip| self.0.get(&ip).copied())
-    }
+/// The weft node that lives and has a lease.
+fn node_with<'a>(lease: &Lease, nodes: &HashMap<IpAddr, &'a NodeRecord>) -> Option<&'a NodeRecord> {
+    lease.attrs.public_addresses().find_map(|ip| nodes.get(&ip).copied())
 }
 
 fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["subnet", "public IP", "backend", "weft node", "expires in"]);
-    let nodes = Nodes::of(snapshot);
+    let nodes = by_address(&snapshot.nodes);
     for lease in &snapshot.leases {
         let subnets: Vec<String> = lease.key.networks().map(|net| net.to_string()).collect();
         let backend = match lease.attrs.backend_type.as_str() {
             "" => "udp",
             name => name,
         };
-        let node = nodes.with(lease);
+        let node = node_with(lease, &nodes);
         let start_of = |id: &str| id.chars().take(8).collect::<String>();
         let node = node.map(|node| format!("{} ({})", node.name, start_of(&node.id)));
         let left = match (lease.expires, left.get(&lease.key).copied().flatten()) {
@@ -501,9 +486,9 @@ fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) ->
 }
 
 fn as_json(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> Value {
-    let nodes = Nodes::of(snapshot);
+    let nodes = by_address(&snapshot.nodes);
     let lease = |lease: &Lease| {
-        let node = nodes.with(lease);
+        let node = node_with(lease, &nodes);
         json!({
             "subnet": lease.key,
             "value": lease.attrs,

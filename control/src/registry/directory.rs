@@ -16,7 +16,6 @@ use tokio::time::Instant;
 use super::notices::Notices;
 use super::store::Store;
 use super::{Registry, RegistryError, View};
-use crate::config::NetworkConfig;
 use crate::keeper;
 use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, NodeRecord, Snapshot, end_of};
 
@@ -112,11 +111,12 @@ impl Registry for DirectoryRegistry {
         self.blocking(move |store| {
             let locked = store.lock()?;
             locked.sweep()?;
-            let Snapshot { leases, config, .. } = store.scan()?.snapshot;
-            let config = config.and_then(|text| text.parse::<NetworkConfig>().ok());
+            let snapshot = store.scan()?.snapshot;
+            let config = snapshot.network_config();
             let is_in_the_way =
                 |other: &LeaseKey| keeper::is_in_the_way(config.as_ref(), other, &lease.key);
-            let is_free = !leases.iter().any(|it| it.key != lease.key && is_in_the_way(&it.key));
+            let mut others = snapshot.leases.iter();
+            let is_free = !others.any(|it| it.key != lease.key && is_in_the_way(&it.key));
             let created = is_free && locked.create_lease(&lease)?;
             Ok(created.then_some(lease))
         })
@@ -245,6 +245,7 @@ mod tests {
     use std::fs;
 
     use super::super::minimal_config;
+    use crate::config::NetworkConfig;
     use crate::keeper::{Identity, Plan, plan};
 
     use super::*;

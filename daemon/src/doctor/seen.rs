@@ -247,7 +247,7 @@ impl Seen {
     /// The network config, where the registry has one that can be used.
     pub(super) fn config(&self) -> Option<NetworkConfig> {
         let (snapshot, _) = self.registry.as_ref()?.content.as_ref().ok()?;
-        snapshot.config.as_ref()?.parse().ok()
+        snapshot.network_config()
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use weft_backends::{BackendKind, Desired, DesiredPeer, some};
-use weft_control::lease::{Expiry, Snapshot};
+use weft_control::lease::{Expiry, Snapshot, by_address};
 use weft_control::peers::{Refusal, peers};
 use weft_control::{Lease, LeaseKey, keeper};
 
@@ -34,19 +34,18 @@ pub(super) fn desired(
         }
     });
     let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
-    let mut weft_nodes: HashSet<IpAddr> = HashSet::new();
     for record in &snapshot.nodes {
         for public in record.public_addresses() {
-            weft_nodes.insert(public);
             others.entry(public).or_default().extend(&record.addresses);
         }
     }
     for (public, address) in &settings.peer_sources {
         others.entry(*public).or_default().push(*address);
     }
+    let weft_nodes = by_address(&snapshot.nodes);
     let desired = peers.accepted.into_iter().map(|lease| {
         let publics: Vec<IpAddr> = lease.attrs.public_addresses().collect();
-        let is_weft = publics.iter().any(|ip| weft_nodes.contains(ip));
+        let is_weft = publics.iter().any(|ip| weft_nodes.contains_key(ip));
         let other_addresses =
             publics.iter().filter_map(|ip| others.get(ip)).flatten().copied().collect();
         DesiredPeer { lease, other_addresses, is_weft }

@@ -12,7 +12,7 @@ mod known;
 pub(crate) mod packet;
 pub(crate) mod socket;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
@@ -24,7 +24,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use weft_backends::{BackendKind, DesiredPeer, Offload, Towards};
-use weft_control::lease::NodeRecord;
+use weft_control::lease::{NodeRecord, by_address};
 
 use self::course::{INTERVAL, Send};
 use self::icmp::{Heard, Icmp};
@@ -371,14 +371,11 @@ pub(crate) fn targets(
     peers: &[DesiredPeer],
     nodes: &[NodeRecord],
 ) -> Vec<Target> {
-    let mut ports: HashMap<IpAddr, Option<u16>> = HashMap::new();
-    for node in nodes {
-        ports.extend(node.public_addresses().map(|ip| (ip, node.probe_port)));
-    }
+    let nodes = by_address(nodes);
     let target = |peer: &DesiredPeer| {
         let outer = peer.lease.attrs.address_of(public_ip.is_ipv6())?;
         let inner = local(kind, outer, peer.lease.key.networks())?;
-        Some(Target { inner, outer, port: ports.get(&outer).copied().flatten() })
+        Some(Target { inner, outer, port: nodes.get(&outer).and_then(|node| node.probe_port) })
     };
     peers.iter().filter(|peer| kind.is_of(&peer.lease.attrs)).filter_map(target).collect()
 }
