@@ -13,7 +13,7 @@ use crate::netns;
 
 /// What was removed of one lab.
 #[derive(Debug)]
-pub struct Removed {
+pub(super) struct Removed {
     id: String,
     daemons: Vec<i32>,
     namespaces: Vec<String>,
@@ -41,7 +41,7 @@ impl fmt::Display for Removed {
 ///
 /// # Errors
 /// A record cannot be read.
-pub fn abandoned() -> anyhow::Result<Vec<String>> {
+pub(super) fn abandoned() -> anyhow::Result<Vec<String>> {
     let mut abandoned = Vec::new();
     for id in record::ids()? {
         if !Record::load(&id)?.is_in_use() {
@@ -56,7 +56,7 @@ pub fn abandoned() -> anyhow::Result<Vec<String>> {
 /// # Errors
 /// There is no such lab, we are not root, or it still runs under its owner; or parts could not be removed: all of
 /// them are named, and the record stays for another try.
-pub fn down(id: &str) -> anyhow::Result<Removed> {
+pub(super) fn down(id: &str) -> anyhow::Result<Removed> {
     if !record::ids()?.iter().any(|known| known == id) {
         bail!("there is no lab {id}");
     }

@@ -85,7 +85,8 @@ mod tests {
     use std::thread;
     use std::time::Duration;
 
-    use super::super::{LabOptions, abandoned, down};
+    use super::super::LabOptions;
+    use super::super::down::{abandoned, down};
     use super::*;
     use crate::netns::{self, NetNs};
 

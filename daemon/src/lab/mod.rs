@@ -16,6 +16,7 @@
 mod bytes;
 mod cancel;
 mod child;
+mod command;
 mod down;
 mod etcd;
 mod measure;
@@ -48,12 +49,11 @@ use crate::status::{self, Status};
 pub use self::bytes::{BadBytes, Bytes};
 pub use self::cancel::{Cancel, Cancelled};
 pub use self::child::forget_settings;
-pub use self::down::{Removed, abandoned, down};
+pub use self::command::{LabArgs, run};
 pub use self::etcd::{EtcdMember, EtcdOptions};
 pub use self::ping::{PingOptions, PingReport, Reply, ping};
-pub use self::run::{RunOptions, run};
 pub use self::topology::{Container, Host, Underlay};
-pub use self::transfer::{MAX_TRANSFER, Patience, Transfer, transfer};
+pub use self::transfer::{Patience, Transfer, transfer};
 
 /// The overlay's network, where no other is asked for.
 pub const NETWORK: &str = "10.42.0.0/16";

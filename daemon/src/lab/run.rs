@@ -9,7 +9,7 @@ use anyhow::Context;
 use super::measure::{self, Pair, measure, ordered_pairs};
 use super::progress::Progress;
 use super::tables::{self, HostStatus};
-use super::{Bytes, Cancel, EtcdOptions, Lab, LabOptions, POLL, require_root};
+use super::{Cancel, EtcdOptions, Lab, LabArgs, LabOptions, POLL, require_root};
 
 /// How long the daemons may take to come up, all together.
 const UP_WITHIN: Duration = Duration::from_secs(20);
@@ -20,42 +20,31 @@ const ACQUAINTED_WITHIN: Duration = Duration::from_secs(15);
 /// How long a transfer may be without progress.
 const STALL: Duration = Duration::from_secs(5);
 
-/// What to run.
-#[derive(Debug)]
-pub struct RunOptions {
-    /// The daemons' `--backend`.
-    pub backend: String,
-    /// Where leases are kept, if not in a directory.
-    pub etcd: EtcdOptions,
-    /// How many hosts.
-    pub hosts: usize,
-    /// How much each transfer moves.
-    pub bytes: Bytes,
-    /// Leave the lab up.
-    pub keep: bool,
-}
-
 /// Runs the lab from nothing to nothing, and returns the pairs that failed, such as `h1->h2`: results go to
 /// `out`, progress and reasons to stderr.
 ///
 /// # Errors
 /// The lab cannot be made or removed, or it is cancelled (the error is then, or has as its cause,
 /// [`super::Cancelled`]). In all cases the lab is removed.
-pub fn run(
-    options: &RunOptions,
+pub(super) fn run_lab(
+    arguments: &LabArgs,
     cancel: &Cancel,
     out: &mut dyn Write,
 ) -> anyhow::Result<Vec<String>> {
     require_root()?;
-    let all: Vec<usize> = (0..options.hosts).collect();
+    let hosts = usize::from(arguments.hosts);
+    let all: Vec<usize> = (0..hosts).collect();
     let pairs = ordered_pairs(&all).count();
     // Once for the namespaces, the daemons, the meeting and the end; twice a pair.
     let progress = Progress::new(u64::try_from(4 + 2 * pairs).unwrap_or(u64::MAX));
-    progress.step(&format!("making {} hosts", options.hosts));
+    progress.step(&format!("making {hosts} hosts"));
     let mut lab = Lab::new(LabOptions {
-        hosts: options.hosts,
-        backend: options.backend.clone(),
-        etcd: options.etcd.clone(),
+        hosts,
+        backend: arguments.backend.clone(),
+        etcd: EtcdOptions {
+            members: usize::from(arguments.registry == "etcd"),
+            ..EtcdOptions::default()
+        },
         stall: STALL,
         cancel: cancel.clone(),
         ..LabOptions::default()
@@ -66,13 +55,13 @@ pub fn run(
     let up = start(&mut lab, &progress)?;
     progress.step("waiting until all know each other");
     acquaint(&lab, &up, &progress)?;
-    let measured = measure(&lab, &up, options.bytes, &progress)?;
+    let measured = measure(&lab, &up, arguments.bytes, &progress)?;
     let statuses: Vec<HostStatus> =
         all.iter().map(|host| (*host, lab.status(*host).ok())).collect();
 
-    progress.step(if options.keep { "done" } else { "removing the lab" });
-    let example = options.keep.then(|| example(&lab, &up));
-    let kept = if options.keep { Some(lab.keep()?) } else { lab.remove().map(|()| None)? };
+    progress.step(if arguments.keep { "done" } else { "removing the lab" });
+    let example = arguments.keep.then(|| example(&lab, &up));
+    let kept = if arguments.keep { Some(lab.keep()?) } else { lab.remove().map(|()| None)? };
     progress.finish();
     show(out, &statuses, &measured).context("cannot write the results")?;
     if let (Some(id), Some(example)) = (&kept, example) {

@@ -18,7 +18,7 @@ use super::cancel::Cancel;
 use crate::netns::NetNs;
 
 /// The most that one transfer may carry; both ends hold it in memory.
-pub const MAX_TRANSFER: Bytes = Bytes(1 << 30);
+pub(super) const MAX_TRANSFER: Bytes = Bytes(1 << 30);
 
 /// How much one call to the kernel moves.
 const CHUNK: usize = 256 * 1024;
