@@ -1,5 +1,4 @@
-//! System calls that no crate wraps safely: TUN queues, eventfd, scheduling, and socket options by
-//! number.
+//! System calls that no crate wraps safely: TUN queues, scheduling, and socket options by number.
 //!
 //! With `io/uring.rs` the only home of `unsafe`.
 
@@ -9,7 +8,7 @@ use std::io;
 use std::iter;
 use std::mem;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
 use crate::batch::Transmit;
@@ -58,17 +57,6 @@ pub(crate) fn set_tun_offload(queue: BorrowedFd<'_>, kinds: libc::c_uint) -> io:
     let answer =
         unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(kinds)) };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// A new eventfd(2), which wakes a thread that waits.
-pub(crate) fn eventfd() -> io::Result<OwnedFd> {
-    // SAFETY: eventfd takes no pointers.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Whether the calling thread is scheduled as threads are unless somebody chooses (SCHED_OTHER).

@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crossbeam::channel::{self, Sender};
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::io::mmsg::Mmsg;
 use crate::io::uring::Ring;
@@ -94,7 +95,8 @@ struct Job {
 
 impl Job {
     fn spawn(self, number: usize) -> Result<Running, EngineError> {
-        let bell = crate::sys::eventfd().map_err(EngineError::Thread)?;
+        let bell =
+            eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| EngineError::Thread(error.into()))?;
         let thread_bell = bell.try_clone().map_err(EngineError::Thread)?;
         let name = match &self.contexts[..] {
             [one] => format!("{}-{number}", one.direction.name()),

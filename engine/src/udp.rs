@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::batch::{Outer, Transmit};
@@ -29,6 +30,9 @@ const SOURCE_PORTS: usize = 16;
 /// Bytes asked for each socket buffer. flannel's default of 208 KiB loses a tenth of the packets
 /// of one TCP stream.
 pub const SOCKET_BUFFER_LEN: u32 = 8 << 20;
+/// Past the limit that `net.core.rmem_max` sets for everybody, where we may (CAP_NET_ADMIN in the
+/// machine's own user namespace); up to it, where not.
+const BUFFER_LEN: usize = SOCKET_BUFFER_LEN as usize;
 
 /// How long the sockets of a process that has just ended may keep the port busy; see
 /// [`crate::tun`].
@@ -61,12 +65,12 @@ impl UdpSocket {
     fn bind_to_receive(local: SocketAddr, features: &Features) -> io::Result<Self> {
         let socket = Self::new(local)?;
         socket.socket.set_reuse_port(true)?;
-        force_buffer(&socket.socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF)?;
-        let (level, option) = match local.ip() {
-            IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_RECVTOS),
-            IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS),
-        };
-        sys::set_option(socket.as_fd(), level, option, 1)?;
+        sockopt::set_socket_recv_buffer_size_force(&socket, BUFFER_LEN)
+            .or_else(|_| sockopt::set_socket_recv_buffer_size(&socket, BUFFER_LEN))?;
+        match local.ip() {
+            IpAddr::V4(_) => sockopt::set_ip_recvtos(&socket, true)?,
+            IpAddr::V6(_) => sockopt::set_ipv6_recvtclass(&socket, true)?,
+        }
         // Datagrams of one length that come in a row are then received as one (udp(7)).
         if features.has(Feature::UdpGro)
             && sys::set_option(socket.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1).is_err()
@@ -98,7 +102,8 @@ impl UdpSocket {
 
     fn new(local: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, Some(Protocol::UDP))?;
-        force_buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)?;
+        sockopt::set_socket_send_buffer_size_force(&socket, BUFFER_LEN)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(&socket, BUFFER_LEN))?;
         let socket = Self { socket, local, fragments: Mutex::default() };
         socket.set_dont_fragment(true)?;
         Ok(socket)
@@ -116,11 +121,10 @@ impl UdpSocket {
         let probe = Socket::new(self.socket.domain()?, Type::DGRAM, Some(Protocol::UDP))?;
         probe.bind(&SocketAddr::new(self.local.ip(), 0).into())?;
         probe.connect(&peer.into())?;
-        let mtu = match self.local.ip() {
-            IpAddr::V4(_) => sys::option(probe.as_fd(), libc::IPPROTO_IP, libc::IP_MTU)?,
-            IpAddr::V6(_) => sys::option(probe.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_MTU)?,
-        };
-        u32::try_from(mtu).map_err(io::Error::other)
+        Ok(match self.local.ip() {
+            IpAddr::V4(_) => sockopt::ip_mtu(&probe)?,
+            IpAddr::V6(_) => sockopt::ipv6_mtu(&probe)?,
+        })
     }
 
     /// Sends one packet, outside of any batch.
@@ -145,21 +149,19 @@ impl UdpSocket {
     }
 
     fn set_dont_fragment(&self, on: bool) -> io::Result<()> {
-        let (level, option, value) = match (self.local.ip(), on) {
-            (IpAddr::V4(_), true) => {
-                (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)
-            }
+        match (self.local.ip(), on) {
+            (IpAddr::V4(_), true) => sockopt::set_ip_mtu_discover(self, Ipv4PathMtuDiscovery::DO)?,
             (IpAddr::V4(_), false) => {
-                (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_WANT)
+                sockopt::set_ip_mtu_discover(self, Ipv4PathMtuDiscovery::WANT)?
             }
             (IpAddr::V6(_), true) => {
-                (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO)
+                sockopt::set_ipv6_mtu_discover(self, Ipv6PathMtuDiscovery::DO)?
             }
             (IpAddr::V6(_), false) => {
-                (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_WANT)
+                sockopt::set_ipv6_mtu_discover(self, Ipv6PathMtuDiscovery::WANT)?
             }
-        };
-        sys::set_option(self.socket.as_fd(), level, option, value)
+        }
+        Ok(())
     }
 }
 
@@ -180,12 +182,4 @@ fn wait_until_free(local: SocketAddr) -> io::Result<()> {
             answer => return answer,
         }
     }
-}
-
-/// Past the limit that `net.core.rmem_max` sets for everybody, where we may (CAP_NET_ADMIN in the
-/// machine's own user namespace); up to it, where not.
-fn force_buffer(socket: &Socket, force: libc::c_int, plain: libc::c_int) -> io::Result<()> {
-    const LEN: libc::c_int = SOCKET_BUFFER_LEN as libc::c_int;
-    let set = |option| sys::set_option(socket.as_fd(), libc::SOL_SOCKET, option, LEN);
-    set(force).or_else(|_| set(plain))
 }

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use rustix::event::{EventfdFlags, eventfd};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::mmsg::Mmsg;
@@ -46,7 +47,7 @@ fn each(direction: Direction, test: impl Fn(Fixture)) {
         let timeout = Some(Duration::from_secs(10));
         kernel.set_read_timeout(timeout).unwrap();
         peer.set_read_timeout(timeout).unwrap();
-        let bell = sys::eventfd().unwrap();
+        let bell = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let (source, sockets) = match direction {
             Direction::TunToUdp => (tun.as_fd(), vec![udp.as_fd()]),
             Direction::UdpToTun => (udp.as_fd(), Vec::new()),
