@@ -40,12 +40,6 @@ const RECEIVE_BUFFER: usize = 32 << 20;
 /// IPv4 and UDP headers: a datagram of 64 bytes is an IP packet of 64.
 const HEADERS: usize = 28;
 
-/// What the machine was doing while the load ran; called at its beginning and end.
-pub trait Meter {
-    fn begin(&mut self) -> anyhow::Result<()>;
-    fn end(&mut self) -> anyhow::Result<()>;
-}
-
 /// What streams came to.
 #[derive(Debug, Clone, Copy)]
 pub struct Streamed {
@@ -54,7 +48,7 @@ pub struct Streamed {
     pub retransmits: u64,
 }
 
-/// Sends over `streams` connections, as fast as they go, for `time`.
+/// Sends over `streams` connections, as fast as they go, for `time`; calls `mark` at its beginning and end.
 ///
 /// # Errors
 /// No connection, or a socket that fails on the way.
@@ -62,7 +56,7 @@ pub fn streams(
     net: &Topology,
     streams: usize,
     time: Duration,
-    meter: &mut dyn Meter,
+    mark: &mut dyn FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Streamed> {
     let (senders, receivers) = connections(net, streams)?;
     let all = senders.iter().chain(&receivers).map(TcpStream::try_clone);
@@ -76,7 +70,7 @@ pub fn streams(
         let received = Arc::clone(&received);
         move |socket| receive_to_end(socket, Arc::clone(&received))
     });
-    let outcome = meter_streams(&net.containers[0], &received, time, meter);
+    let outcome = meter_streams(&net.containers[0], &received, time, mark);
     stop.store(true, Ordering::Relaxed);
     let drained = wait_for(|| sending.is_finished() && receiving.is_finished());
     if !drained {
@@ -110,16 +104,16 @@ fn meter_streams(
     from: &NetNs,
     received: &AtomicU64,
     time: Duration,
-    meter: &mut dyn Meter,
+    mark: &mut dyn FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Streamed> {
     thread::sleep(WARM_UP);
     // Takes a thread, and so a while on busy processors: outside of what is timed.
     let resent = retransmits(from)?;
-    meter.begin()?;
+    mark()?;
     let (before, begun) = (received.load(Ordering::Relaxed), Instant::now());
     thread::sleep(time);
     let (bytes, seconds) = (received.load(Ordering::Relaxed) - before, begun.elapsed());
-    meter.end()?;
+    mark()?;
     let retransmits = retransmits(from)? - resent;
     Ok(Streamed { bytes, seconds: seconds.as_secs_f64(), retransmits })
 }
@@ -236,7 +230,8 @@ pub struct Datagrams {
     pub scattered: bool,
 }
 
-/// Sends datagrams, each with a call of its own, and measures for `time` once that is steady.
+/// Sends datagrams, each with a call of its own, and measures for `time` once that is steady; calls `mark` at
+/// its beginning and end.
 ///
 /// # Errors
 /// A socket that cannot be made.
@@ -244,7 +239,7 @@ pub fn datagrams(
     net: &Topology,
     what: Datagrams,
     time: Duration,
-    meter: &mut dyn Meter,
+    mark: &mut dyn FnMut() -> anyhow::Result<()>,
 ) -> anyhow::Result<Delivered> {
     let (sender, receiver) = socket_pair(net)?;
     let port = receiver.local_addr()?.port();
@@ -262,11 +257,11 @@ pub fn datagrams(
         move || send_datagrams(&sender, what, port, &counts, &stop)
     });
     thread::sleep(WARM_UP);
-    let begun = meter.begin();
+    let begun = mark();
     let (before, begin) = (counts.now(), Instant::now());
     thread::sleep(time);
     let (after, seconds) = (counts.now(), begin.elapsed().as_secs_f64());
-    let ended = meter.end();
+    let ended = mark();
     stop.store(true, Ordering::Relaxed);
     join(sending);
     let reordered = join(receiving);

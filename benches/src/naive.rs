@@ -6,7 +6,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::thread;
 
 use anyhow::Context;
-use tun::{AbstractDevice, Configuration, Device};
+use tun::{Configuration, Device};
 use weft_engine::RouteTable;
 use weft_engine::packet::{IpView, decrement_ttl};
 use weft_engine::routes::Target;
@@ -38,14 +38,6 @@ impl Naive {
         let tun = tun::create(&config).with_context(|| format!("cannot make {device}"))?;
         let udp = UdpSocket::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
         Ok(Self { tun, udp, routes })
-    }
-
-    /// The name that the device got.
-    ///
-    /// # Errors
-    /// Somebody deleted it.
-    pub fn device(&self) -> anyhow::Result<String> {
-        Ok(self.tun.tun_name()?)
     }
 
     /// Forwards for ever, each way on a thread of its own: that is more than flannel's one.

@@ -10,7 +10,7 @@ use weft_daemon::lab::Cancel;
 
 use crate::check::CHECKS;
 use crate::cpu;
-use crate::load::{self, Datagrams, Meter, RoundTrips};
+use crate::load::{self, Datagrams, RoundTrips};
 use crate::subject::{Running, Subject};
 use crate::topology::{Carried, Mode, Topology};
 
@@ -174,7 +174,7 @@ impl Measuring<'_> {
     fn streams(&mut self, count: usize) -> anyhow::Result<()> {
         self.cancel.check()?;
         let before = self.net.carried()?;
-        let tcp = load::streams(self.net, count, self.plan.time, &mut self.time)?;
+        let tcp = load::streams(self.net, count, self.plan.time, &mut || self.time.mark())?;
         let mean = self.net.carried()?.mean_since(before);
         ensure!(
             self.net.mode == Mode::Offload || mean <= Carried::LEN_MAX,
@@ -194,7 +194,7 @@ impl Measuring<'_> {
     fn flood(&mut self, len: usize) -> anyhow::Result<()> {
         self.cancel.check()?;
         let what = Datagrams { len, rate: None, scattered: false };
-        let flood = load::datagrams(self.net, what, self.plan.time, &mut self.time)?;
+        let flood = load::datagrams(self.net, what, self.plan.time, &mut || self.time.mark())?;
         let megapackets = flood.received_steadily as f64 / 1e6;
         let (machine, daemon) = (self.time.machine(), self.time.processes());
         self.put(format!("udp{len}_flood_kpps"), flood.rate() / 1000.0);
@@ -212,7 +212,7 @@ impl Measuring<'_> {
     fn scattered(&mut self) -> anyhow::Result<()> {
         self.cancel.check()?;
         let what = Datagrams { len: 64, rate: None, scattered: true };
-        let flood = load::datagrams(self.net, what, self.plan.time, &mut self.time)?;
+        let flood = load::datagrams(self.net, what, self.plan.time, &mut || self.time.mark())?;
         self.put("scattered_kpps", flood.rate() / 1000.0);
         Ok(())
     }
@@ -231,7 +231,7 @@ impl Measuring<'_> {
     fn paced(&mut self) -> anyhow::Result<()> {
         self.cancel.check()?;
         let what = Datagrams { len: 64, rate: Some(PACED), scattered: false };
-        let paced = load::datagrams(self.net, what, self.plan.time, &mut self.time)?;
+        let paced = load::datagrams(self.net, what, self.plan.time, &mut || self.time.mark())?;
         let megapackets = paced.received_steadily as f64 / 1e6;
         let (machine, daemon) = (self.time.machine(), self.time.processes());
         self.put("paced_loss", paced.loss());
@@ -246,7 +246,7 @@ impl Measuring<'_> {
         let (net, time) = (self.net, self.plan.time);
         let loaded = thread::scope(|scope| {
             let longer = time + load::WARM_UP;
-            let load = scope.spawn(move || load::streams(net, 1, longer, &mut Unmetered));
+            let load = scope.spawn(move || load::streams(net, 1, longer, &mut || Ok(())));
             // Until the load is one.
             thread::sleep(load::WARM_UP);
             let loaded = load::round_trips(net, time);
@@ -270,7 +270,7 @@ fn highest_rate(
     let is_good = |rate: f64| -> anyhow::Result<bool> {
         cancel.check()?;
         let what = Datagrams { len, rate: Some(rate), scattered: false };
-        let sent = load::datagrams(net, what, time / 2, &mut Unmetered)?;
+        let sent = load::datagrams(net, what, time / 2, &mut || Ok(()))?;
         // A sender that does not reach the rate proves nothing about it.
         Ok(sent.offered() > 0.95 * rate && sent.loss() < LOSS_MAX)
     };
@@ -297,6 +297,12 @@ impl Processor {
         Self { pids: running.processes(), begin: (0.0, 0.0), end: (0.0, 0.0) }
     }
 
+    /// At the beginning, and at the end.
+    fn mark(&mut self) -> anyhow::Result<()> {
+        (self.begin, self.end) = (self.end, self.now()?);
+        Ok(())
+    }
+
     fn now(&self) -> anyhow::Result<(f64, f64)> {
         let each: Vec<f64> = self
             .pids
@@ -312,29 +318,5 @@ impl Processor {
 
     fn processes(&self) -> f64 {
         self.end.1 - self.begin.1
-    }
-}
-
-impl Meter for Processor {
-    fn begin(&mut self) -> anyhow::Result<()> {
-        self.begin = self.now()?;
-        Ok(())
-    }
-
-    fn end(&mut self) -> anyhow::Result<()> {
-        self.end = self.now()?;
-        Ok(())
-    }
-}
-
-struct Unmetered;
-
-impl Meter for Unmetered {
-    fn begin(&mut self) -> anyhow::Result<()> {
-        Ok(())
-    }
-
-    fn end(&mut self) -> anyhow::Result<()> {
-        Ok(())
     }
 }
