@@ -174,8 +174,7 @@ impl Forwarding<'_> {
     }
 
     fn begin(&self, tenure: Tenure, memory: &Memory) -> Turn {
-        let (margin, _) = self.settings.renewal();
-        let mut turn = Turn::new(tenure, self.place, margin);
+        let mut turn = Turn::new(tenure, self.place, self.settings.renew_margin);
         turn.prober = self.prober(&turn, memory);
         self.board.probes(turn.prober.as_ref().map(|prober| prober.findings().clone()));
         turn
@@ -234,7 +233,7 @@ impl Forwarding<'_> {
             let tenure = Tenure::of(lease, turn.tenure.config.clone());
             return Ok(Some(Ended { why: Why::OtherLease, tenure }));
         }
-        turn.hold(lease, self.settings.renewal().0);
+        turn.hold(lease, self.settings.renew_margin);
         turn.publish.reset_immediately();
         let snapshot = watch.borrow().snapshot.clone();
         self.reconcile(&snapshot, overlay, turn, Basis::Memory).await?;
@@ -345,7 +344,7 @@ impl Forwarding<'_> {
                 }
                 // A claim that goes on will find it, and ends with it.
                 turn.tenure.lost = None;
-                turn.hold(lease, self.settings.renewal().0);
+                turn.hold(lease, self.settings.renew_margin);
             }
             Own::Missing if turn.tenure.lost == Some(Lost::Gone) => {}
             Own::Missing => {

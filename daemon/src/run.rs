@@ -387,7 +387,7 @@ impl Daemon<'_> {
     /// Renews the lease where that is due, while nothing goes on under it: it must not end meanwhile.
     async fn keep_lease(&self, place: &Place, tenure: &mut Tenure) {
         let attrs = &place.identity.attrs;
-        let margin = self.settings.renewal().0;
+        let margin = self.settings.renew_margin;
         let due = tenure.renewal(attrs, margin);
         if !tenure.is_held() || due.is_none_or(|due| due > Instant::now()) {
             return;

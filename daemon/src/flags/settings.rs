@@ -82,8 +82,10 @@ pub struct Settings {
     pub lease_ttl: Duration,
     /// The Network of the config that is written if there is none.
     pub network: Option<IpNetwork>,
-    /// How long before its expiry the lease is renewed.
+    /// How long before its end the lease is renewed.
     pub renew_margin: Duration,
+    /// The pause after a try to renew it that failed.
+    pub renew_retry: Duration,
     /// Where subnet.env goes.
     pub subnet_file: PathBuf,
     /// What outlives a reboot.
@@ -123,15 +125,6 @@ pub enum RegistrySettings {
     Etcd { access: Access, prefix: String, api: EtcdApi },
 }
 
-impl Settings {
-    /// How long before its end the lease is renewed, and the pause after a try that failed. A short
-    /// lease leaves less time for both.
-    pub fn renewal(&self) -> (Duration, Duration) {
-        let margin = self.renew_margin.min(self.lease_ttl / 2);
-        (margin, RENEW_RETRY.min(margin / 4))
-    }
-}
-
 impl Flags {
     /// Decides what the flags come to.
     ///
@@ -142,12 +135,16 @@ impl Flags {
         if self.kubernetes.kube_subnet_mgr {
             return Err(FlagError::Kubernetes);
         }
+        let lease_ttl = self.lease.subnet_lease_ttl;
+        // A short lease leaves less time for both.
+        let renew_margin = self.lease.subnet_lease_renew_margin.min(lease_ttl / 2);
         Ok(Settings {
             registry: registry(&self)?,
-            lease_ttl: self.lease.subnet_lease_ttl,
+            lease_ttl,
             notes: notes(&self),
             network: self.network.network,
-            renew_margin: self.lease.subnet_lease_renew_margin,
+            renew_margin,
+            renew_retry: RENEW_RETRY.min(renew_margin / 4),
             subnet_file: self.network.subnet_file,
             state_dir: self.network.state_dir,
             run_dir: self.network.run_dir,
@@ -393,7 +390,10 @@ mod tests {
 
     #[test]
     fn a_short_lease_is_renewed_in_time() {
-        let renewal = |args: &[&str]| settings(args).unwrap().renewal();
+        let renewal = |args: &[&str]| {
+            let found = settings(args).unwrap();
+            (found.renew_margin, found.renew_retry)
+        };
         let seconds = Duration::from_secs;
         assert_eq!(renewal(&[REGISTRY]), (seconds(3600), seconds(60)));
         let wide = [REGISTRY, "--subnet-lease-renew-margin=600"];

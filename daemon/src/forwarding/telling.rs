@@ -49,7 +49,7 @@ impl Forwarding<'_> {
 
     /// Writes the lease anew, with what we are now, and says whether it did.
     pub(super) async fn renew(&self, turn: &mut Turn) -> bool {
-        let (margin, retry) = self.settings.renewal();
+        let (margin, retry) = (self.settings.renew_margin, self.settings.renew_retry);
         let ttl = keeper::ttl(&turn.tenure.lease, self.settings.lease_ttl);
         let renewed =
             in_time(self.registry.renew(&turn.tenure.lease, &turn.identity.attrs, ttl)).await;
