@@ -110,11 +110,7 @@ impl RouteTable {
 
     /// Which peer a packet with this source is from, be it a container's or the host's own.
     pub(crate) fn sender_number(&self, source: IpAddr) -> Option<usize> {
-        self.peer_number(source).or_else(|| {
-            let first = self.endpoints.partition_point(|(ip, _)| *ip < source);
-            let found = self.endpoints.get(first).filter(|(ip, _)| *ip == source);
-            found.map(|(_, number)| *number)
-        })
+        self.peer_number(source).or_else(|| self.numbers_at(source).next())
     }
 
     pub(crate) fn peer(&self, number: usize) -> Option<&Peer> {
@@ -135,11 +131,13 @@ impl RouteTable {
 
     /// The peers whose datagrams are sent to this address; more than one behind one NAT.
     pub fn peers_at(&self, endpoint: IpAddr) -> impl Iterator<Item = &Peer> {
+        self.numbers_at(endpoint).filter_map(|number| self.peer(number))
+    }
+
+    fn numbers_at(&self, endpoint: IpAddr) -> impl Iterator<Item = usize> {
         let first = self.endpoints.partition_point(|(ip, _)| *ip < endpoint);
-        self.endpoints[first..]
-            .iter()
-            .take_while(move |(ip, _)| *ip == endpoint)
-            .filter_map(|(_, index)| self.peers.get(*index))
+        let at = self.endpoints[first..].iter().take_while(move |(ip, _)| *ip == endpoint);
+        at.map(|(_, number)| *number)
     }
 }
 
