@@ -26,6 +26,7 @@ use weft_engine::EngineError;
 
 pub use kernel_events::KernelEvents;
 pub use mac::{BadMac, Mac};
+pub use weft_engine::packet::checksum;
 pub use weft_engine::{
     BUCKETS, Counter, Direction, Distribution, DscpMode, EngineMeter, Feature, FeatureState,
     GuardMode, Histogram, IoKind, SOCKET_BUFFER_LEN, SourcePort, Traffic, Tuning,

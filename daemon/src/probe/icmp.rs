@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use tokio::net::UdpSocket;
+use weft_backends::checksum;
 
 /// Before the nonce in an echo.
 const MAGIC: [u8; 8] = *b"weftecho";
@@ -126,16 +127,6 @@ fn echo(ipv6: bool, nonce: u64) -> Vec<u8> {
         packet[2..4].copy_from_slice(&sum.to_be_bytes());
     }
     packet
-}
-
-/// RFC 1071, of an even number of bytes.
-fn checksum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or_default()
 }
 
 fn understand(
