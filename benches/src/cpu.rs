@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::Context;
+use weft_daemon::usage::stat_field;
 
 /// Seconds that all processors together have been busy since boot; waiting for the hypervisor
 /// (steal) is not work.
@@ -43,11 +44,9 @@ fn busy_ticks(stat: &str) -> Option<u64> {
     Some([0, 1, 2, 5, 6].into_iter().filter_map(|at| ticks.get(at)).sum())
 }
 
-/// utime and stime, behind the name, which may hold anything but ends with the last bracket.
+/// utime and stime.
 fn process_ticks(stat: &str) -> Option<u64> {
-    let (_, rest) = stat.rsplit_once(')')?;
-    let fields: Vec<&str> = rest.split_whitespace().collect();
-    Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
+    Some(stat_field(stat, 14)? + stat_field(stat, 15)?)
 }
 
 fn to_seconds(ticks: u64) -> f64 {

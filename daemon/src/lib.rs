@@ -47,4 +47,4 @@ pub mod status;
 pub mod status_command;
 pub mod top;
 pub mod trace;
-mod usage;
+pub mod usage;

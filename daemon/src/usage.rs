@@ -24,17 +24,20 @@ pub(crate) fn open_files() -> u64 {
 impl Usage {
     /// Reads `/proc/self/stat`.
     fn parse(text: &str) -> Option<Self> {
-        // The name, in parentheses, may hold anything.
-        let (_, fields) = text.rsplit_once(')')?;
-        let fields: Vec<&str> = fields.split_whitespace().collect();
-        // Numbered as in proc_pid_stat(5), where the first one behind the name is 3.
-        let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+        let field = |number: usize| stat_field(text, number);
         Some(Self {
             cpu_millis: (field(14)? + field(15)?) * 1000 / rustix::param::clock_ticks_per_second(),
             threads: field(20)?,
             resident_bytes: field(24)? * rustix::param::page_size() as u64,
         })
     }
+}
+
+/// A number of `/proc/PID/stat`, counted as in proc_pid_stat(5).
+pub fn stat_field(text: &str, number: usize) -> Option<u64> {
+    // The second, the name in parentheses, may hold anything.
+    let (_, fields) = text.rsplit_once(')')?;
+    fields.split_whitespace().nth(number.checked_sub(3)?)?.parse().ok()
 }
 
 #[cfg(test)]

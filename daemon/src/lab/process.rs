@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use crate::usage::stat_field;
+
 /// One process, for ever: numbers come again, but not with the same start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ProcessId {
@@ -23,7 +25,7 @@ impl ProcessId {
     pub(super) fn of(pid: u32) -> anyhow::Result<Self> {
         let path = format!("/proc/{pid}/stat");
         let stat = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-        let started = start_time(&stat).with_context(|| format!("cannot understand {path}"))?;
+        let started = stat_field(&stat, 22).with_context(|| format!("cannot understand {path}"))?;
         Ok(Self { pid: i32::try_from(pid).context("no process has such a number")?, started })
     }
 
@@ -80,25 +82,11 @@ fn has_ended(process: &OwnedFd, within: Duration) -> bool {
     matches!(poll(&mut polled, Some(&timeout)), Ok(1..))
 }
 
-/// The program's name, in parentheses, may itself hold spaces and parentheses.
-fn start_time(stat: &str) -> Option<u64> {
-    let (_, fields) = stat.rsplit_once(')')?;
-    // Field 3 is the first after the name.
-    fields.split_whitespace().nth(22 - 3)?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use std::process::Command;
 
     use super::*;
-
-    #[test]
-    fn a_name_does_not_confuse_the_start_time() {
-        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4242 8 9";
-        assert_eq!(start_time(stat), Some(4242));
-        assert_eq!(start_time("7 (a) S 1"), None);
-    }
 
     #[test]
     fn ends_the_process_and_none_other_with_its_number() {
