@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use weft_control::NetworkConfig;
 
 use crate::flags::Settings;
-use crate::node::NodeFiles;
+use crate::node::{MADE_FILES, NodeFiles};
 use crate::state_file::StateFile;
 
 /// One daemon's.
@@ -66,7 +66,7 @@ impl Made {
     /// It cannot be read.
     pub(crate) fn read_all(state_dir: &Path) -> anyhow::Result<Vec<Self>> {
         let mut all = Vec::new();
-        for path in files_of(state_dir, |name| name.starts_with("made-"))? {
+        for path in files_of(state_dir, |name| name.starts_with(MADE_FILES))? {
             let (made, _) = StateFile::new(path.clone()).load().with_context(|| {
                 format!("{} does not tell what weftd has made; remove it", path.display())
             })?;

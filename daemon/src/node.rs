@@ -39,7 +39,11 @@ pub(crate) struct NodeFiles {
 }
 
 /// What the names of files in the state directory begin with.
-pub(crate) const STATE_FILES: [&str; 4] = ["node-", "last-known-", "made-", "config-"];
+pub(crate) const STATE_FILES: [&str; 4] = [ID_FILES, LAST_KNOWN_FILES, MADE_FILES, CONFIG_FILES];
+const ID_FILES: &str = "node-";
+pub(crate) const LAST_KNOWN_FILES: &str = "last-known-";
+pub(crate) const MADE_FILES: &str = "made-";
+pub(crate) const CONFIG_FILES: &str = "config-";
 /// The same in the run directory.
 pub(crate) const RUN_FILES: &str = "weftd-";
 
@@ -48,11 +52,11 @@ impl NodeFiles {
     pub(crate) fn of(state_dir: &Path, run_dir: &Path, registry: &str, public_ip: IpAddr) -> Self {
         let mark = mark(&format!("{registry}\n{public_ip}"));
         Self {
-            id: state_dir.join(format!("node-{mark}")),
-            lock: run_dir.join(format!("weftd-{mark}.lock")),
-            socket: run_dir.join(format!("weftd-{mark}.sock")),
-            last_known: state_dir.join(format!("last-known-{mark}.json")),
-            made: state_dir.join(format!("made-{mark}.json")),
+            id: state_dir.join(format!("{ID_FILES}{mark}")),
+            lock: run_dir.join(format!("{RUN_FILES}{mark}.lock")),
+            socket: run_dir.join(format!("{RUN_FILES}{mark}.sock")),
+            last_known: state_dir.join(format!("{LAST_KNOWN_FILES}{mark}.json")),
+            made: state_dir.join(format!("{MADE_FILES}{mark}.json")),
         }
     }
 
@@ -108,7 +112,7 @@ impl Node {
 
 /// Where the network config of a registry is kept, for all daemons that use it.
 pub(crate) fn config_path(state_dir: &Path, registry: &str) -> PathBuf {
-    state_dir.join(format!("config-{}.json", mark(registry)))
+    state_dir.join(format!("{CONFIG_FILES}{}.json", mark(registry)))
 }
 
 /// What tells files of one thing from those of another.

@@ -18,6 +18,7 @@ use weft_control::file::{self, PRIVATE};
 use weft_control::lease::Snapshot;
 
 use crate::made::files_of;
+use crate::node::LAST_KNOWN_FILES;
 
 /// How long anybody waits for a disk that is busy, or hangs.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -40,7 +41,7 @@ impl LastKnown {
     /// # Errors
     /// The directory cannot be read.
     pub(crate) fn read_all(state_dir: &Path) -> anyhow::Result<Vec<(PathBuf, Self, Timestamp)>> {
-        let files = files_of(state_dir, |name| name.starts_with("last-known-"))?;
+        let files = files_of(state_dir, |name| name.starts_with(LAST_KNOWN_FILES))?;
         let load = |path: PathBuf| {
             let (known, since) = StateFile::new(path.clone()).load()?;
             Some((path, known, since))

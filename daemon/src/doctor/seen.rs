@@ -19,6 +19,7 @@ use weft_control::{LeaseKey, NetworkConfig, RegistryError};
 
 use crate::flags::{RegistrySettings, Settings};
 use crate::made::files_of;
+use crate::node::CONFIG_FILES;
 use crate::registry::open_now;
 use crate::socket;
 use crate::started;
@@ -253,7 +254,7 @@ impl Seen {
 
 /// Where daemons of several registries share the directory, it is not known whose is whose.
 fn last_config(state_dir: &Path) -> Option<String> {
-    let files = files_of(state_dir, |name| name.starts_with("config-")).ok()?;
+    let files = files_of(state_dir, |name| name.starts_with(CONFIG_FILES)).ok()?;
     let [file] = <[PathBuf; 1]>::try_from(files).ok()?;
     StateFile::new(file).load().map(|(text, _)| text)
 }
