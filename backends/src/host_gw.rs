@@ -21,7 +21,7 @@ use crate::reconcile::Territory;
 use crate::vxlan;
 use crate::{
     Backend, BackendError, BackendKind, BackendStatus, Basis, Desired, DesiredPeer,
-    ExternalInterface, Opened, PeerWay, Report, Started, Way,
+    ExternalInterface, Opened, PeerWay, Report, Started, Way, lose_subnets,
 };
 
 /// What BackendV6Data tells.
@@ -121,10 +121,7 @@ impl Backend for HostGw {
         report.tell(outcome.problems);
         let refused: HashSet<IpNetwork> =
             outcome.refused.iter().map(|(route, _)| route.destination).collect();
-        for peer in &mut self.peers {
-            peer.subnets.retain(|subnet| !refused.contains(subnet));
-        }
-        self.peers.retain(|peer| !peer.subnets.is_empty());
+        lose_subnets(&mut self.peers, &refused);
         report.tell(outcome.refused.iter().map(|(route, error)| {
             format!(
                 "{error}; the node {} must be on the same link as {} for host-gw",

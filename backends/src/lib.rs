@@ -359,6 +359,14 @@ pub struct PeerWay {
     pub traffic: Option<Arc<Traffic>>,
 }
 
+/// Has no way lead to these subnets any more; one to nowhere is none.
+fn lose_subnets(ways: &mut Vec<PeerWay>, subnets: &HashSet<IpNetwork>) {
+    for way in &mut *ways {
+        way.subnets.retain(|subnet| !subnets.contains(subnet));
+    }
+    ways.retain(|way| !way.subnets.is_empty());
+}
+
 /// Whether packets are wrapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {

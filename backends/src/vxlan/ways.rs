@@ -11,7 +11,7 @@ use weft_control::{Lease, LeaseAttrs, LeaseKey};
 use super::Vxlan;
 use crate::mac::Mac;
 use crate::netlink::{FdbEntry, GatewayRoute, Neighbour, NetlinkError};
-use crate::{BackendKind, Desired, DesiredPeer, PeerWay, Way};
+use crate::{BackendKind, Desired, DesiredPeer, PeerWay, Way, lose_subnets};
 
 /// The way to one subnet through the tunnel.
 #[derive(Debug, Clone, Copy)]
@@ -144,10 +144,7 @@ impl Ways {
         }
         self.tunnels.retain(|tunnel| !subnets.contains(&tunnel.route.destination));
         self.direct.retain(|route| !subnets.contains(&route.destination));
-        for peer in &mut self.peers {
-            peer.subnets.retain(|subnet| !subnets.contains(subnet));
-        }
-        self.peers.retain(|peer| !peer.subnets.is_empty());
+        lose_subnets(&mut self.peers, subnets);
     }
 
     pub(super) fn routes(&self) -> Vec<GatewayRoute> {
