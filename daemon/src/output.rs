@@ -47,6 +47,12 @@ pub fn plain(text: &str) -> String {
     text.replace(is_command, "\u{fffd}")
 }
 
+/// All of them on one line.
+pub(crate) fn joined(items: impl IntoIterator<Item = impl ToString>, separator: &str) -> String {
+    let items: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();
+    items.join(separator)
+}
+
 /// Three digits and a unit.
 pub(crate) fn short(number: f64) -> String {
     const UNITS: [(f64, &str); 4] = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];

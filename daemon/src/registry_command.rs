@@ -24,7 +24,7 @@ use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig
 
 use crate::directories::Directories;
 use crate::flags::{RegistryFlags, RegistrySettings};
-use crate::output::Output;
+use crate::output::{Output, joined};
 use crate::registry::open_now;
 use crate::{socket, started};
 
@@ -445,8 +445,7 @@ fn changes<'a>(
 }
 
 fn addresses(attrs: &LeaseAttrs) -> String {
-    let addresses: Vec<String> = attrs.public_addresses().map(|ip| ip.to_string()).collect();
-    addresses.join(", ")
+    joined(attrs.public_addresses(), ", ")
 }
 
 fn owner(lease: &Lease) -> String {
@@ -464,7 +463,7 @@ fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) ->
     table.set_header(["subnet", "public IP", "backend", "weft node", "expires in"]);
     let nodes = by_address(&snapshot.nodes);
     for lease in &snapshot.leases {
-        let subnets: Vec<String> = lease.key.networks().map(|net| net.to_string()).collect();
+        let subnets = joined(lease.key.networks(), ", ");
         let backend = match lease.attrs.backend_type.as_str() {
             "" => "udp",
             name => name,
@@ -480,7 +479,7 @@ fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) ->
             (_, None) => "-".to_owned(),
         };
         let node = node.unwrap_or_else(|| "-".to_owned());
-        table.add_row([subnets.join(", "), owner(lease), backend.to_owned(), node, left]);
+        table.add_row([subnets, owner(lease), backend.to_owned(), node, left]);
     }
     table
 }

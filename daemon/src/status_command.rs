@@ -9,7 +9,7 @@ use comfy_table::{Table, presets};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::directories::Directories;
-use crate::output::{Output, float, short};
+use crate::output::{Output, float, joined, short};
 use crate::socket::{self, Request};
 use crate::status::{PeerStatus, ProbeStatus, Status, TrafficStatus};
 
@@ -119,14 +119,14 @@ fn answered(daemon: &Status, now: Timestamp) -> String {
 
 fn lease(daemon: &Status, now: Timestamp) -> Option<String> {
     let since = daemon.lease_since?;
-    let subnets: Vec<String> = daemon.subnets.iter().map(ToString::to_string).collect();
+    let subnets = joined(&daemon.subnets, " and ");
     let end = match daemon.lease_expires {
         Some(end) if end < now => format!("expired {} ago", ago(end, now)),
         Some(end) => format!("expires in {}", length(end.duration_since(now))),
         None if daemon.lease_reserved => "reserved".into(),
         None => "its end is not known".into(),
     };
-    Some(format!("{}, held for {}, {end}", subnets.join(" and "), ago(since, now)))
+    Some(format!("{subnets}, held for {}, {end}", ago(since, now)))
 }
 
 fn backend(daemon: &Status) -> Option<String> {
@@ -159,11 +159,10 @@ fn peers(peers: &[PeerStatus]) -> Table {
         "loss",
     ]);
     for peer in peers {
-        let subnets: Vec<String> = peer.subnets.iter().map(ToString::to_string).collect();
         let name = peer.name.as_deref().unwrap_or(NONE);
         let version = peer.version.as_deref().unwrap_or(NONE);
         let [answers, rtt, loss] = probe(&peer.probe);
-        let (address, subnets) = (peer.public_ip.to_string(), subnets.join(" "));
+        let (address, subnets) = (peer.public_ip.to_string(), joined(&peer.subnets, " "));
         let bytes = |of: fn(&TrafficStatus) -> u64| {
             peer.traffic.as_ref().map_or_else(|| NONE.into(), |it| short(float(of(it))) + "B")
         };

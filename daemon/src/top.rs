@@ -20,7 +20,7 @@ use ratatui::widgets::{Paragraph, Row, Table};
 
 use crate::directories::Directories;
 use crate::metrics;
-use crate::output::{float, short};
+use crate::output::{float, joined, short};
 use crate::socket::{self, Request};
 use crate::status::{PeerStatus, Status, TrafficStatus};
 
@@ -308,13 +308,13 @@ fn draw(frame: &mut Frame<'_>, view: &View<'_>, order: Order) {
 fn heading(view: &View<'_>) -> Vec<Line<'static>> {
     let Some(now) = view.now else { return vec![Line::raw("no weftd answers")] };
     let backend = now.backend.as_deref().unwrap_or("no backend yet");
-    let subnets: Vec<String> = now.subnets.iter().map(ToString::to_string).collect();
+    let subnets = joined(&now.subnets, " ");
     let wrong = match now.problems.len() {
         0 => String::new(),
         problems => format!(", {problems} problems: see weft status"),
     };
     vec![
-        Line::raw(format!("weftd {} {}: {}{wrong}", now.pid, subnets.join(" "), now.state)),
+        Line::raw(format!("weftd {} {subnets}: {}{wrong}", now.pid, now.state)),
         Line::raw(format!(
             "{backend} {}, {} peers, CPU {}",
             now.io.as_deref().unwrap_or("in the kernel"),

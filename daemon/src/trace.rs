@@ -14,7 +14,7 @@ use weft_control::firewall::rules::Rule;
 
 use crate::directories::Directories;
 use crate::ip_forward;
-use crate::output::Output;
+use crate::output::{Output, joined};
 use crate::socket::{self, Request};
 use crate::status::{PeerStatus, Status};
 
@@ -99,9 +99,9 @@ fn write_text(trace: &Trace, out: &mut dyn Write) -> io::Result<()> {
     let from = trace.from.map(|from| format!("{from} → ")).unwrap_or_default();
     let target = match (trace.target, &trace.peer) {
         (Target::Peer, Some(peer)) => {
-            let subnets: Vec<String> = peer.subnets.iter().map(ToString::to_string).collect();
+            let subnets = joined(&peer.subnets, " ");
             let name = peer.name.as_ref().map(|name| format!(" ({name})")).unwrap_or_default();
-            format!("{} of the peer {}{name}, {}", subnets.join(" "), peer.public_ip, peer.way)
+            format!("{subnets} of the peer {}{name}, {}", peer.public_ip, peer.way)
         }
         (Target::Local, _) => "a container of this host".into(),
         (Target::Nobody, _) | (Target::Peer, None) => "the overlay, but no peer has it".into(),

@@ -6,6 +6,7 @@ use weft_backends::IoKind;
 use super::check::Check;
 use super::seen::Seen;
 use super::version;
+use crate::output::joined;
 
 /// What weft is tried with.
 const OLDEST: (u32, u32) = (6, 1);
@@ -34,11 +35,11 @@ pub(super) fn daemon(seen: &Seen) -> Option<Check> {
     if !status.problems.is_empty() {
         return Check::warn(status.problems.join("; "), log);
     }
-    let subnets: Vec<String> = status.subnets.iter().map(ToString::to_string).collect();
+    let subnets = joined(&status.subnets, " and ");
     let backend = status.backend.as_deref().unwrap_or_default();
     let pid = daemon.pid.unwrap_or(status.pid);
     let what = format!("weftd {} (pid {pid}) carries", status.version);
-    Check::ok(format!("{what} {} by {backend}", subnets.join(" and ")))
+    Check::ok(format!("{what} {subnets} by {backend}"))
 }
 
 /// What this kernel can and cannot do.

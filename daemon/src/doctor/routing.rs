@@ -8,6 +8,7 @@ use weft_control::lease::contains;
 
 use super::check::Check;
 use super::seen::Seen;
+use crate::output::joined;
 use crate::overlap;
 use crate::status::{PeerStatus, Status};
 
@@ -70,12 +71,11 @@ pub(super) fn bridge(seen: &Seen) -> Option<Check> {
             }
             return Check::ok(format!("{name} has the address of subnet.env"));
         }
-        let found: Vec<String> = addresses.map(|address| address.to_string()).collect();
-        let wanted: Vec<String> = env.gateways.iter().map(ToString::to_string).collect();
+        let found = joined(addresses, ", ");
         let what = format!(
             "{name} has {}, subnet.env says {}: no other host reaches its containers",
-            if found.is_empty() { "no address".into() } else { found.join(", ") },
-            wanted.join(", ")
+            if found.is_empty() { "no address" } else { &found },
+            joined(&env.gateways, ", ")
         );
         astray = astray.or_else(|| Check::fail(what, restart(name)));
     }

@@ -49,7 +49,6 @@ impl Forwarding<'_> {
 
     /// Writes the lease anew, with what we are now, and says whether it did.
     pub(super) async fn renew(&self, turn: &mut Turn) -> bool {
-        let (margin, retry) = (self.settings.renew_margin, self.settings.renew_retry);
         let ttl = keeper::ttl(&turn.tenure.lease, self.settings.lease_ttl);
         let renewed =
             in_time(self.registry.renew(&turn.tenure.lease, &turn.identity.attrs, ttl)).await;
@@ -65,11 +64,11 @@ impl Forwarding<'_> {
         let is_renewed = renewed.is_some();
         if let Some(lease) = renewed {
             tracing::info!(subnet = %lease.key, expires = expiry(&lease), "renewed the lease");
-            turn.hold(lease, margin);
+            turn.hold(lease, self.settings.renew_margin);
             self.board.lease(&turn.tenure.lease, turn.tenure.renewal);
         }
         let is_told = turn.tenure.lease.attrs == turn.identity.attrs;
-        let pause = if is_told && is_asked { retry } else { MOVED_RETRY };
+        let pause = if is_told && is_asked { self.settings.renew_retry } else { MOVED_RETRY };
         turn.renew_not_before = Instant::now() + pause;
         is_renewed
     }

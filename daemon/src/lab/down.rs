@@ -10,6 +10,7 @@ use super::process::ProcessId;
 use super::record::{self, Record};
 use super::{GRACE, join_failures, require_root};
 use crate::netns;
+use crate::output::joined;
 
 /// What was removed of one lab.
 #[derive(Debug)]
@@ -24,8 +25,7 @@ impl fmt::Display for Removed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "removed the lab {}", self.id)?;
         if !self.daemons.is_empty() {
-            let pids: Vec<_> = self.daemons.iter().map(ToString::to_string).collect();
-            write!(f, "\n  daemons (pid): {}", pids.join(", "))?;
+            write!(f, "\n  daemons (pid): {}", joined(&self.daemons, ", "))?;
         }
         if !self.namespaces.is_empty() {
             write!(f, "\n  network namespaces: {}", self.namespaces.join(", "))?;

@@ -7,6 +7,7 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use super::Bytes;
 use super::measure::Pair;
+use crate::output::joined;
 use crate::status::Status;
 
 /// What a cell says where there is nothing to say.
@@ -24,11 +25,10 @@ pub(super) fn leases(hosts: &[HostStatus]) -> Table {
             table.add_row([name.as_str(), NONE, NONE, NONE, NONE, NONE]);
             continue;
         };
-        let subnets: Vec<_> = status.subnets.iter().map(ToString::to_string).collect();
         table.add_row([
             name,
             or_none(status.public_ip),
-            subnets.join(", "),
+            joined(&status.subnets, ", "),
             or_none(status.device.as_ref()),
             or_none(status.mtu),
             status.peers.len().to_string(),
