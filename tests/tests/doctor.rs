@@ -236,6 +236,21 @@ fn a_daemon_is_found_by_its_number_here() -> Result<()> {
     lab.remove()
 }
 
+/// Daemons of two networks may share the state directory; somebody pastes the cure.
+#[test]
+fn a_lost_config_is_given_back_to_the_registry_that_had_it() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let host = lab.host(0);
+    fs::write(host.state_dir.join("config-0.json"), r#""{\"Network\":\"10.7.0.0/16\"}""#)?;
+    let config = lab.registry()?.join("config");
+    let text = fs::read_to_string(&config)?;
+    fs::remove_file(&config)?;
+    finds(&lab, 0, "registry", "FAIL", &format!("init '{text}'"))?;
+    lab.remove()
+}
+
 #[test]
 fn the_registry_and_the_daemon_are_asked() -> Result<()> {
     let mut lab = healthy()?;

@@ -86,6 +86,7 @@ mod tests {
                 etcdctl_flags: String::new(),
                 servers: Vec::new(),
                 content: Ok((snapshot, Duration::ZERO)),
+                last_config: None,
             }),
             links: vec![link("02:00:00:00:00:01")],
             ..Seen::default()

@@ -5,6 +5,8 @@ use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use ipnetwork::IpNetwork;
+use serde_json::{Map, Value, json};
 use weft_control::lease::Snapshot;
 use weft_control::{NetworkConfig, RegistryError};
 
@@ -12,6 +14,7 @@ use super::check::Check;
 use super::seen::{RegistrySeen, Seen};
 use super::version;
 use crate::flags::registry::quoted;
+use crate::status::Status;
 
 /// Reading everything should not take longer.
 const SLOW: Duration = Duration::from_millis(500);
@@ -38,7 +41,7 @@ pub(super) fn registry(seen: &Seen) -> Option<Check> {
             return Check::fail(error.to_string(), cure);
         }
         Err(RegistryError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            let cure = registry.weft("init 10.42.0.0/16   # unless its disk is not mounted");
+            let cure = init(registry, seen.status()) + "   # unless its disk is not mounted";
             return Check::fail(format!("{name} is no registry yet"), cure);
         }
         Err(error) => {
@@ -47,8 +50,7 @@ pub(super) fn registry(seen: &Seen) -> Option<Check> {
     };
     let Some(config) = &snapshot.config else {
         let what = format!("{name} has no network config");
-        let config = seen.last_config.as_deref().map_or("10.42.0.0/16".into(), quoted);
-        return Check::fail(what, registry.weft(&format!("init {config}")));
+        return Check::fail(what, init(registry, seen.status()));
     };
     if let Err(error) = config.parse::<NetworkConfig>() {
         let what = format!("{name} has a network config that cannot be used: {error}");
@@ -71,6 +73,44 @@ pub(super) fn registry(seen: &Seen) -> Option<Check> {
     let version = version.map(|server| format!(", etcd {}", server.version)).unwrap_or_default();
     let leases = snapshot.leases.len();
     Check::ok(format!("{name}{version}: {leases} leases, read in {} ms", took.as_millis()))
+}
+
+/// What gives it back the network config that a daemon here went by, or goes by. Where nothing tells, no
+/// example stands in: a fleet that follows it gives up its subnets.
+fn init(registry: &RegistrySeen, status: Option<&Status>) -> String {
+    if let Some(config) = &registry.last_config {
+        return registry.weft(&format!("init {}", quoted(config)));
+    }
+    match status.filter(|status| !status.networks.is_empty()) {
+        Some(status) => {
+            let config = quoted(&config_by(status).to_string());
+            registry.weft(&format!("init {config}   # and what else it had"))
+        }
+        None => registry.weft("init NETWORK"),
+    }
+}
+
+/// What a daemon's status tells of its network config.
+fn config_by(status: &Status) -> Value {
+    let mut config = Map::new();
+    for ipv6 in [false, true] {
+        let of_family = |it: &&IpNetwork| it.is_ipv6() == ipv6;
+        let Some(network) = status.networks.iter().find(of_family) else { continue };
+        let [key, length] =
+            if ipv6 { ["IPv6Network", "IPv6SubnetLen"] } else { ["Network", "SubnetLen"] };
+        config.insert(key.into(), json!(network));
+        if let Some(subnet) = status.subnets.iter().find(of_family) {
+            config.insert(length.into(), json!(subnet.prefix()));
+        }
+    }
+    if config.contains_key("IPv6Network") {
+        config.insert("EnableIPv4".into(), json!(config.contains_key("Network")));
+        config.insert("EnableIPv6".into(), json!(true));
+    }
+    if let Some(backend) = &status.backend {
+        config.insert("Backend".into(), json!({ "Type": backend }));
+    }
+    config.into()
 }
 
 /// Where a directory registry is.
@@ -170,6 +210,7 @@ mod tests {
 
     use super::*;
     use crate::doctor::check::Verdict;
+    use crate::doctor::seen::Daemon;
 
     fn server(version: &str, behind: i64) -> Result<Server, String> {
         let asked = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(1000);
@@ -192,6 +233,7 @@ mod tests {
                 etcdctl_flags: String::new(),
                 servers: servers.into_iter().map(|it| ("http://etcd:2379".into(), it)).collect(),
                 content: Ok((snapshot, took)),
+                last_config: None,
             }),
             ..Seen::default()
         }
@@ -211,6 +253,32 @@ mod tests {
         assert!(old.verdict == Verdict::Warn && old.seen.contains("3.3.27"), "{old:?}");
         let one = registry(&seen(vec![server("3.5.1", 0), Err("refused".into())], quick)).unwrap();
         assert!(one.verdict == Verdict::Warn && one.seen.contains("1 of 2"), "{one:?}");
+    }
+
+    /// Somebody will paste it.
+    #[test]
+    fn a_lost_config_is_given_back_by_what_is_known_of_it() {
+        let mut seen = seen(vec![server("3.5.1", 0)], Duration::ZERO);
+        let registry = |seen: &Seen| registry(seen).unwrap().cure.unwrap();
+        if let Ok((snapshot, _)) = &mut seen.registry.as_mut().unwrap().content {
+            snapshot.config = None;
+        }
+        assert!(registry(&seen).ends_with(" init NETWORK"));
+        let status = Status {
+            networks: vec!["10.9.0.0/16".parse().unwrap(), "fd00:9::/48".parse().unwrap()],
+            subnets: vec!["10.9.7.0/25".parse().unwrap()],
+            backend: Some("vxlan".into()),
+            ..Status::default()
+        };
+        let told = config_by(&status).to_string();
+        let config: NetworkConfig = told.parse().unwrap();
+        assert!(config.networks().eq(status.networks.iter().copied()), "{told}");
+        assert_eq!(config.ipv4.map(|it| it.subnet_len), Some(25));
+        seen.daemon = Some(Daemon { status, ..Daemon::default() });
+        assert!(registry(&seen).contains(&format!("init '{told}'   # and what else")));
+        let last = r#"{"Network":"10.9.0.0/16"}"#;
+        seen.registry.as_mut().unwrap().last_config = Some(last.into());
+        assert!(registry(&seen).ends_with(&format!(" init '{last}'")));
     }
 
     #[test]

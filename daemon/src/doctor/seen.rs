@@ -18,8 +18,7 @@ use weft_control::subnet_env::SubnetEnv;
 use weft_control::{LeaseKey, NetworkConfig, RegistryError};
 
 use crate::flags::{RegistrySettings, Settings};
-use crate::made::files_of;
-use crate::node::CONFIG_FILES;
+use crate::node::config_path;
 use crate::registry::open_now;
 use crate::socket;
 use crate::started;
@@ -62,8 +61,6 @@ pub(super) struct Seen {
     /// subnet.env, or why it cannot be used.
     pub(super) subnet_env: Option<Result<SubnetEnv, String>>,
     pub(super) registry: Option<RegistrySeen>,
-    /// The network config that the daemon last read.
-    pub(super) last_config: Option<String>,
     /// The daemon's UDP sockets: bytes of their receive and send buffers.
     pub(super) sockets: Vec<(u64, u64)>,
 }
@@ -125,6 +122,8 @@ pub(super) struct RegistrySeen {
     pub(super) servers: Vec<(String, Result<Server, String>)>,
     /// What is in it, and how long reading it took.
     pub(super) content: Result<(Snapshot, Duration), RegistryError>,
+    /// The network config that a daemon here last read from it.
+    pub(super) last_config: Option<String>,
 }
 
 /// What is looked for where no daemon tells.
@@ -157,8 +156,6 @@ impl Seen {
             seen.subnet_env = Some(SubnetEnv::read(subnet_file));
             seen.registry = Some(RegistrySeen::look(registry, state_dir).await);
         }
-        let settings = seen.daemon.as_ref().and_then(|daemon| daemon.settings.as_ref());
-        seen.last_config = settings.and_then(|settings| last_config(&settings.state_dir));
         seen.look_at_netlink().await?;
         let devices = seen.links.iter().map(|link| link.name.as_str()).chain(["all"]);
         seen.sysctls = sysctls(devices);
@@ -252,13 +249,6 @@ impl Seen {
     }
 }
 
-/// Where daemons of several registries share the directory, it is not known whose is whose.
-fn last_config(state_dir: &Path) -> Option<String> {
-    let files = files_of(state_dir, |name| name.starts_with(CONFIG_FILES)).ok()?;
-    let [file] = <[PathBuf; 1]>::try_from(files).ok()?;
-    StateFile::new(file).load().map(|(text, _)| text)
-}
-
 impl Daemon {
     /// Who has given this status at this socket.
     pub(super) fn look(socket: &Path, status: Status) -> Self {
@@ -291,20 +281,25 @@ impl RegistrySeen {
                 (access.endpoints.join(","), servers(access).await)
             }
         };
-        let content = match open_now(settings, state_dir).await {
+        let (content, identity) = match open_now(settings, state_dir).await {
             Ok(registry) => {
                 // To find out which API has the config may have taken as long again.
                 let begun = Instant::now();
-                registry.snapshot().await.map(|snapshot| (snapshot, begun.elapsed()))
+                let snapshot = registry.snapshot().await;
+                (snapshot.map(|snapshot| (snapshot, begun.elapsed())), registry.identity())
             }
-            Err(error) => Err(error),
+            // Only a directory cannot be opened, and that is known by its name.
+            Err(error) => (Err(error), name.clone()),
         };
+        // Daemons of several registries may share the state directory.
+        let last_config = StateFile::new(config_path(state_dir, &identity)).load();
         Self {
             name,
             weft_flags: settings.weft_flags(),
             etcdctl_flags: settings.etcdctl_flags(),
             servers,
             content,
+            last_config: last_config.map(|(text, _)| text),
         }
     }
 
