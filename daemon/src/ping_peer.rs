@@ -28,8 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// base of their subnet.
 #[derive(Debug, Args)]
 pub struct PingPeerArgs {
-    /// The peer, by its address, or by an address in its subnet; all of them, if absent.
-    peer: Option<IpAddr>,
+    /// The peer, by its address, an address in its subnet, or its name; all of them, if absent.
+    peer: Option<String>,
     /// How many of each size.
     #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
     count: u16,
@@ -48,7 +48,8 @@ pub fn run(
     let answers = socket::ask_all::<Status>(&directories.run_dir, &Request::Status)?;
     let (mut pinged, mut lost) = (0, 0);
     for daemon in &answers.given {
-        let wanted = |peer: &&PeerStatus| arguments.peer.is_none_or(|ip| is_at(peer, ip));
+        let wanted =
+            |peer: &&PeerStatus| arguments.peer.as_ref().is_none_or(|it| is_called(peer, it));
         for peer in daemon.peers.iter().filter(wanted) {
             let Some(to) = peer.probe.address else { continue };
             pinged += 1;
@@ -61,8 +62,11 @@ pub fn run(
     Ok(if lost == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn is_at(peer: &PeerStatus, ip: IpAddr) -> bool {
-    peer.public_ip == ip || peer.subnets.iter().any(|subnet| subnet.contains(ip))
+fn is_called(peer: &PeerStatus, text: &str) -> bool {
+    match text.parse::<IpAddr>() {
+        Ok(ip) => peer.public_ip == ip || peer.subnets.iter().any(|subnet| subnet.contains(ip)),
+        Err(_) => peer.name.as_deref() == Some(text),
+    }
 }
 
 /// The pinging of one peer.

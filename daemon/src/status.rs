@@ -9,6 +9,7 @@ use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use weft_backends::{Direction, Traffic};
+use weft_control::LeaseKey;
 
 use crate::log::LogLine;
 use crate::socket::{self, Request};
@@ -105,6 +106,21 @@ impl Status {
     /// Whether packets move.
     pub(crate) fn forwards(&self) -> bool {
         self.state == FORWARDING
+    }
+
+    /// The first problem that is one of a subnet like this: they name it as a network, or as a lease's key.
+    pub(crate) fn problem_of(&self, wanted: impl Fn(IpNetwork) -> bool) -> Option<&str> {
+        let networks = |word: &str| {
+            let word = word.trim_matches(|it: char| !it.is_ascii_alphanumeric());
+            let key = word.parse::<LeaseKey>().ok();
+            let key = key.or_else(|| Some(LeaseKey::from(word.parse::<IpNetwork>().ok()?)));
+            key.into_iter().flat_map(|key| key.networks())
+        };
+        let is_of = |problem: &&String| {
+            let mut named = problem.split_whitespace().flat_map(networks);
+            named.any(|network| !self.networks.contains(&network) && wanted(network))
+        };
+        self.problems.iter().find(is_of).map(String::as_str)
     }
 
     /// The overlay's devices.
@@ -229,6 +245,27 @@ mod tests {
     fn names(prefix: &str, value: &Value) -> BTreeSet<String> {
         let fields = value.as_object().into_iter().flatten();
         fields.map(|(name, _)| format!("{prefix}{name}")).collect()
+    }
+
+    #[test]
+    fn a_problem_is_found_by_the_subnet_that_it_names() {
+        let problems = [
+            "all of 10.42.0.0/16 is in trouble",
+            "route replace 10.42.7.0/24 via 192.0.2.7: no such way; and 3 more like that",
+            "the node of 10.42.8.0-24&fd00:42:0:8::-64 is of the backend vxlan, not host-gw",
+        ];
+        let status = Status {
+            networks: vec!["10.42.0.0/16".parse().unwrap()],
+            problems: problems.map(str::to_owned).into(),
+            ..Status::default()
+        };
+        let of = |ip: &str| {
+            let ip: IpAddr = ip.parse().unwrap();
+            status.problem_of(|network| network.contains(ip))
+        };
+        assert_eq!(of("10.42.7.9"), Some(problems[1]));
+        assert_eq!(of("fd00:42:0:8::1"), Some(problems[2]));
+        assert_eq!(of("10.42.9.9"), None);
     }
 
     #[test]

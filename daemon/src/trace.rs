@@ -5,8 +5,9 @@ use std::io::{self, Write};
 use std::net::IpAddr;
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 use weft_backends::netlink::Netlink;
 use weft_control::firewall::Rules;
@@ -24,8 +25,8 @@ use crate::status::{PeerStatus, Status};
 /// all are asked; those count that have the address in their overlay, or all if none has.
 #[derive(Debug, Args)]
 pub struct TraceArgs {
-    /// Where the packet goes.
-    to: IpAddr,
+    /// Where the packet goes: an address, or a peer's name for the first one of its subnet.
+    to: String,
     /// Where it comes from [default: an address of this host's subnet].
     #[arg(long, value_name = "IP")]
     from: Option<IpAddr>,
@@ -76,7 +77,11 @@ pub fn run(
     directories: &Directories,
     out: &mut dyn Write,
 ) -> anyhow::Result<ExitCode> {
-    let request = Request::Trace { to: arguments.to, from: arguments.from };
+    let to = match arguments.to.parse() {
+        Ok(to) => to,
+        Err(_) => address_of(&arguments.to, directories)?,
+    };
+    let request = Request::Trace { to, from: arguments.from };
     let answers = socket::ask_all::<Trace>(&directories.run_dir, &request)?;
     let traces = &answers.given;
     match arguments.output {
@@ -85,6 +90,21 @@ pub fn run(
     }
     answers.complete()?;
     Ok(if arrives(traces) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The first address of the subnet of the peer with this name.
+fn address_of(name: &str, directories: &Directories) -> anyhow::Result<IpAddr> {
+    let answers = socket::ask_all::<Status>(&directories.run_dir, &Request::Status)?;
+    let peers = answers.given.iter().flat_map(|daemon| &daemon.peers);
+    let named = peers.filter(|peer| peer.name.as_deref() == Some(name));
+    let found: Vec<IpNetwork> = named.filter_map(|peer| peer.subnets.first()).copied().collect();
+    match found[..] {
+        [subnet] => Ok(subnet.network()),
+        [] => {
+            bail!("{name} is no address, and no peer is called so; `weft status` lists the peers")
+        }
+        _ => bail!("{} peers are called {name}; give an address of the one's subnet", found.len()),
+    }
 }
 
 /// Judged by the daemons whose overlay has the address; by all of them if none does.
@@ -130,32 +150,42 @@ pub(crate) fn trace(
 ) -> anyhow::Result<Trace> {
     let netlink = Netlink::open().context("cannot open a netlink socket")?;
     // None where there is not even a default route.
-    let index = netlink.way_out(to).ok().and_then(|way| way.link);
+    let way = netlink.way_out(to).unwrap_or_default();
     let mut links = netlink.links()?.into_iter();
-    let device = links.find(|link| Some(link.index) == index).map(|link| link.name);
-    let mut trace = follow(status, rules, to, from, device);
+    let device = links.find(|link| Some(link.index) == way.link).map(|link| link.name);
+    let kernel = Kernel { device, gateway: way.gateway };
+    let mut trace = follow(status, rules, to, from, kernel);
     if trace.target != Target::Outside && ip_forward::off(to.is_ipv6(), "all").is_some() {
         trace.problems.push("this host does not forward packets; see `weft doctor`".into());
     }
     Ok(trace)
 }
 
-/// `device` is what the kernel would send the packet out of.
+/// What the kernel would do with the packet.
+#[derive(Debug, Default)]
+struct Kernel {
+    /// It leaves by this.
+    device: Option<String>,
+    /// It is handed to this router.
+    gateway: Option<IpAddr>,
+}
+
 fn follow(
     status: &Status,
     rules: Option<&Rules>,
     to: IpAddr,
     from: Option<IpAddr>,
-    device: Option<String>,
+    kernel: Kernel,
 ) -> Trace {
     let own = status.subnets.iter().find(|subnet| subnet.is_ipv6() == to.is_ipv6());
     let from = from.or(own.map(|subnet| subnet.network()));
     let (target, peer) = target(status, to);
-    let problems = problems(status, to, (target, peer), device.as_deref());
+    let problems = problems(status, to, (target, peer), &kernel);
     let rules = rules.zip(from).map_or_else(Vec::new, |(rules, from)| verdicts(rules, from, to));
     let mtu = peer.and(status.mtu);
     let backend = peer.and_then(|_| status.backend.clone());
-    Trace { to, from, target, peer: peer.cloned(), backend, device, mtu, rules, problems }
+    let (peer, device) = (peer.cloned(), kernel.device);
+    Trace { to, from, target, peer, backend, device, mtu, rules, problems }
 }
 
 /// By the longest prefix, as the packet engine and the kernel do it.
@@ -181,19 +211,22 @@ fn problems(
     status: &Status,
     to: IpAddr,
     (target, peer): (Target, Option<&PeerStatus>),
-    device: Option<&str>,
+    kernel: &Kernel,
 ) -> Vec<String> {
     let mut problems = Vec::new();
     if !status.forwards() {
         problems.push(format!("the daemon does not forward: {}", status.state));
     }
     if target == Target::Nobody {
-        problems.push(format!(
-            "no lease that this host knows covers {to}; `weft registry show` lists all of them, and \
-             `weft status` says what is wrong with some"
-        ));
+        problems.push(match status.problem_of(|network| network.contains(to)) {
+            Some(problem) => format!("a lease covers {to}, but packets do not go there: {problem}"),
+            None => format!(
+                "no lease that this host knows covers {to}; `weft registry show` lists all of them, \
+                 and `weft status` says what is wrong with some"
+            ),
+        });
     }
-    problems.extend(off_route(status, to, (target, peer), device));
+    problems.extend(off_route(status, to, (target, peer), kernel));
     // Packets get there all the same where only its daemon has ended, or the probes are refused.
     let gets_there = |fault: &String| ["no-daemon", "echo-only"].contains(&fault.as_str());
     let unreached = peer.filter(|it| !it.probe.fault.as_ref().is_some_and(gets_there));
@@ -202,14 +235,14 @@ fn problems(
     problems
 }
 
-/// What is wrong with the device that the kernel would send it out of.
+/// What is wrong with where the kernel would send it.
 fn off_route(
     status: &Status,
     to: IpAddr,
     (target, peer): (Target, Option<&PeerStatus>),
-    device: Option<&str>,
+    kernel: &Kernel,
 ) -> Option<String> {
-    let Some(device) = device else {
+    let Some(device) = &kernel.device else {
         return Some(format!("the kernel has no route to {to}"));
     };
     let expected: Vec<&String> = match (target, peer) {
@@ -218,7 +251,7 @@ fn off_route(
         (Target::Local | Target::Nobody | Target::Outside, _) => Vec::new(),
     };
     match expected.first() {
-        Some(first) if !expected.iter().any(|it| *it == device) => Some(format!(
+        Some(first) if !expected.contains(&device) => Some(format!(
             "the kernel sends it out of {device}, not {first}: another route comes first; see `ip \
              route get {to}`"
         )),
@@ -226,8 +259,23 @@ fn off_route(
             "the kernel sends it out of {device}, away from this host: no bridge here has {to}'s \
              subnet; see `weft doctor` on docker0"
         )),
-        Some(_) | None => None,
+        Some(_) | None => peer.and_then(|peer| stolen(peer, to, kernel.gateway)),
     }
+}
+
+/// Who gets what is for a peer that packets go to unwrapped, if not the peer.
+fn stolen(peer: &PeerStatus, to: IpAddr, gateway: Option<IpAddr>) -> Option<String> {
+    let public = peer.public_ip;
+    // Of two families the IPv6 address is not told.
+    let is_told = !to.is_ipv6() || public.is_ipv6();
+    if peer.way != "direct" || !is_told || gateway == Some(public) {
+        return None;
+    }
+    let next = gateway.map_or("to nobody in particular".into(), |ip| format!("by way of {ip}"));
+    Some(format!(
+        "the kernel sends it {next}, not by way of the peer's {public}: another route took the place \
+         of weft's; see `ip route get {to}`"
+    ))
 }
 
 /// Whether it leads to other hosts.
@@ -287,19 +335,26 @@ mod tests {
         status.peers[0].subnets.push("fd00:42:0:2::/64".parse().unwrap());
         let follow = |device: &str| {
             let to = "fd00:42:0:2::9".parse().unwrap();
-            follow(&status, None, to, None, Some(device.into())).problems
+            let kernel = Kernel { device: Some(device.into()), ..Kernel::default() };
+            follow(&status, None, to, None, kernel).problems
         };
         assert_eq!(follow("flannel-v6.1"), Vec::<String>::new());
         assert!(follow("eth0")[0].contains("out of eth0, not flannel.1"));
     }
 
     fn traced(to: &str, device: &str) -> Trace {
+        // Of the peer that packets go to unwrapped.
+        traced_by(to, device, "192.0.2.3")
+    }
+
+    fn traced_by(to: &str, device: &str, gateway: &str) -> Trace {
         let config: NetworkConfig = r#"{"Network":"10.42.0.0/16"}"#.parse().unwrap();
         let key: LeaseKey = "10.42.1.0-24".parse().unwrap();
         let switches = Switches { masquerade: true, forward: true, random_fully: true };
         let rules = Rules::new(&config, &key, switches, None);
         let device = (!device.is_empty()).then(|| device.to_owned());
-        follow(&status(), Some(&rules), to.parse().unwrap(), None, device)
+        let kernel = Kernel { device, gateway: gateway.parse().ok() };
+        follow(&status(), Some(&rules), to.parse().unwrap(), None, kernel)
     }
 
     #[test]
@@ -333,12 +388,21 @@ mod tests {
         assert!(first(traced("10.42.2.9", "")).contains("no route to 10.42.2.9"));
         assert!(first(traced("10.42.1.9", "flannel.1")).contains("away from this host"));
         assert!(first(traced("10.42.1.9", "eth0")).contains("away from this host"));
+        let stolen = first(traced_by("10.42.3.9", "eth0", "192.0.2.9"));
+        assert!(stolen.contains("by way of 192.0.2.9, not by way of the peer's 192.0.2.3"));
+        assert!(first(traced_by("10.42.3.9", "eth0", "")).contains("to nobody in particular"));
         let mut status = status();
         let problem = "cannot be reached: its host does not answer at all";
         status.peers[0].probe.problem = Some(problem.into());
         let to = "10.42.2.9".parse().unwrap();
-        let silent = follow(&status, None, to, None, Some("flannel.1".into()));
+        let by_device = || Kernel { device: Some("flannel.1".into()), ..Kernel::default() };
+        let silent = follow(&status, None, to, None, by_device());
         assert_eq!(silent.problems, [format!("the peer 192.0.2.2: {problem}")]);
+        let refusal = "route replace 10.42.9.0/24 via 192.0.2.9: no such way";
+        status.problems = vec![refusal.into()];
+        let to = "10.42.9.9".parse().unwrap();
+        let refused = follow(&status, None, to, None, by_device());
+        assert!(refused.problems[0].ends_with(&format!("do not go there: {refusal}")));
     }
 
     #[test]

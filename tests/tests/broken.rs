@@ -295,7 +295,8 @@ fn an_operator_probes_a_peer_at_once() -> Result<()> {
         Ok((output.status.success(), String::from_utf8([output.stdout, output.stderr].concat())?))
     };
     let base = lab.status(1)?.subnets[0].network().to_string();
-    for peer in ["10.168.0.95", &base] {
+    let name = lab.status(0)?.peers[0].name.clone().context("a peer of weft's has a name")?;
+    for peer in ["10.168.0.95", &base, &name] {
         let (well, told) = ping(&lab, peer)?;
         ensure!(well && told.contains("1: 1472 bytes, ") && told.contains(" ms\n"), "{told}");
     }

@@ -2,6 +2,7 @@
 //! what udp-tun needs of the kernel is kept, too.
 
 use std::fs;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -10,8 +11,8 @@ use weft_daemon::lab::{Bytes, Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::load::loses_nothing_over_restarts;
 use weft_tests::{
-    DEADLINE, SUBNETS_KEPT_FREE, bring_up, dual_stack, health, hosts, hosts_of, logs, overlay,
-    reaches, tells, until, write_config,
+    DEADLINE, SUBNETS_KEPT_FREE, bring_up, dual_stack, health, hosts, hosts_of, logs, output_of,
+    overlay, program, reaches, tells, until, write_config,
 };
 
 /// Two hops, both in kernels.
@@ -247,6 +248,14 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     ] {
         tells(&lab, 0, told)?;
     }
+    for (to, told) in [
+        ("10.42.1.9", "do not go there: `ip route replace 10.42.1.0/24 via 203.0.113.7"),
+        ("10.42.2.9", "do not go there: the node of 10.42.2.0-24 is of the backend udp"),
+        ("10.42.4.9", "10.168.0.200"),
+    ] {
+        let trace = traced(&lab, to)?;
+        assert!(trace.contains("PROBLEM") && trace.contains(told), "no {told:?} in {trace}");
+    }
     until("flannel's route is ours, and there is one beside the stranger's", || {
         let ours = routes(&host, "-4")?;
         let has = |to: &str, via: &str| ours.contains(&(to.into(), via.into()));
@@ -274,6 +283,13 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     let left = routes(&host, "-4")?;
     assert!(left.iter().all(|(to, _)| to != "10.42.3.0/24"), "{left:?}");
     lab.remove()
+}
+
+/// What is said of the way to an address from the first host.
+fn traced(lab: &Lab, to: &str) -> Result<String> {
+    let mut weft = Command::new(program("weft")?);
+    weft.args(["trace", to, "--run-dir"]).arg(&lab.host(0).run_dir);
+    Ok(String::from_utf8(output_of(&lab.host(0).netns, &mut weft)?.stdout)?)
 }
 
 #[test]

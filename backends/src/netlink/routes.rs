@@ -188,6 +188,8 @@ pub struct WayOut {
     pub link: Option<u32>,
     /// The address that they leave from.
     pub source: Option<IpAddr>,
+    /// The router that they are handed to.
+    pub gateway: Option<IpAddr>,
     /// They pass no router, and do not stay on this host.
     pub is_on_link: bool,
 }
@@ -202,7 +204,12 @@ async fn way_out(handle: &Handle, ip: IpAddr) -> Result<WayOut, rtnetlink::Error
                 way.link = Some(*index);
             } else if let RouteAttribute::PrefSource(address) = attribute {
                 way.source = self::ip(address);
-            } else if let RouteAttribute::Gateway(_) | RouteAttribute::Via(_) = attribute {
+            } else if let RouteAttribute::Gateway(address) = attribute {
+                (way.gateway, way.is_on_link) = (self::ip(address), false);
+            } else if let RouteAttribute::Via(via) = attribute {
+                if let RouteVia::Inet6(address) = via {
+                    way.gateway = Some(IpAddr::V6(*address));
+                }
                 way.is_on_link = false;
             }
         }

@@ -360,7 +360,12 @@ fn a_pattern_matches_addresses_before_names() {
 #[test]
 fn the_way_to_an_address_decides_where_nothing_else_matches() {
     let wish = Wish { can_reach: ip("172.16.32.254"), ..iface(&["eth9"]) };
-    let way = WayOut { link: Some(3), source: ip("172.16.32.100"), is_on_link: true };
+    let way = WayOut {
+        link: Some(3),
+        source: ip("172.16.32.100"),
+        is_on_link: true,
+        ..WayOut::default()
+    };
     let found = choose(&wish, V4, &host(), &[], way, &[]).unwrap();
     assert_eq!(found.interface.ipv4, ip("172.16.32.100"));
     assert!(found.why.ends_with("it matches --iface-can-reach 172.16.32.254"), "{}", found.why);
