@@ -46,8 +46,6 @@ fn leased(snapshot: &Snapshot, subnets: &[IpNetwork]) -> Option<Mac> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use weft_backends::netlink::Link;
     use weft_control::RegistryError;
 
@@ -80,14 +78,7 @@ mod tests {
         };
         let mut seen = Seen {
             daemon: Some(Daemon { status, ..Daemon::default() }),
-            registry: Some(RegistrySeen {
-                name: "dir:/r".into(),
-                weft_flags: " --registry dir:/r".into(),
-                etcdctl_flags: String::new(),
-                servers: Vec::new(),
-                content: Ok((snapshot, Duration::ZERO)),
-                last_config: None,
-            }),
+            registry: Some(RegistrySeen::example(snapshot)),
             links: vec![link("02:00:00:00:00:01")],
             ..Seen::default()
         };

@@ -1,6 +1,10 @@
 //! What the daemon's probes of its peers came to.
 
+use std::collections::HashSet;
+
+use ipnetwork::IpNetwork;
 use weft_backends::{BackendKind, Feature, FeatureState};
+use weft_control::Lease;
 
 use super::check::Check;
 use super::seen::Seen;
@@ -13,6 +17,9 @@ pub(super) fn peers(seen: &Seen) -> Option<Check> {
         |peer: &&PeerStatus| has_fault(peer, &["silent", "unanswered", "refused", "no-daemon"]);
     let mut gone = status.peers.iter().filter(is_gone);
     let Some(peer) = gone.next() else {
+        if let Some((what, cure)) = unreached(seen, status) {
+            return Check::fail(what, cure);
+        }
         let answering = status.peers.iter().filter(|it| it.probe.reachable == Some(true)).count();
         return Check::ok(format!("{answering} of {} are known to answer", status.peers.len()));
     };
@@ -27,6 +34,31 @@ pub(super) fn peers(seen: &Seen) -> Option<Check> {
         format!("ping {ip}   # then start that host, or mend the way to it")
     };
     Check::fail(describe(peer) + &more, cure)
+}
+
+/// Others' leases that the daemon has no way to, as where it refused them, or the kernel its routes. And what
+/// tells more.
+fn unreached(seen: &Seen, status: &Status) -> Option<(String, String)> {
+    let (snapshot, _) = seen.registry.as_ref()?.content.as_ref().ok()?;
+    let own = seen.lease_key()?;
+    let is_ours = |lease: &Lease| {
+        let mut addresses = lease.attrs.public_addresses();
+        lease.key == own || addresses.any(|ip| Some(ip) == status.public_ip)
+    };
+    let ways: HashSet<IpNetwork> =
+        status.peers.iter().flat_map(|peer| &peer.subnets).copied().collect();
+    let others = snapshot.leases.iter().filter(|lease| !is_ours(lease));
+    let missing = |lease: &&Lease| lease.key.networks().find(|subnet| !ways.contains(subnet));
+    let unreached: Vec<IpNetwork> = others.clone().filter_map(|it| missing(&it)).collect();
+    let first = unreached.first()?;
+    let reason = status.problem_of(|network| unreached.contains(&network));
+    let what = format!(
+        "there is no way to {} of {} leases, {first} among them: {}",
+        unreached.len(),
+        others.count(),
+        reason.unwrap_or("weftd does not say why")
+    );
+    Some((what, format!("weft trace {}; weft status", first.network())))
 }
 
 /// Whether the backend's packets get through where pings do.
@@ -111,9 +143,12 @@ fn describe(peer: &PeerStatus) -> String {
 
 #[cfg(test)]
 mod tests {
+    use weft_control::LeaseAttrs;
+    use weft_control::lease::{Expiry, Snapshot};
+
     use super::*;
     use crate::doctor::check::Verdict;
-    use crate::doctor::seen::Daemon;
+    use crate::doctor::seen::{Daemon, RegistrySeen};
     use crate::probe::FAULTS;
     use crate::status::ProbeStatus;
 
@@ -158,6 +193,33 @@ mod tests {
             }
         }
         assert!(checks.iter().all(|check| check(&seen("")).unwrap().verdict == Verdict::Ok));
+    }
+
+    /// As where host-gw's peers are all behind a router.
+    #[test]
+    fn leases_without_a_way_are_counted() {
+        let lease = |number: u8| Lease {
+            key: format!("10.42.{number}.0-24").parse().unwrap(),
+            attrs: LeaseAttrs {
+                public_ip: Some([192, 0, 2, number].into()),
+                ..LeaseAttrs::default()
+            },
+            expires: Expiry::Never,
+            revision: 0,
+        };
+        // Ours, the peer's, and two more.
+        let leases = [1, 7, 8, 9].map(lease).into();
+        let mut seen = Seen {
+            registry: Some(RegistrySeen::example(Snapshot { leases, ..Snapshot::default() })),
+            ..seen("")
+        };
+        let status = &mut seen.daemon.as_mut().unwrap().status;
+        status.subnets = vec!["10.42.1.0/24".parse().unwrap()];
+        status.problems = vec!["route replace 10.42.9.0/24 via 192.0.2.9: refused".into()];
+        let found = peers(&seen).unwrap();
+        let told = "there is no way to 2 of 3 leases, 10.42.8.0/24 among them: route replace \
+                    10.42.9.0/24 via 192.0.2.9: refused";
+        assert_eq!((found.verdict, found.seen.as_str()), (Verdict::Fail, told));
     }
 
     #[test]

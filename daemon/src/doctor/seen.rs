@@ -314,6 +314,21 @@ impl RegistrySeen {
     }
 }
 
+#[cfg(test)]
+impl RegistrySeen {
+    /// A directory with this in it.
+    pub(super) fn example(snapshot: Snapshot) -> Self {
+        Self {
+            name: "dir:/r".into(),
+            weft_flags: " --registry dir:/r".into(),
+            etcdctl_flags: String::new(),
+            servers: Vec::new(),
+            content: Ok((snapshot, Duration::ZERO)),
+            last_config: None,
+        }
+    }
+}
+
 fn sysctls<'a>(devices: impl Iterator<Item = &'a str>) -> BTreeMap<String, String> {
     let of_devices = devices.flat_map(|device| {
         DEVICE_SYSCTLS.iter().map(move |name| format!("net/ipv4/conf/{device}/{name}"))
