@@ -23,6 +23,7 @@ use weft_control::registry::minimal_config;
 use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
 
 use crate::directories::Directories;
+use crate::flags::registry::quoted;
 use crate::flags::{RegistryFlags, RegistrySettings};
 use crate::output::{Output, joined};
 use crate::registry::open_now;
@@ -67,8 +68,9 @@ enum RegistryCommand {
     },
     /// Remove a lease or a reservation; a node that lives claims the same subnet again, if it is free
     Release {
-        /// The subnet; of a lease of both families, either
-        subnet: IpNetwork,
+        /// The subnet, or a lease's key; of a lease of both families, either subnet will do
+        #[arg(value_parser = subnets)]
+        subnet: LeaseKey,
     },
     /// Show what changes, until Ctrl-C
     Watch,
@@ -227,17 +229,33 @@ impl Operator<'_> {
         if let Some(ipv4) = known_by_ipv4(&snapshot, public_ip) {
             bail!("the node at {public_ip} is known by its IPv4 address: reserve it for {ipv4}");
         }
+        let config = snapshot.network_config();
+        let mut networks = config.iter().flat_map(NetworkConfig::networks);
+        if let Some(network) = networks.find(|network| network.contains(public_ip)) {
+            bail!(
+                "{public_ip} lies in the overlay's Network {network}, so other nodes would refuse the \
+                 lease; give the address by which they reach the node"
+            );
+        }
         let attrs = match public_ip {
             IpAddr::V4(ip) => LeaseAttrs { public_ip: Some(ip), ..LeaseAttrs::default() },
             IpAddr::V6(ip) => LeaseAttrs { public_ipv6: Some(ip), ..LeaseAttrs::default() },
         };
+        let former = snapshot.leases.iter().find(|it| it.key != key && it.attrs.same_node(&attrs));
+        if let Some(other) = former.filter(|it| it.expires == Expiry::Never) {
+            bail!(
+                "{public_ip} has the reservation {} already, and a node has one subnet; to give it \
+                 this one, first `weft registry release {}`",
+                other.key,
+                quoted(&other.key.to_string())
+            );
+        }
         let written = match snapshot.leases.iter().find(|lease| lease.key == key) {
             Some(found) if found.attrs.same_node(&attrs) => {
                 self.registry.renew(found, &found.attrs, None).await?
             }
             Some(found) => bail!("{key} is leased to {}", owner(found)),
             None => {
-                let config = snapshot.network_config();
                 let is_in_the_way =
                     |it: &&Lease| keeper::is_in_the_way(config.as_ref(), &it.key, &key);
                 if let Some(other) = snapshot.leases.iter().find(is_in_the_way) {
@@ -248,20 +266,19 @@ impl Operator<'_> {
             }
         };
         written.context("somebody else has written it this instant; look again")?;
-        let former = snapshot.leases.iter().find(|it| it.key != key && it.attrs.same_node(&attrs));
         let until = former.map_or_else(String::new, |lease| {
             format!("; its node goes on with {} until its weftd is started anew", lease.key)
         });
         Ok(writeln!(self.out, "{key} is reserved for {public_ip}{until}")?)
     }
 
-    async fn release(&mut self, subnet: IpNetwork) -> anyhow::Result<()> {
+    async fn release(&mut self, wanted: LeaseKey) -> anyhow::Result<()> {
         let snapshot = self.registry.snapshot().await?;
-        let of_subnet = |lease: &&Lease| lease.key.networks().any(|network| network == subnet);
-        let found = snapshot.leases.iter().find(of_subnet);
-        let mut unreadable = snapshot.unreadable();
-        if let Some((key, why)) = unreadable.find(|(key, _)| key.networks().any(|it| it == subnet))
-        {
+        let subnet = shown(wanted);
+        let has_all =
+            |key: &LeaseKey| wanted.networks().all(|net| key.networks().any(|it| it == net));
+        let found = snapshot.leases.iter().find(|lease| has_all(&lease.key));
+        if let Some((key, why)) = snapshot.unreadable().find(|(key, _)| has_all(key)) {
             bail!(
                 "the lease of {subnet} cannot be read ({}), so nobody can tell whose it is; to remove it, \
                  delete subnets/{key} in {} by hand",
@@ -274,7 +291,7 @@ impl Operator<'_> {
             self.registry.remove(found).await?,
             "somebody else has written it this instant; look again"
         );
-        Ok(writeln!(self.out, "{subnet}, leased to {}, is free", owner(found))?)
+        Ok(writeln!(self.out, "{}, leased to {}, is free", shown(found.key), owner(found))?)
     }
 
     /// What is to be watched must be readable at first. Later, that it is not is told on stderr: what
@@ -418,6 +435,11 @@ fn subnets(text: &str) -> Result<LeaseKey, String> {
     Ok(network.into())
 }
 
+/// The subnets of a lease, for people.
+fn shown(key: LeaseKey) -> String {
+    joined(key.networks(), ", ")
+}
+
 /// What the config would not give out, its node would give up.
 fn require_compatible(snapshot: &Snapshot, key: &LeaseKey) -> anyhow::Result<()> {
     let Some(text) = &snapshot.config else { return Ok(()) };
@@ -463,7 +485,6 @@ fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) ->
     table.set_header(["subnet", "public IP", "backend", "weft node", "expires in"]);
     let nodes = by_address(&snapshot.nodes);
     for lease in &snapshot.leases {
-        let subnets = joined(lease.key.networks(), ", ");
         let backend = match lease.attrs.backend_type.as_str() {
             "" => "udp",
             name => name,
@@ -479,7 +500,7 @@ fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) ->
             (_, None) => "-".to_owned(),
         };
         let node = node.unwrap_or_else(|| "-".to_owned());
-        table.add_row([subnets, owner(lease), backend.to_owned(), node, left]);
+        table.add_row([shown(lease.key), owner(lease), backend.to_owned(), node, left]);
     }
     table
 }

@@ -80,6 +80,10 @@ fn an_operator_changes_a_registry_of_any_kind() -> Result<()> {
             let refused = target.refused(&["reserve", subnet, "192.0.2.8"])?;
             assert!(refused.contains(told), "{subnet}: {refused}");
         }
+        let second = target.refused(&["reserve", "10.42.8.0/24", "192.0.2.7"])?;
+        assert!(second.contains("weft registry release 10.42.7.0-24"), "{second}");
+        let inside = target.refused(&["reserve", "10.42.8.0/24", "10.42.7.2"])?;
+        assert!(inside.contains("lies in the overlay's Network 10.42.0.0/16"), "{inside}");
         let nowhere = target.refused(&["reserve", "10.42.8.0/24", "0.0.0.0"])?;
         assert!(nowhere.contains("packets cannot be sent to 0.0.0.0"), "{nowhere}");
         if is_directory {
@@ -95,9 +99,26 @@ fn an_operator_changes_a_registry_of_any_kind() -> Result<()> {
         assert_eq!(shown["leases"][0]["reservation"], true);
         assert_eq!(shown["leases"][0]["value"]["PublicIP"], "192.0.2.7");
 
-        target.run(&["release", "10.42.7.0/24"])?;
+        let released = target.run(&["release", "10.42.7.0-24"])?;
+        assert!(released.contains("10.42.7.0/24, leased to 192.0.2.7, is free"), "{released}");
         assert_eq!(target.show()?["leases"].as_array().map(Vec::len), Some(0));
         assert!(target.refused(&["release", "10.42.7.0/24"])?.contains("is not leased"));
+    }
+    lab.remove()
+}
+
+/// Each as weft itself prints it.
+#[test]
+fn a_lease_of_both_families_is_released_by_any_of_its_names() -> Result<()> {
+    let (lab, directory) = (hosts(1, 1)?, tempfile::tempdir()?);
+    let [_, _, target] = Target::all(&lab, directory.path());
+    let config = r#"{"EnableIPv6":true,"Network":"10.42.0.0/16","IPv6Network":"fd00:42::/48"}"#;
+    target.run(&["init", config])?;
+    let key = "10.42.7.0-24&fd00:42:0:7::-64";
+    for name in [key, "10.42.7.0-24", "10.42.7.0/24", "fd00:42:0:7::/64"] {
+        target.run(&["reserve", key, "192.0.2.7"])?;
+        let released = target.run(&["release", name])?;
+        assert!(released.contains("10.42.7.0/24, fd00:42:0:7::/64, leased"), "{released}");
     }
     lab.remove()
 }
