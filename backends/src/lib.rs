@@ -207,6 +207,19 @@ pub fn open(
     }
 }
 
+/// Whether the backend of this kind could begin by its options in the config, whatever the host.
+///
+/// # Errors
+/// One of them is wrong.
+pub fn check_options(kind: BackendKind, config: &NetworkConfig) -> Result<(), BackendError> {
+    match kind {
+        BackendKind::UdpTun => udp_tun::UdpTunOptions::read(config).map(drop)?,
+        BackendKind::Vxlan => vxlan::VxlanOptions::read(config).map(drop)?,
+        BackendKind::HostGw => {}
+    }
+    Ok(())
+}
+
 /// The interface that overlay traffic leaves by, and the addresses that other nodes know us by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExternalInterface {

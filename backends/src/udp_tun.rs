@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use tokio::sync::mpsc::{self, UnboundedSender};
-use weft_control::{Lease, LeaseAttrs, LeaseKey, NetworkConfig};
+use weft_control::{ConfigError, Lease, LeaseAttrs, LeaseKey, NetworkConfig};
 use weft_engine::{
     EcnMode, Engine, EngineConfig, EngineError, EngineHandle, Feature, Peer, RouteTable, Traffic,
     overhead,
@@ -73,13 +73,30 @@ struct Running {
     is_stale: bool,
 }
 
+/// What the network config says of the backend.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UdpTunOptions {
+    port: u16,
+    direct_routing: bool,
+}
+
+impl UdpTunOptions {
+    pub(crate) fn read(config: &NetworkConfig) -> Result<Self, ConfigError> {
+        let backend = &config.backend;
+        let port = backend.u16_option("Port")?.filter(|port| *port > 0);
+        Ok(Self {
+            port: port.unwrap_or(DEFAULT_PORT),
+            direct_routing: backend.bool_option("DirectRouting")?.unwrap_or(false),
+        })
+    }
+}
+
 pub(crate) fn open(
     config: NetworkConfig,
     interface: ExternalInterface,
     options: Options,
 ) -> Result<Opened, BackendError> {
-    let port = config.backend.u16_option("Port")?.filter(|port| *port > 0).unwrap_or(DEFAULT_PORT);
-    let direct = config.backend.bool_option("DirectRouting")?.unwrap_or(false);
+    let UdpTunOptions { port, direct_routing } = UdpTunOptions::read(&config)?;
     let (losses, receiver) = mpsc::unbounded_channel();
     let netlink = Netlink::open().map_err(BackendError::NetlinkSocket)?;
     let backend = UdpTun {
@@ -89,7 +106,7 @@ pub(crate) fn open(
         options,
         netlink,
         losses,
-        direct: direct.then(Direct::default),
+        direct: direct_routing.then(Direct::default),
         routes: PeerRoutes::default(),
         running: None,
         traffic: HashMap::new(),

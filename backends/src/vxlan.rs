@@ -59,7 +59,7 @@ struct Vxlan {
 
 /// The `Backend` part of the network config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct VxlanOptions {
+pub(crate) struct VxlanOptions {
     vni: u32,
     /// The kernel's own (8472) where none is given.
     port: Option<u16>,
@@ -71,7 +71,7 @@ struct VxlanOptions {
 }
 
 impl VxlanOptions {
-    fn read(config: &NetworkConfig) -> Result<Self, ConfigError> {
+    pub(crate) fn read(config: &NetworkConfig) -> Result<Self, ConfigError> {
         let backend = &config.backend;
         Ok(Self {
             vni: backend.number_option("VNI", VNI_MAX)?.unwrap_or(DEFAULT_VNI),

@@ -16,6 +16,9 @@ use crate::state_file::StateFile;
 /// How often a missing config is looked for, as flannel does.
 pub(crate) const CONFIG_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The backend where neither the config nor a flag names one.
+const DEFAULT_BACKEND: BackendKind = BackendKind::UdpTun;
+
 /// The config, once there is one that this daemon can work by, and the backend it asks for.
 ///
 /// # Errors
@@ -101,18 +104,37 @@ async fn read_config(
     found.ok_or_else(|| "it was there for a moment only".into())
 }
 
+/// Reads a config as a start would, as far as neither the daemon's flags nor its host have a say in it.
+///
+/// # Errors
+/// It is none that a weftd starts with.
+pub(crate) fn usable(text: &str) -> anyhow::Result<NetworkConfig> {
+    let config: NetworkConfig = text.parse()?;
+    let kind = backend_of(&config).map_err(anyhow::Error::msg)?;
+    weft_backends::check_options(kind.unwrap_or(DEFAULT_BACKEND), &config)?;
+    Ok(config)
+}
+
+/// The backend that a config names, if it names one.
+fn backend_of(config: &NetworkConfig) -> Result<Option<BackendKind>, String> {
+    let Some(name) = config.backend.kind.as_deref() else { return Ok(None) };
+    let unknown = || {
+        format!(
+            "unknown backend type in the network config: {name:?}; there are udp, vxlan and host-gw"
+        )
+    };
+    BackendKind::from_config(name).ok_or_else(unknown).map(Some)
+}
+
 /// The inner error is the registry's and is waited out; the outer one is the command line's.
 pub(crate) fn choose_backend(
     config: &NetworkConfig,
     settings: &Settings,
 ) -> anyhow::Result<Result<BackendKind, String>> {
-    let Some(name) = config.backend.kind.as_deref() else {
-        return Ok(Ok(settings.backend.unwrap_or(BackendKind::UdpTun)));
-    };
-    let Some(kind) = BackendKind::from_config(name) else {
-        return Ok(Err(format!(
-            "unknown backend type in the network config: {name:?}; there are udp, vxlan and host-gw"
-        )));
+    let kind = match backend_of(config) {
+        Ok(Some(kind)) => kind,
+        Ok(None) => return Ok(Ok(settings.backend.unwrap_or(DEFAULT_BACKEND))),
+        Err(reason) => return Ok(Err(reason)),
     };
     match settings.backend {
         Some(wanted) if wanted != kind => bail!(

@@ -25,6 +25,7 @@ use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig
 use crate::directories::Directories;
 use crate::flags::registry::quoted;
 use crate::flags::{RegistryFlags, RegistrySettings};
+use crate::network_config::usable;
 use crate::output::{Output, joined};
 use crate::registry::open_now;
 use crate::{socket, started};
@@ -121,7 +122,8 @@ pub fn run(
             DirectoryRegistry::make(path)?;
         }
         let registry = open_now(&settings, &directories.state_dir).await?;
-        let command = Operator { registry: registry.as_ref(), output: arguments.output, out };
+        let (registry, output) = (registry.as_ref(), arguments.output);
+        let command = Operator { registry, settings: &settings, output, out };
         command.run(&arguments.command).await
     });
     // What waits for etcd has nothing more to say.
@@ -156,6 +158,7 @@ fn settings(flags: &RegistryFlags, run_dir: &Path) -> anyhow::Result<RegistrySet
 
 struct Operator<'a> {
     registry: &'a dyn Registry,
+    settings: &'a RegistrySettings,
     output: Output,
     out: &'a mut dyn Write,
 }
@@ -183,12 +186,33 @@ impl Operator<'_> {
             (None, Ok(network)) => minimal_config(network)?,
             (None, Err(_)) => config.to_owned(),
         };
-        text.parse::<NetworkConfig>().context("this is no network config")?;
+        usable(&text).context("this is no network config that a weftd starts with")?;
         if self.registry.init_config(&text).await? {
             return Ok(writeln!(self.out, "wrote {text}")?);
         }
         let found = self.registry.config().await?.unwrap_or_default();
-        bail!("there is a network config already: {found}");
+        bail!(
+            "there is a network config already: {found}; to replace it, {}, and start each weftd anew",
+            self.replacing(&text)
+        );
+    }
+
+    /// What takes the place of a config, and is nothing for a slip of the hand.
+    fn replacing(&self, text: &str) -> String {
+        match self.settings {
+            RegistrySettings::Directory(path) => {
+                format!("edit {}", path.join("config").display())
+            }
+            RegistrySettings::Etcd { access, prefix, .. } => {
+                let is_v2 = self.registry.identity().starts_with("etcd2:");
+                let (etcdctl, put) =
+                    if is_v2 { ("ETCDCTL_API=2 etcdctl", "set") } else { ("etcdctl", "put") };
+                let endpoints = access.endpoints.join(",");
+                let flags = self.settings.etcdctl_flags();
+                let text = quoted(text);
+                format!("`{etcdctl} --endpoints {endpoints}{flags} {put} {prefix}/config {text}`")
+            }
+        }
     }
 
     async fn show(&mut self) -> anyhow::Result<()> {
@@ -368,7 +392,7 @@ impl Operator<'_> {
                 bail!("there is another network config already: {theirs}")
             }
             (Some(ours), None) => {
-                ours.parse::<NetworkConfig>().context("the config to import is a bad one")?;
+                usable(ours).context("the config to import is a bad one")?;
                 ensure!(
                     self.registry.init_config(ours).await?,
                     "somebody else has written a network config this instant; look again"

@@ -58,8 +58,23 @@ fn an_operator_changes_a_registry_of_any_kind() -> Result<()> {
         assert_eq!(target.run(&["show"]).is_err(), is_directory, "to look at one makes none");
         assert!(target.refused(&["init", "10.42.0.0/29"])?.contains("cannot be the overlay's"));
         assert!(target.refused(&["init", "{}"])?.contains("this is no network config"));
+        for (backend, told) in [
+            (r#""pigeon""#, "unknown backend type"),
+            (r#""vxlan","VNI":99999999"#, "VNI must be at most"),
+            (r#""udp","Port":99999"#, "Port must be a whole number"),
+        ] {
+            let config = format!(r#"{{"Network":"10.42.0.0/16","Backend":{{"Type":{backend}}}}}"#);
+            let refused = target.refused(&["init", &config])?;
+            assert!(refused.contains(told), "{refused}");
+        }
         target.run(&["init", "10.42.0.0/16"])?;
         let refused = target.refused(&["init", "10.43.0.0/16"])?;
+        let cure = if is_directory {
+            format!("edit {}", directory.path().join("registry/config").display())
+        } else {
+            r#"/coreos.com/network/config '{"Network":"10.43.0.0/16"}'`"#.to_owned()
+        };
+        assert!(refused.contains(&cure), "{refused}");
         assert!(
             refused.contains(r#"there is a network config already: {"Network":"10.42.0.0/16"}"#)
         );

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use serde_json::{Map, Value, json};
+use weft_control::RegistryError;
 use weft_control::lease::Snapshot;
-use weft_control::{NetworkConfig, RegistryError};
 
 use super::check::Check;
 use super::seen::{RegistrySeen, Seen};
 use super::version;
 use crate::flags::registry::quoted;
+use crate::network_config::usable;
 use crate::status::Status;
 
 /// Reading everything should not take longer.
@@ -52,8 +53,8 @@ pub(super) fn registry(seen: &Seen) -> Option<Check> {
         let what = format!("{name} has no network config");
         return Check::fail(what, init(registry, seen.status()));
     };
-    if let Err(error) = config.parse::<NetworkConfig>() {
-        let what = format!("{name} has a network config that cannot be used: {error}");
+    if let Err(error) = usable(config) {
+        let what = format!("{name} has a network config that weftd does not start with: {error}");
         return Check::fail(what, registry.weft("show"));
     }
     let of_servers = servers(registry);
@@ -206,6 +207,7 @@ fn leases_by_address(snapshot: &Snapshot) -> BTreeMap<IpAddr, Vec<String>> {
 #[cfg(test)]
 mod tests {
     use jiff::{SignedDuration, Timestamp};
+    use weft_control::NetworkConfig;
     use weft_control::registry::server::Server;
 
     use super::*;
@@ -253,6 +255,24 @@ mod tests {
         assert!(old.verdict == Verdict::Warn && old.seen.contains("3.3.27"), "{old:?}");
         let one = registry(&seen(vec![server("3.5.1", 0), Err("refused".into())], quick)).unwrap();
         assert!(one.verdict == Verdict::Warn && one.seen.contains("1 of 2"), "{one:?}");
+    }
+
+    #[test]
+    fn a_config_that_no_daemon_starts_with_is_told() {
+        for (backend, told) in [
+            (r#""pigeon""#, "unknown backend type"),
+            (r#""vxlan","VNI":99999999"#, "VNI must be at most"),
+            (r#""vxlan","VNI":"1""#, "VNI must be a whole number"),
+            (r#""udp","Port":99999"#, "Port must be a whole number from 0 to 65535"),
+        ] {
+            let mut seen = seen(vec![server("3.5.1", 0)], Duration::ZERO);
+            let config = format!(r#"{{"Network":"10.42.0.0/16","Backend":{{"Type":{backend}}}}}"#);
+            if let Ok((snapshot, _)) = &mut seen.registry.as_mut().unwrap().content {
+                snapshot.config = Some(config);
+            }
+            let found = registry(&seen).unwrap();
+            assert!(found.verdict == Verdict::Fail && found.seen.contains(told), "{found:?}");
+        }
     }
 
     /// Somebody will paste it.
