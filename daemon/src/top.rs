@@ -37,7 +37,7 @@ const LINES_MAX: u16 = 600;
 /// What comes in.
 const INPUTS: [&str; 2] = ["tun_to_udp_reads", "udp_to_tun_datagrams"];
 /// The longest name of a drop, and two numbers.
-const DROPS_WIDTH: u16 = 44;
+const DROPS_WIDTH: u16 = 43;
 
 /// Show packets and bits a second by direction and by peer, drops, batches and CPU of the packet
 /// engine, as they change.
@@ -171,6 +171,11 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Whether the packet engine moves the packets, and not the kernel.
+    fn has_engine(&self) -> bool {
+        self.now.is_some_and(|now| !now.counters.is_empty())
+    }
+
     fn total(&self, name: &str) -> u64 {
         self.now.and_then(|now| now.counters.get(name)).copied().unwrap_or_default()
     }
@@ -291,8 +296,9 @@ fn draw(frame: &mut Frame<'_>, view: &View<'_>, order: Order) {
     let [head, traffic, counters, peers, keys] = areas.areas(frame.area());
     frame.render_widget(Paragraph::new(heading(view)), head);
     frame.render_widget(traffic_table(view), traffic);
-    let [drops, rest] =
-        Layout::horizontal([Constraint::Length(DROPS_WIDTH), Constraint::Min(0)]).areas(counters);
+    let [drops, rest] = Layout::horizontal([Constraint::Length(DROPS_WIDTH), Constraint::Min(0)])
+        .spacing(1)
+        .areas(counters);
     frame.render_widget(counter_table("dropped", view.counters(true, order)), drops);
     frame.render_widget(counter_table("counted", view.counters(false, order)), rest);
     frame.render_widget(peer_table(view, order), peers);
@@ -326,6 +332,9 @@ fn heading(view: &View<'_>) -> Vec<Line<'static>> {
 
 fn traffic_table(view: &View<'_>) -> Table<'static> {
     let direction = |name: &str, input: &str, operations: &str| {
+        if !view.has_engine() {
+            return Row::new([name, "-", "-", "-", "-"].map(str::to_owned));
+        }
         let of = |what: &str| format!("{name}_{what}");
         Row::new([
             name.to_owned(),
@@ -441,6 +450,17 @@ mod tests {
         assert_eq!(view.rate("tun_to_udp_packets").to_bits(), 0f64.to_bits());
         assert_eq!(view.cpu_each(), "0.00 cores");
         assert!(view.peers(Order::Name)[0].1.is_none());
+    }
+
+    /// vxlan's and host-gw's packets are the kernel's, which tells of none.
+    #[test]
+    fn what_nobody_counts_is_not_zero() {
+        let at = Instant::now();
+        let (before, now) = (look(at, &[], 0), look(at + Duration::from_secs(1), &[], 0));
+        let text = text(&View::of(&before, &now, 0), Order::Rate);
+        let row = text.lines().find(|line| line.starts_with("tun_to_udp ")).unwrap();
+        assert_eq!(row.split_whitespace().skip(1).collect::<Vec<_>>(), ["-"; 4]);
+        assert!(text.contains("total counted"), "{text}");
     }
 
     #[test]

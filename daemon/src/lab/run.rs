@@ -115,7 +115,9 @@ fn acquaint(lab: &Lab, hosts: &[usize], progress: &Progress) -> anyhow::Result<(
 fn show(out: &mut dyn Write, statuses: &[HostStatus], pairs: &[Pair]) -> std::io::Result<()> {
     writeln!(out, "Leases\n{}\n", tables::leases(statuses))?;
     writeln!(out, "Pairs\n{}\n", tables::pairs(pairs))?;
-    writeln!(out, "Counters\n{}", tables::counters(statuses))?;
+    if let Some(counters) = tables::counters(statuses) {
+        writeln!(out, "Counters\n{counters}")?;
+    }
     out.flush()
 }
 

@@ -67,8 +67,9 @@ pub(super) fn pairs(pairs: &[Pair]) -> Table {
     table
 }
 
-/// The engines' counters, a column a host; those that are zero everywhere are left out.
-pub(super) fn counters(hosts: &[HostStatus]) -> Table {
+/// The engines' counters, a column a host; those that are zero everywhere are left out. None where the kernel
+/// moves the packets.
+pub(super) fn counters(hosts: &[HostStatus]) -> Option<Table> {
     let answered: Vec<_> = hosts
         .iter()
         .filter_map(|(host, status)| Some((host, &status.as_ref()?.counters)))
@@ -78,6 +79,9 @@ pub(super) fn counters(hosts: &[HostStatus]) -> Table {
     let counted = answered.iter().flat_map(|(_, counters)| counters.iter());
     let names: BTreeSet<_> =
         counted.filter(|(_, count)| **count > 0).map(|(name, _)| name.clone()).collect();
+    if names.is_empty() {
+        return None;
+    }
     for name in names {
         let counts = answered.iter().map(|(_, counters)| or_none(counters.get(&name)));
         let row: Vec<_> = std::iter::once(name.clone()).chain(counts).collect();
@@ -86,7 +90,7 @@ pub(super) fn counters(hosts: &[HostStatus]) -> Table {
     for column in 1..=answered.len() {
         align_right(&mut table, column);
     }
-    table
+    Some(table)
 }
 
 fn table<T: Into<comfy_table::Cell>>(header: impl IntoIterator<Item = T>) -> Table {
@@ -165,9 +169,10 @@ mod tests {
 
     #[test]
     fn counters_that_never_moved_are_left_out() {
-        let text = counters(&[(0, Some(status())), (2, Some(status()))]).to_string();
+        let text = counters(&[(0, Some(status())), (2, Some(status()))]).unwrap().to_string();
         assert_eq!(line_with(&text, "counter"), ["counter", "h1", "h3"]);
         assert_eq!(line_with(&text, "sent"), ["sent", "7", "7"]);
         assert!(!text.contains("idle"));
+        assert!(counters(&[(0, Some(Status::default()))]).is_none());
     }
 }
