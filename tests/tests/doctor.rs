@@ -5,12 +5,14 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use weft_daemon::lab::{Lab, PingOptions, ping};
 use weft_daemon::netns::NetNs;
-use weft_tests::doctor::{check, doctor, finds, run};
+use weft_tests::doctor::{Check, check, doctor, finds, run};
 use weft_tests::refusing::{Call, refusing};
-use weft_tests::{DEADLINE, Weftd, bring_up, etcd, free_subnet, hosts, pings, program, until};
+use weft_tests::{
+    DEADLINE, Weftd, bring_up, etcd, free_subnet, hosts, pings, program, until, write_config,
+};
 
 fn write(netns: &NetNs, sysctl: &str, value: &str) -> Result<()> {
     Ok(netns.run(|| fs::write(format!("/proc/sys/{sysctl}"), value))??)
@@ -233,6 +235,41 @@ fn a_daemon_is_found_by_its_number_here() -> Result<()> {
     finds(&lab, 0, "registry", "OK", &registry)?;
     finds(&lab, 0, "sockets", "OK", "buffers of")?;
     weftd.end(Signal::KILL)?;
+    lab.remove()
+}
+
+#[test]
+fn a_daemon_that_hangs_is_to_be_restarted_and_its_flags_are_known() -> Result<()> {
+    let mut lab = hosts(1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    let registry = format!("dir:{}", lab.registry()?.display());
+    let pid = i32::try_from(lab.status(0)?.pid)?;
+    let pid = Pid::from_raw(pid).context("a process has a number")?;
+    kill_process(pid, Signal::STOP)?;
+    finds(&lab, 0, "daemon", "FAIL", "systemctl restart weftd")?;
+    finds(&lab, 0, "registry", "OK", &registry)?;
+    finds(&lab, 0, "MAC", "WARN", "systemctl restart weftd")?;
+    kill_process(pid, Signal::CONT)?;
+    finds(&lab, 0, "daemon", "OK", "carries")?;
+    lab.remove()
+}
+
+#[test]
+fn of_a_daemon_that_waits_nothing_is_called_well_that_is_not_known() -> Result<()> {
+    let mut lab = hosts(1)?;
+    write_config(&lab, r#"{"Network":"10.42.0.0/16","Backend":{"Type":"pigeon"}}"#)?;
+    lab.start_daemon(0, &["--ip-masq"])?;
+    finds(&lab, 0, "daemon", "FAIL", "weftd waits: unknown backend type")?;
+    finds(&lab, 0, "registry", "FAIL", "unknown backend type")?;
+    let (checks, _) = doctor(&lab, 0, &[])?;
+    for name in ["MAC", "rules", "Docker", "docker0", "peers", "MTU"] {
+        let check = checks.iter().find(|check| check.name == name).context(name)?;
+        let found = (check.verdict.as_str(), check.seen.as_str(), check.cure.as_str());
+        assert_eq!(found, ("WARN", "not known while weftd waits", ""), "{name}");
+    }
+    let starts = |check: &&Check| check.cure.contains("systemctl");
+    assert_eq!(checks.iter().find(starts), None);
     lab.remove()
 }
 

@@ -33,7 +33,7 @@ pub(super) struct Check {
     pub(super) verdict: Verdict,
     /// What was seen, one line.
     pub(super) seen: String,
-    /// The command that mends it; none where all is well.
+    /// The command that mends it; none where all is well, or another check has it.
     pub(super) cure: Option<String>,
 }
 

@@ -22,7 +22,7 @@ const NEWER_FEATURES: [((u32, u32), &str); 2] = [
 pub(super) fn daemon(seen: &Seen) -> Option<Check> {
     let log = format!("journalctl -u {} -n 20", seen.unit());
     let Some(daemon) = &seen.daemon else {
-        return Check::fail(&seen.no_daemon, "systemctl start weftd");
+        return Check::fail(&seen.absent.reason, seen.cure_of_silence());
     };
     let status = &daemon.status;
     if let (true, Some(pid)) = (daemon.is_elsewhere, daemon.pid) {
@@ -30,7 +30,9 @@ pub(super) fn daemon(seen: &Seen) -> Option<Check> {
         return Check::fail("it lives in another network namespace than this command", there);
     }
     if !status.forwards() {
-        return Check::fail(&status.state, log);
+        let state = status.state.strip_prefix("waiting").map(str::to_owned);
+        let state = state.unwrap_or_else(|| format!(": {}", status.state));
+        return Check::fail(format!("weftd waits{state}"), log);
     }
     if !status.problems.is_empty() {
         return Check::warn(status.problems.join("; "), log);

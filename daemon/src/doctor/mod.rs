@@ -20,7 +20,7 @@ use clap::Args;
 use serde::Serialize;
 
 use self::check::{Check, Verdict};
-use self::seen::{Daemon, Fallback, Seen};
+use self::seen::{Absent, Daemon, Fallback, Seen};
 use crate::directories::Directories;
 use crate::flags::RegistryFlags;
 use crate::output::Output;
@@ -56,6 +56,23 @@ const CHECKS: [(&str, Judge); 24] = [
     ("offloads", peers::offloads),
     ("conntrack", queues::conntrack),
     ("sockets", queues::socket_buffers),
+];
+
+/// What is known only where a daemon forwards: of one that waits, that nothing is seen to be wrong says nothing.
+const OF_FORWARDING: [&str; 13] = [
+    "io_uring",
+    "rp_filter",
+    "rules",
+    "Docker",
+    "interface",
+    "docker0",
+    "routes",
+    "overlap",
+    "MAC",
+    "peers",
+    "port",
+    "MTU",
+    "offloads",
 ];
 
 /// Look for what keeps this host's part of the overlay from working, and say how to mend it.
@@ -101,6 +118,7 @@ pub fn run(
 ) -> anyhow::Result<ExitCode> {
     let fallback = Fallback {
         registry: arguments.registry.settings()?,
+        is_named: arguments.registry.name_any(),
         subnet_file: arguments.subnet_file.clone(),
         state_dir: directories.state_dir.clone(),
     };
@@ -120,37 +138,41 @@ pub fn run(
     Ok(if worst == Some(Verdict::Fail) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Every daemon that answers, or the reason why one does not.
-fn daemons(run_dir: &Path) -> Vec<Result<Daemon, String>> {
+/// Every daemon that answers, and what is known of those that do not.
+fn daemons(run_dir: &Path) -> Vec<Result<Daemon, Absent>> {
     let look = |(socket, answer): Answered<Status>| match answer {
         Ok(status) => Ok(Daemon::look(&socket, status)),
-        Err(error) => Err(format!("{error:#}")),
+        Err(error) => Err(Absent::silent(&socket, &error)),
     };
     match socket::ask_each(run_dir, &Request::Status) {
         Ok(answers) => answers.into_iter().map(look).collect(),
-        Err(error) => vec![Err(format!("{error:#}"))],
+        Err(error) => vec![Err(Absent::none(&error))],
     }
 }
 
-async fn examine(daemon: Result<Daemon, String>, fallback: &Fallback) -> anyhow::Result<Report> {
+async fn examine(daemon: Result<Daemon, Absent>, fallback: &Fallback) -> anyhow::Result<Report> {
     let there = daemon.as_ref().ok();
     let pid = there.map(|daemon| daemon.pid.unwrap_or(daemon.status.pid));
     let node_id = there.map(|daemon| daemon.status.node_id.clone());
     let seen = Seen::look(daemon, fallback).await?;
-    let checks = (1..).zip(CHECKS).map(|(number, (name, check))| {
-        let check = check(&seen).unwrap_or_else(unknown);
-        Numbered { number, name, check }
+    let checks = (1..).zip(CHECKS).map(|(number, (name, check))| Numbered {
+        number,
+        name,
+        check: judge(&seen, name, check),
     });
     Ok(Report { pid, node_id, checks: checks.collect() })
 }
 
-/// What only a daemon could tell.
-fn unknown() -> Check {
-    Check {
+fn judge(seen: &Seen, name: &str, check: Judge) -> Check {
+    let found = check(seen);
+    let is_vain = seen.waits() && OF_FORWARDING.contains(&name);
+    let found = found.filter(|it| !is_vain || it.verdict != Verdict::Ok);
+    found.unwrap_or_else(|| Check {
         verdict: Verdict::Warn,
-        seen: "not known while no weftd answers, or its flags cannot be read".into(),
-        cure: Some("systemctl start weftd   # and run this as root".into()),
-    }
+        seen: seen.unknown().into(),
+        // What it waits for is the first check's.
+        cure: (!seen.waits()).then(|| seen.cure_of_silence()),
+    })
 }
 
 /// "6.18.3-generic" is 6.18.

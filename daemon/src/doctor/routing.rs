@@ -55,6 +55,8 @@ pub(super) fn interface(seen: &Seen) -> Option<Check> {
 pub(super) fn bridge(seen: &Seen) -> Option<Check> {
     let env = match seen.subnet_env.as_ref()? {
         Ok(env) => env,
+        // A daemon that waits writes it when it no longer does.
+        Err(_) if seen.waits() => return None,
         Err(reason) => return Check::warn(reason, seen.restart()),
     };
     let mut astray = None;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -41,9 +42,9 @@ const DEVICE_SYSCTLS: [&str; 2] = ["forwarding", "rp_filter"];
 /// One host, and one daemon on it.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    /// Without one, why there is none.
     pub(super) daemon: Option<Daemon>,
-    pub(super) no_daemon: String,
+    /// What is known without one.
+    pub(super) absent: Absent,
     /// By their paths below /proc/sys.
     pub(super) sysctls: BTreeMap<String, String>,
     pub(super) has_tun: bool,
@@ -77,6 +78,19 @@ pub(super) struct Daemon {
     pub(super) is_elsewhere: bool,
     /// The unit of systemd that it belongs to: not ours, where it took flannel's place there.
     pub(super) unit: Option<String>,
+}
+
+/// No daemon, or one that does not answer.
+#[derive(Debug, Default)]
+pub(super) struct Absent {
+    pub(super) reason: String,
+    /// We may not ask.
+    is_denied: bool,
+    /// There is one.
+    is_there: bool,
+    /// As a daemon's that answers.
+    settings: Option<Box<Settings>>,
+    unit: Option<String>,
 }
 
 /// The chain FORWARD as one program shows it.
@@ -130,6 +144,8 @@ pub(super) struct RegistrySeen {
 #[derive(Debug)]
 pub(super) struct Fallback {
     pub(super) registry: RegistrySettings,
+    /// It is no default.
+    pub(super) is_named: bool,
     pub(super) subnet_file: PathBuf,
     pub(super) state_dir: PathBuf,
 }
@@ -137,21 +153,25 @@ pub(super) struct Fallback {
 impl Seen {
     /// Looks at everything. What cannot be seen is left out; the checks say so.
     pub(super) async fn look(
-        daemon: Result<Daemon, String>,
+        daemon: Result<Daemon, Absent>,
         fallback: &Fallback,
     ) -> anyhow::Result<Self> {
         let mut seen = Self { has_tun: Path::new("/dev/net/tun").exists(), ..Self::default() };
         match daemon {
             Ok(daemon) => seen.daemon = Some(daemon),
-            Err(reason) => seen.no_daemon = reason,
+            Err(absent) => seen.absent = absent,
         }
-        let places = match &seen.daemon {
-            None => Some((&fallback.registry, &fallback.subnet_file, &fallback.state_dir)),
-            // Where it keeps them elsewhere, ours would tell of another overlay.
-            Some(Daemon { settings, .. }) => {
-                settings.as_ref().map(|it| (&it.registry, &it.subnet_file, &it.state_dir))
-            }
+        let known = match &seen.daemon {
+            Some(daemon) => daemon.settings.as_ref(),
+            None => seen.absent.settings.as_deref(),
         };
+        // Where a daemon keeps them elsewhere, the defaults would tell of another overlay.
+        let may_fall_back = seen.daemon.is_none() && (seen.absent.is_gone() || fallback.is_named);
+        let places = known.map(|it| (&it.registry, &it.subnet_file, &it.state_dir));
+        let places = places.or_else(|| {
+            let places = (&fallback.registry, &fallback.subnet_file, &fallback.state_dir);
+            may_fall_back.then_some(places)
+        });
         if let Some((registry, subnet_file, state_dir)) = places {
             seen.subnet_env = Some(SubnetEnv::read(subnet_file));
             seen.registry = Some(RegistrySeen::look(registry, state_dir).await);
@@ -196,9 +216,36 @@ impl Seen {
         self.daemon.as_ref()?.settings.as_ref()
     }
 
+    /// Whether a daemon answers that does not forward yet.
+    pub(super) fn waits(&self) -> bool {
+        self.status().is_some_and(|status| !status.forwards())
+    }
+
+    /// What is said of what only a daemon could tell.
+    pub(super) fn unknown(&self) -> &'static str {
+        match &self.daemon {
+            None => "not known while no weftd answers",
+            Some(_) if self.waits() => "not known while weftd waits",
+            Some(_) => "not known while the flags of weftd cannot be read",
+        }
+    }
+
+    /// What gets a daemon to tell it.
+    pub(super) fn cure_of_silence(&self) -> String {
+        match &self.daemon {
+            Some(_) => "sudo weft doctor   # or in the container of weftd".into(),
+            None if self.absent.is_denied => "sudo weft doctor".into(),
+            None if self.absent.is_there => self.restart(),
+            None => format!("systemctl start {}", self.unit()),
+        }
+    }
+
     /// The daemon's unit; while none runs, the one that weft comes with.
     pub(super) fn unit(&self) -> &str {
-        let unit = self.daemon.as_ref().and_then(|daemon| daemon.unit.as_deref());
+        let unit = match &self.daemon {
+            Some(daemon) => daemon.unit.as_deref(),
+            None => self.absent.unit.as_deref(),
+        };
         unit.unwrap_or("weftd")
     }
 
@@ -256,13 +303,48 @@ impl Daemon {
             return Self { status, ..Self::default() };
         };
         let is_elsewhere = started::is_elsewhere(pid);
-        let settings = started::settings(pid)
-            .inspect_err(|error| tracing::debug!("the daemon's flags: {error:#}"))
-            .ok();
-        let unit = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
-        let unit = unit.and_then(|cgroups| unit_of(&cgroups).map(str::to_owned));
+        let (settings, unit) = process(pid);
         Self { status, pid: Some(pid), settings, is_elsewhere, unit }
     }
+}
+
+impl Absent {
+    /// None that could be asked.
+    pub(super) fn none(error: &anyhow::Error) -> Self {
+        let reason = format!("{error:#}");
+        Self { reason, is_denied: is_denied(error), ..Self::default() }
+    }
+
+    /// The one at this socket. Where it hangs, the kernel still tells whose that is, until too many have asked;
+    /// then its lock file does.
+    pub(super) fn silent(socket: &Path, error: &anyhow::Error) -> Self {
+        let reason = format!("{error:#}");
+        let listener = socket::listener(socket);
+        let is_denied = listener.as_ref().is_err_and(is_denied);
+        let locked = || fs::read_to_string(socket.with_extension("lock")).ok()?.trim().parse().ok();
+        let pid = listener.ok().flatten().or_else(locked);
+        let (settings, unit) = pid.map(process).unwrap_or_default();
+        Self { reason, is_denied, is_there: true, settings: settings.map(Box::new), unit }
+    }
+
+    /// Whether there is none, as far as we may see.
+    fn is_gone(&self) -> bool {
+        !self.is_there && !self.is_denied
+    }
+}
+
+fn is_denied(error: &anyhow::Error) -> bool {
+    let error = error.root_cause().downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+}
+
+/// What the flags of a daemon came to, and its unit.
+fn process(pid: u32) -> (Option<Settings>, Option<String>) {
+    let settings = started::settings(pid)
+        .inspect_err(|error| tracing::debug!("the daemon's flags: {error:#}"))
+        .ok();
+    let unit = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
+    (settings, unit.and_then(|cgroups| unit_of(&cgroups).map(str::to_owned)))
 }
 
 /// The service of an overlay that a process belongs to, by its cgroups (cgroups(7), /proc/PID/cgroup).
