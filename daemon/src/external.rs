@@ -107,7 +107,12 @@ pub(crate) async fn changed(
     let look = Surroundings::look(settings.wish.can_reach).await;
     let around = look.map_err(|error| format!("{error:#}"))?;
     let held: Vec<IpAddr> = known.addresses().collect();
-    let chosen = around.choose(settings, config, &held).map_err(|error| error.to_string())?;
+    // A link that goes down takes its routes with it: that there are none is not what to mend.
+    let chosen =
+        around.choose(settings, config, &held).map_err(|error| match around.fault(known) {
+            Some(fault) => format!("{fault}, and no other interface can be used"),
+            None => error.to_string(),
+        })?;
     if chosen.interface == *known {
         return around.fault(known).map_or(Ok(None), Err);
     }

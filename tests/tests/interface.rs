@@ -132,7 +132,7 @@ fn follows(backend: &str, members: usize, overhead: u32, unbroken: bool) -> Resu
 
     short_outage(&lab, "a link that was down", |_| {
         host.ip(&["link", "set", &card, "down"])?;
-        tells(&lab, 0, "cannot be followed")?;
+        tells(&lab, 0, &format!("cannot be followed ({card} is down"))?;
         host.ip(&["link", "set", &card, "up"])?;
         host.ip(&["route", "add", "default", "dev", &card])
     })?;

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use ipnetwork::IpNetwork;
 use weft_backends::{BackendKind, Feature, FeatureState};
 use weft_control::Lease;
+use weft_control::lease::NodeRecord;
 
 use super::check::Check;
 use super::seen::Seen;
@@ -86,8 +87,24 @@ pub(super) fn mtu(seen: &Seen) -> Option<Check> {
     let outer = seen.link(interface).map_or(0, |link| link.mtu);
     // As much as headers take away now, they will then.
     let wanted = outer.saturating_sub(mtu.saturating_sub(peer.probe.path_mtu.unwrap_or(mtu)));
-    let cure = format!("ip link set {interface} mtu {wanted} && {}", seen.restart());
-    Check::fail(describe(peer), cure)
+    // weftd follows.
+    let cure = format!("ip link set {interface} mtu {wanted}");
+    match node_of(seen, peer).filter(|node| node.mtu < mtu) {
+        Some(node) => {
+            let name = if node.name.is_empty() { "that host" } else { &node.name };
+            let differ = format!("{name} has the MTU {}, we have {mtu}: make them equal", node.mtu);
+            let cure = format!("{cure}   # or a larger one on {}", peer.public_ip);
+            Check::fail(format!("{}; {differ}", describe(peer)), cure)
+        }
+        None => Check::fail(describe(peer), cure),
+    }
+}
+
+/// What a peer tells of itself, if it is a node of weft's.
+fn node_of<'a>(seen: &'a Seen, peer: &PeerStatus) -> Option<&'a NodeRecord> {
+    let (snapshot, _) = seen.registry.as_ref()?.content.as_ref().ok()?;
+    let mut nodes = snapshot.nodes.iter();
+    nodes.find(|node| node.public_addresses().any(|ip| ip == peer.public_ip))
 }
 
 /// Whether what cuts and checks packets on the way does it right.
@@ -220,6 +237,29 @@ mod tests {
         let told = "there is no way to 2 of 3 leases, 10.42.8.0/24 among them: route replace \
                     10.42.9.0/24 via 192.0.2.9: refused";
         assert_eq!((found.verdict, found.seen.as_str()), (Verdict::Fail, told));
+    }
+
+    #[test]
+    fn a_peer_of_a_smaller_mtu_is_named_with_it() {
+        let mut seen = seen("narrow");
+        let node = |mtu: u32| NodeRecord {
+            id: String::new(),
+            name: "host7".into(),
+            public_ip: Some([192, 0, 2, 7].into()),
+            public_ipv6: None,
+            addresses: Vec::new(),
+            version: String::new(),
+            mtu,
+            probe_port: None,
+        };
+        for (theirs, is_told) in [(1372, true), (1472, false)] {
+            let snapshot = Snapshot { nodes: vec![node(theirs)], ..Snapshot::default() };
+            seen.registry = Some(RegistrySeen::example(snapshot));
+            let found = mtu(&seen).unwrap();
+            let told = "; host7 has the MTU 1372, we have 1472: make them equal";
+            assert_eq!(found.seen.ends_with(told), is_told, "{found:?}");
+            assert!(!found.cure.unwrap().contains("systemctl"));
+        }
     }
 
     #[test]
