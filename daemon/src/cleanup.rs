@@ -23,6 +23,7 @@ use weft_control::firewall::iptables::{Iptables, OwnChain};
 use weft_control::firewall::nftables::{self, Nftables};
 
 use crate::directories::{Directories, STATE_DIR};
+use crate::docker_opts::{DOCKER_FILE, bridge_in};
 use crate::made::{Made, files_of};
 use crate::node::{self, RUN_FILES, STATE_FILES};
 use crate::state_file::LastKnown;
@@ -117,9 +118,15 @@ impl Scope {
             files.extend([&made.socket, &made.subnet_file].map(Clone::clone));
         }
         files.extend(locks.iter().cloned());
+        let is_of = |bridge: IpNetwork| networks.iter().any(|it| it.contains(bridge.ip()));
+        let docker = fs::read_to_string(DOCKER_FILE).ok();
+        if docker.and_then(|text| bridge_in(&text)).is_some_and(is_of) {
+            files.push(DOCKER_FILE.into());
+        }
         files.retain(|path| path.exists());
         let mut emptied: Vec<PathBuf> = vec![state_dir.clone()];
-        emptied.extend(files.iter().filter_map(|path| path.parent()).map(Path::to_owned));
+        let weft = files.iter().filter(|path| *path != Path::new(DOCKER_FILE));
+        emptied.extend(weft.filter_map(|path| path.parent()).map(Path::to_owned));
         for list in [&mut locks, &mut files, &mut emptied] {
             list.sort();
             list.dedup();

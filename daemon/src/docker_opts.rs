@@ -9,8 +9,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use ipnetwork::IpNetwork;
 use weft_control::file::{self, PUBLIC};
 use weft_control::subnet_env::SubnetEnv;
+
+/// Where they are written, unless -d names another file.
+pub(crate) const DOCKER_FILE: &str = "/run/docker_opts.env";
 
 /// Write docker's options for this node's subnet to a file for docker's unit (EnvironmentFile=).
 ///
@@ -22,7 +26,7 @@ pub struct DockerOptsArgs {
     #[arg(short = 'f', value_name = "FILE", default_value = "/run/flannel/subnet.env")]
     subnet_file: PathBuf,
     /// The file to write.
-    #[arg(short = 'd', value_name = "FILE", default_value = "/run/docker_opts.env")]
+    #[arg(short = 'd', value_name = "FILE", default_value = DOCKER_FILE)]
     docker_file: PathBuf,
     /// One variable an option: DOCKER_OPT_BIP, DOCKER_OPT_IPMASQ, DOCKER_OPT_MTU.
     #[arg(short = 'i')]
@@ -69,6 +73,12 @@ fn is_variable(name: &str) -> bool {
     let mut letters = name.bytes();
     letters.next().is_some_and(|first| first.is_ascii_alphabetic() || first == b'_')
         && letters.all(|other| other.is_ascii_alphanumeric() || other == b'_')
+}
+
+/// The address of docker's bridge in what was written.
+pub(crate) fn bridge_in(text: &str) -> Option<IpNetwork> {
+    let (_, rest) = text.split_once("--bip=")?;
+    rest.split(|it: char| it.is_whitespace() || it == '"').next()?.parse().ok()
 }
 
 /// In the order of the variables' names, as the shell lists them for flannel.

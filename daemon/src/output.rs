@@ -30,15 +30,32 @@ impl<W: Write + IsTerminal> Plain<W> {
 impl<W: Write> Write for Plain<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if !self.is_terminal {
-            return self.out.write(bytes);
+            return self.out.write(bytes).map_err(closed);
         }
-        self.out.write_all(plain(&String::from_utf8_lossy(bytes)).as_bytes())?;
+        let text = plain(&String::from_utf8_lossy(bytes));
+        self.out.write_all(text.as_bytes()).map_err(closed)?;
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
+        self.out.flush().map_err(closed)
     }
+}
+
+/// Whoever read what a command writes has read enough, as `head` has: no failure, unlike a daemon that hangs up.
+#[derive(Debug, thiserror::Error)]
+#[error("nobody reads what is written any more")]
+struct Closed;
+
+fn closed(error: io::Error) -> io::Error {
+    let is_pipe = error.kind() == io::ErrorKind::BrokenPipe;
+    if is_pipe { io::Error::new(error.kind(), Closed) } else { error }
+}
+
+/// Whether a command failed for nothing but that.
+pub fn is_closed(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    error.is_some_and(|error| error.is::<Closed>())
 }
 
 /// A text without control characters, but for tabs and the ends of its lines.

@@ -190,6 +190,33 @@ fn after_udp_tun_and_nftables_nothing_is_left() -> Result<()> {
     leaves_nothing("udp-tun", IPV4, "", &["--firewall=nftables"], &made)
 }
 
+/// Where that file lies is the machine's: there is another directory in its place.
+#[test]
+fn what_docker_was_started_with_goes_where_it_is_of_the_overlay() -> Result<()> {
+    let mut lab = hosts_of("udp-tun", 1)?;
+    lab.start_daemon(0, &[])?;
+    lab.wait_ready(0, DEADLINE)?;
+    lab.kill_daemon(0)?;
+    let host = lab.host(0);
+    let weft = program("weft")?.display().to_string();
+    let cleanup = format!("{weft} cleanup --state-dir {}", host.state_dir.display());
+    let script = format!(
+        "mount -t tmpfs none /run
+        {weft} docker-opts -f {}
+        {cleanup} --dry-run | grep 'would remove /run/docker_opts.env'
+        {cleanup} | grep 'removed /run/docker_opts.env'
+        test ! -e /run/docker_opts.env
+        echo 'DOCKER_OPT_BIP=\"--bip=172.17.0.1/16\"' > /run/docker_opts.env
+        {cleanup} | grep 'nothing of weft'
+        test -e /run/docker_opts.env",
+        host.subnet_file.display()
+    );
+    let mut command = Command::new("unshare");
+    let output = host.netns.output(command.args(["--mount", "sh", "-exc", &script]))?;
+    assert!(output.status.success(), "{output:?}");
+    lab.remove()
+}
+
 #[test]
 fn after_vxlan_nothing_is_left() -> Result<()> {
     let made = ["device flannel.1", "route that discards 10.42.", "chain FLANNEL-FWD"];

@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -39,6 +39,7 @@ fn an_operator_sees_ways_rates_levels_and_takes_all_of_it_away() -> Result<()> {
     assert!(lab.transfer(0, 1, Bytes(1 << 20))?.intact());
     ways(&lab)?;
     rates(&lab)?;
+    a_reader_that_has_enough(&lab)?;
     rates_on_a_terminal(&mut lab, &flags)?;
     levels(&lab)?;
     bundle(&lab)?;
@@ -93,6 +94,20 @@ fn rates(lab: &Lab) -> Result<()> {
     }
     let (ok, text) = weft(lab, &["top"])?;
     assert!(!ok && text.contains("--once writes text"), "{text}");
+    Ok(())
+}
+
+/// As `head` reads.
+fn a_reader_that_has_enough(lab: &Lab) -> Result<()> {
+    for arguments in [&["status"][..], &["top", "--once"], &["doctor"]] {
+        let mut weft = command(lab, arguments)?;
+        let mut weft =
+            lab.host(0).netns.spawn(weft.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+        drop(weft.stdout.take());
+        let output = weft.wait_with_output()?;
+        let told = String::from_utf8_lossy(&output.stderr);
+        ensure!(told.is_empty() && output.status.code() == Some(141), "{arguments:?}: {output:?}");
+    }
     Ok(())
 }
 

@@ -13,12 +13,15 @@ use weft_daemon::doctor::{self, DoctorArgs};
 use weft_daemon::generate::{self, GenerateArgs};
 use weft_daemon::lab::{self, LabArgs};
 use weft_daemon::log_level_command::{self, LogLevelArgs};
-use weft_daemon::output::{Plain, plain};
+use weft_daemon::output::{Plain, is_closed, plain};
 use weft_daemon::ping_peer::{self, PingPeerArgs};
 use weft_daemon::registry_command::{self, RegistryArgs};
 use weft_daemon::status_command::{self, StatusArgs};
 use weft_daemon::top::{self, TopArgs};
 use weft_daemon::trace::{self, TraceArgs};
+
+/// What a shell reports of a program that SIGPIPE ended, as it ends most.
+const PIPE_CLOSED: u8 = 128 + 13;
 
 /// The operator's command of weft, an overlay network for containers.
 #[derive(Debug, Parser)]
@@ -57,7 +60,7 @@ fn main() -> ExitCode {
         Command::Doctor(arguments) => doctor::run(&arguments, &directories, out),
         Command::PingPeer(arguments) => ping_peer::run(&arguments, &directories, out),
         Command::Top(arguments) => {
-            top::run(&arguments, &directories, &mut io::stdout().lock()).map(done)
+            top::run(&arguments, &directories, out).map(done)
         }
         Command::Trace(arguments) => trace::run(&arguments, &directories, out),
         Command::LogLevel(arguments) => {
@@ -65,7 +68,7 @@ fn main() -> ExitCode {
         }
         Command::SupportBundle(arguments) => bundle::run(&arguments, &directories, out).map(done),
         Command::Generate(arguments) => generate::run(&arguments, Cli::command()).map(done),
-        Command::Lab(arguments) => lab::run(&arguments, &mut io::stdout().lock()),
+        Command::Lab(arguments) => lab::run(&arguments, out),
         Command::Registry(arguments) => {
             registry_command::run(&arguments, &directories, out).map(done)
         }
@@ -74,6 +77,9 @@ fn main() -> ExitCode {
         Command::Cleanup(arguments) => cleanup::run(&arguments, &directories, out),
     };
     outcome.unwrap_or_else(|error| {
+        if is_closed(&error) {
+            return ExitCode::from(PIPE_CLOSED);
+        }
         eprintln!("weft: {}", plain(&format!("{error:#}")));
         ExitCode::FAILURE
     })

@@ -32,7 +32,12 @@ pub(super) fn peers(seen: &Seen) -> Option<Check> {
     let cure = if has_fault(peer, &["refused", "no-daemon"]) {
         format!("ssh {ip} systemctl start {}", seen.unit())
     } else {
-        format!("ping {ip}   # then start that host, or mend the way to it")
+        let gone = seen.registry.as_ref().zip(peer.subnets.first());
+        let gone = gone.map(|(registry, subnet)| {
+            format!("; if it is gone for good: {}", registry.weft(&format!("release {subnet}")))
+        });
+        let mend = "then start that host, or mend the way to it";
+        format!("ping {ip}   # {mend}{}", gone.unwrap_or_default())
     };
     Check::fail(describe(peer) + &more, cure)
 }
@@ -210,6 +215,14 @@ mod tests {
             }
         }
         assert!(checks.iter().all(|check| check(&seen("")).unwrap().verdict == Verdict::Ok));
+    }
+
+    #[test]
+    fn the_lease_of_a_host_that_is_gone_can_be_released() {
+        let snapshot = Snapshot::default();
+        let registry = Some(RegistrySeen::example(snapshot));
+        let cure = peers(&Seen { registry, ..seen("silent") }).unwrap().cure.unwrap();
+        assert!(cure.ends_with(": weft registry --registry dir:/r release 10.42.7.0/24"), "{cure}");
     }
 
     /// As where host-gw's peers are all behind a router.

@@ -269,11 +269,13 @@ fn password(flags: &RegistryFlags) -> Result<Option<Password>, FlagError> {
 
 fn notes(flags: &Flags) -> Vec<Note> {
     let mut notes = Vec::new();
-    if flags.engine.guard == GuardMode::Strict && !flags.firewall.ip_masq {
+    // The config may still name a backend without the packet engine, which alone guards.
+    let has_engine = flags.engine.backend.is_none_or(|kind| kind == BackendKind::UdpTun);
+    if has_engine && flags.engine.guard == GuardMode::Strict && !flags.firewall.ip_masq {
         notes.push(Note::Info(
-            "--guard strict without --ip-masq: packets that a host forwards into the overlay \
-             for others are dropped where they arrive, their source being neither in its subnet \
-             nor its public IP; --guard peer lets them through",
+            "--guard strict without --ip-masq: where the backend is udp-tun, packets that a host \
+             forwards into the overlay for others are dropped where they arrive, their source \
+             being neither in its subnet nor its public IP; --guard peer lets them through",
         ));
     }
     if flags.registry.registry.is_some() && asks_for_etcd(&flags.registry) {
@@ -463,5 +465,7 @@ mod tests {
         let is_told =
             |(Note::Warn(text) | Note::Info(text)): &Note| text.starts_with("--guard strict");
         assert!(notes.iter().any(is_told));
+        let of_kernel = settings(&[REGISTRY, "--backend=vxlan"]).unwrap().notes;
+        assert!(!of_kernel.iter().any(is_told), "only the packet engine guards");
     }
 }
