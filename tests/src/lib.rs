@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use etherparse::PacketBuilder;
 use ipnetwork::IpNetwork;
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use rustix::process::{Pid, Signal, kill_process};
 use socket2::{Domain, Protocol, Socket, Type};
 use weft_daemon::lab::{Lab, LabOptions, PingOptions, ping};
@@ -29,6 +30,9 @@ use weft_daemon::netns::NetNs;
 
 /// How long anything may take on a machine that is busy with other tests.
 pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// What waits for whoever captures packets, while the machine is busy.
+const CAPTURE_BUFFER_LEN: usize = 4 << 20;
 
 /// Hosts on a switch, nothing running yet.
 pub fn hosts(hosts: usize) -> Result<Lab> {
@@ -405,7 +409,10 @@ impl Drop for Killed {
 pub fn capture(netns: &NetNs) -> Result<Socket> {
     // ETH_P_IP (include/uapi/linux/if_ether.h).
     let protocol = Protocol::from(i32::from(0x0800_u16.to_be()));
-    Ok(netns.run(|| Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol)))??)
+    let socket = netns.run(|| Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol)))??;
+    // SO_RCVBUF would be cut down to net.core.rmem_max, and nobody told (socket(7)).
+    set_socket_recv_buffer_size_force(&socket, CAPTURE_BUFFER_LEN)?;
+    Ok(socket)
 }
 
 /// An IP packet with a UDP datagram in it, valid in every field.

@@ -116,8 +116,9 @@ fn move_data([from, to]: &Ends, has_begun: &AtomicBool, is_over: &AtomicBool) ->
     Ok(())
 }
 
-/// Says, when dropped, that what others go on beside is over, also by an error.
-struct Over<'a>(&'a AtomicBool);
+/// Says, when dropped, that what others go on beside is over, also by an error or a panic.
+#[derive(Debug)]
+pub struct Over<'a>(pub &'a AtomicBool);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {

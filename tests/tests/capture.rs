@@ -30,7 +30,6 @@ fn check_all(
     mut check: impl FnMut(&[u8]) -> Result<()>,
 ) -> Result<usize> {
     let mut socket = weft_tests::capture(netns)?;
-    socket.set_recv_buffer_size(4 << 20)?;
     socket.set_read_timeout(Some(Duration::from_millis(200)))?;
     let (mut bytes, mut count) = (vec![0; 66_000], 0);
     loop {

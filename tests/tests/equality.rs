@@ -5,17 +5,19 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice, Read};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use etherparse::{IpNumber, Ipv4Header, Ipv4HeaderSlice, PacketBuilder};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use socket2::{Domain, Protocol, Socket, Type};
 use weft_benches::subject::{Running, Subject};
 use weft_benches::topology::{Mode, Topology, inner, outer};
 use weft_tests::DEADLINE;
+use weft_tests::load::Over;
 
 const WEFT_PORT: u16 = 8285;
 /// The time to live with which a packet arrives: one for the kernel and the engine of each host.
@@ -24,6 +26,8 @@ const HOPS: u8 = 4;
 const SUPER_PORT: u16 = 6000;
 /// The destination port of the datagram that says that all others have been sent.
 const END_PORT: u16 = 65_000;
+/// How long a capture waits for a packet before it sees whether all have been sent.
+const LOOK: Duration = Duration::from_millis(100);
 /// IPPROTO_RAW (raw(7)): we write the IP header.
 const RAW: i32 = 255;
 
@@ -165,24 +169,34 @@ fn wait_for(count: usize, arrived: &Receiver<()>) -> Result<()> {
 fn open_capture(net: &Topology, container: bool) -> Result<Socket> {
     let netns = if container { &net.containers[1] } else { &net.hosts[1] };
     let socket = weft_tests::capture(netns)?;
-    socket.set_recv_buffer_size(4 << 20)?;
-    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    socket.set_read_timeout(Some(LOOK))?;
     Ok(socket)
 }
 
-/// Sorts captured packets by flow until the last one has come, and tells of each.
+/// Sorts captured packets by flow until the last one has come, and tells of each. Others' packets, such
+/// as probes, never end.
 fn capture(
     mut socket: &Socket,
     pick: fn(&[u8]) -> Option<Vec<u8>>,
     tell: impl Fn(),
+    all_sent: &AtomicBool,
 ) -> Result<Flows> {
     let mut flows = Flows::new();
     let mut bytes = [0; 66_000];
+    let mut waiting_since = None;
     loop {
+        if all_sent.load(Ordering::Relaxed) {
+            let since = waiting_since.get_or_insert_with(Instant::now);
+            ensure!(since.elapsed() < DEADLINE, "the last packet has not come");
+        }
         let len = match socket.read(&mut bytes) {
             Ok(len) => len,
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error).context("the last packet has not come"),
+            Err(error)
+                if [ErrorKind::Interrupted, ErrorKind::WouldBlock].contains(&error.kind()) =>
+            {
+                continue;
+            }
+            Err(error) => return Err(error.into()),
         };
         let Some(packet) = pick(&bytes[..len]) else { continue };
         let flow = flow(&packet)?;
@@ -246,15 +260,18 @@ fn what_comes_of_it(net: &Topology) -> Result<(Flows, Flows)> {
 
 fn flows_of_it(net: &Topology) -> Result<(Flows, Flows)> {
     let (wire, container) = (open_capture(net, false)?, open_capture(net, true)?);
+    let all_sent = AtomicBool::new(false);
     thread::scope(|scope| {
         let (tell, arrived) = mpsc::channel();
         let tell = move || {
             // Nobody listens any more only when the test has failed.
             let _ = tell.send(());
         };
-        let wire = scope.spawn(|| capture(&wire, on_the_wire, || {}));
-        let container = scope.spawn(|| capture(&container, behind_the_tun, tell));
+        let over = Over(&all_sent);
+        let wire = scope.spawn(|| capture(&wire, on_the_wire, || {}, &all_sent));
+        let container = scope.spawn(|| capture(&container, behind_the_tun, tell, &all_sent));
         send_all(net, &arrived)?;
+        drop(over);
         let mut wire = wire.join().expect("a capture panicked")?;
         let mut container = container.join().expect("a capture panicked")?;
         wire.values_mut().chain(container.values_mut()).for_each(|packets| rebase_ids(packets));

@@ -5,7 +5,7 @@ use std::fs;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -15,6 +15,10 @@ use weft_tests::{DEADLINE, SUBNETS_KEPT_FREE, bring_up, hosts, plain_wire, until
 
 const FLOWS: u16 = 16;
 const FIRST_PORT: u16 = 20_000;
+/// The number of the datagram behind the last one.
+const END: u32 = u32::MAX;
+/// Between two of these, where one may get lost.
+const END_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A sender and a receiver for each flow, in the containers of two hosts.
 fn flows(lab: &Lab, from: usize, to: usize) -> Result<Vec<(UdpSocket, UdpSocket)>> {
@@ -25,7 +29,9 @@ fn flows(lab: &Lab, from: usize, to: usize) -> Result<Vec<(UdpSocket, UdpSocket)
             let receiver = far.netns.run(|| UdpSocket::bind(target))??;
             let sender = near.netns.run(|| UdpSocket::bind("0.0.0.0:0"))??;
             sender.connect(target)?;
-            receiver.set_read_timeout(Some(Duration::from_secs(1)))?;
+            // Not what an earlier sender may have under way still.
+            receiver.connect(sender.local_addr()?)?;
+            receiver.set_read_timeout(Some(DEADLINE))?;
             Ok((sender, receiver))
         })
         .collect()
@@ -38,18 +44,21 @@ fn datagram(number: u32) -> Vec<u8> {
     bytes
 }
 
-/// Receives until nothing has come for a while, and tells of each; how many came, in their order.
+/// Receives until the end comes, and tells of each; how many came before it, in their order.
 fn receive_in_order(receiver: &UdpSocket, tell: impl Fn()) -> Result<u32> {
     let (mut bytes, mut next, mut count) = ([0; 2048], 0, 0);
-    while let Ok(len) = receiver.recv(&mut bytes) {
+    loop {
+        let len = receiver.recv(&mut bytes).context("the end has not come")?;
         let number = u32::from_be_bytes(*bytes.first_chunk().context("too short")?);
+        if number == END {
+            return Ok(count);
+        }
         ensure!(number >= next, "{number} came behind {}", next - 1);
         ensure!(bytes[..len] == datagram(number), "{number} has other bytes");
         next = number + 1;
         count += 1;
         tell();
     }
-    Ok(count)
 }
 
 /// How often each thread of the engine has gone to sleep, by its name: one that carries packets
@@ -80,13 +89,27 @@ fn all_keep_their_order(lab: &Lab) -> Result<()> {
         let mut receiving = Vec::new();
         for (from, to) in [(0, 1), (1, 0)] {
             let (senders, receivers): (Vec<_>, Vec<_>) = flows(lab, from, to)?.into_iter().unzip();
-            let receive = |it| scope.spawn(move || receive_in_order(&it, || {}));
+            let (listening, ended) = mpsc::channel::<()>();
+            let receive = |it| {
+                let listening = listening.clone();
+                scope.spawn(move || {
+                    let _listening = listening;
+                    receive_in_order(&it, || {})
+                })
+            };
             receiving.extend(receivers.into_iter().map(receive));
+            drop(listening);
             scope.spawn(move || {
                 for number in 0..3000 {
                     for sender in &senders {
                         // A full queue loses datagrams, which is no matter here.
                         let _ = sender.send(&datagram(number));
+                    }
+                }
+                while ended.recv_timeout(END_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                    for sender in &senders {
+                        // Refused where the receiver is gone already.
+                        let _ = sender.send(&datagram(END));
                     }
                 }
             });
@@ -185,15 +208,9 @@ fn routes_change_under_load_without_a_loss() -> Result<()> {
         let (sender, receiver, enough) = (&sender, &receiver, &enough);
         let receiving = scope.spawn(move || receive_in_order(receiver, tell));
         let sending = scope.spawn(move || {
-            let mut number = 0;
-            while !enough.load(Ordering::Relaxed) {
-                sender.send(&datagram(number))?;
-                number += 1;
-                if number as usize > UNDER_WAY {
-                    arrived.recv_timeout(DEADLINE).context("a datagram is lost")?;
-                }
-            }
-            anyhow::Ok(number)
+            let sent = send_until(enough, sender, &arrived);
+            sender.send(&datagram(END))?;
+            sent
         });
         let changed = (0..CHANGES / 2).try_for_each(|_| come_and_go(&lab));
         enough.store(true, Ordering::Relaxed);
@@ -206,6 +223,19 @@ fn routes_change_under_load_without_a_loss() -> Result<()> {
     assert_eq!(received, sent);
     assert!(sent > 1000, "only {sent} datagrams met {CHANGES} changes");
     lab.remove()
+}
+
+/// Sends one more whenever one has arrived; how many in all.
+fn send_until(enough: &AtomicBool, sender: &UdpSocket, arrived: &Receiver<()>) -> Result<u32> {
+    let mut number = 0;
+    while !enough.load(Ordering::Relaxed) {
+        sender.send(&datagram(number))?;
+        number += 1;
+        if number as usize > UNDER_WAY {
+            arrived.recv_timeout(DEADLINE).context("a datagram is lost")?;
+        }
+    }
+    Ok(number)
 }
 
 /// A third node's lease appears in the registry and vanishes again, and the first host follows.

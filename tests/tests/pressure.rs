@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use weft_daemon::lab::Lab;
+use weft_tests::load::Over;
 use weft_tests::{bring_up, counter, hosts, udp_socket, until};
 
 /// What the first host's wire is cut down to, with more room in its queue than the engine's socket
@@ -37,15 +38,14 @@ fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<
         let (near, far) = (udp_socket(&lab, 0)?, udp_socket(&lab, 1)?);
         let enough = AtomicBool::new(false);
         thread::scope(|scope| {
+            let _over = Over(&enough);
             scope.spawn(|| {
                 while !enough.load(Ordering::Relaxed) {
                     // A full queue is what this is for.
                     let _ = far.local_addr().and_then(|to| near.send_to(&[0x5a; 1400], to));
                 }
             });
-            let outcome = full_but_open(&lab, &near, &far);
-            enough.store(true, Ordering::Relaxed);
-            outcome
+            full_but_open(&lab, &near, &far)
         })
         .with_context(|| format!("{flags:?}"))?;
         for lost in ["tun_to_udp_full", "tun_to_udp_overtaken"] {
@@ -65,7 +65,11 @@ fn full_but_open(lab: &Lab, near: &UdpSocket, far: &UdpSocket) -> Result<()> {
         far.send_to(&number.to_be_bytes(), near.local_addr()?)?;
         let mut bytes = [0; 8];
         let len = near.recv(&mut bytes).context("the other direction is blocked")?;
-        assert_eq!(bytes[..len], number.to_be_bytes());
+        ensure!(
+            bytes[..len] == number.to_be_bytes(),
+            "{:02x?} in place of {number}",
+            &bytes[..len]
+        );
     }
     Ok(())
 }

@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -210,8 +212,10 @@ fn a_watch_shows_what_changes() -> Result<()> {
         target.run(&["reserve", "10.42.1.0/24", "192.0.2.1"])?;
         let mut command = target.command(&["watch"])?;
         let mut watching = Killed(lab.host(0).netns.spawn(command.stdout(Stdio::piped()))?);
-        let mut lines = BufReader::new(watching.0.stdout.take().context("no output")?).lines();
-        let mut next = || lines.next().context("it ended")?.context("no line");
+        let lines = BufReader::new(watching.0.stdout.take().context("no output")?).lines();
+        let (sender, told) = mpsc::channel();
+        thread::spawn(move || lines.map_while(|it| sender.send(it.ok()?).ok()).count());
+        let next = || told.recv_timeout(DEADLINE).context("it told nothing more");
         assert_eq!(next()?, "added 10.42.1.0-24 192.0.2.1");
         target.run(&["reserve", "10.42.2.0/24", "192.0.2.2"])?;
         assert_eq!(next()?, "added 10.42.2.0-24 192.0.2.2");
