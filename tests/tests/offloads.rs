@@ -2,16 +2,19 @@
 //! ways of input and output, features switched off in turn, a wire that loses packets.
 
 use std::fs;
+use std::io::IoSlice;
+use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use weft_daemon::lab::{Bytes, Container, Lab, Patience, transfer};
-use weft_tests::{bring_up, counter, hosts, plain_wire};
+use weft_tests::{DEADLINE, bring_up, counter, hosts, plain_wire, udp_socket, until};
 
 const KINDS: [&str; 6] =
     ["tun-tso", "tun-uso", "udp-segment", "udp-gro", "tcp-coalesce", "udp-coalesce"];
@@ -207,6 +210,62 @@ fn what_the_kernel_refuses_while_packets_flow_is_given_up() -> Result<()> {
         let told = log.matches("the kernel refuses udp-segment (Invalid argument").count();
         assert_eq!(told, 1, "{log}");
         lab.remove()?;
+    }
+    Ok(())
+}
+
+/// What a container sends in one call, as programs do that speak QUIC, stays in one piece.
+#[test]
+fn udp_crosses_both_devices_as_super_packets() -> Result<()> {
+    const SUPER_PACKETS: u64 = 20;
+    let off = "--offload=tun-uso=off";
+    for flags in [&["--io=uring"][..], &["--io=mmsg"], &["--io=uring", off], &["--io=mmsg", off]] {
+        let lab = overlay(flags)?;
+        let has = &lab.status(0)?.offloads["tun-uso"];
+        if has == "missing" {
+            eprintln!("this kernel has no super-packets of UDP");
+            return lab.remove();
+        }
+        send_super_packets(&lab, SUPER_PACKETS)?;
+        let counted = || -> Result<[u64; 2]> {
+            let (cut, joined) = ("tun_to_udp_super_packets", "udp_to_tun_super_packets");
+            Ok([counter(&lab, 0, cut)?, counter(&lab, 1, joined)?])
+        };
+        if has == "on" {
+            let is_each = || Ok(counted()?.into_iter().all(|count| count >= SUPER_PACKETS));
+            until("super-packets are counted", is_each)
+                .with_context(|| format!("{flags:?}: {:?}", counted()))?;
+        } else {
+            assert_eq!(counted()?, [0; 2], "{flags:?}");
+        }
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+/// From the first container to the second, the next one when the last one has arrived, datagram by
+/// datagram.
+fn send_super_packets(lab: &Lab, count: u64) -> Result<()> {
+    const SEGMENT: u16 = 1000;
+    let (near, far) = (udp_socket(lab, 0)?, udp_socket(lab, 1)?);
+    far.set_read_timeout(Some(DEADLINE))?;
+    let to = SockaddrStorage::from(far.local_addr()?);
+    let segments = [ControlMessage::UdpGsoSegments(&SEGMENT)];
+    for _ in 0..count {
+        let sent: Vec<Vec<u8>> = (0..20).map(|it| vec![it; SEGMENT.into()]).collect();
+        let bytes = sent.concat();
+        sendmsg(
+            near.as_raw_fd(),
+            &[IoSlice::new(&bytes)],
+            &segments,
+            MsgFlags::empty(),
+            Some(&to),
+        )?;
+        for datagram in sent {
+            let mut bytes = [0; 2000];
+            let len = far.recv(&mut bytes).context("a datagram is lost")?;
+            ensure!(bytes[..len] == datagram, "other bytes");
+        }
     }
     Ok(())
 }
