@@ -202,6 +202,16 @@ pub fn metrics(netns: &NetNs, port: u16) -> Result<BTreeMap<String, f64>> {
         .collect()
 }
 
+/// Waits until a metric of a host's daemon, which answers at port 8081, is this.
+pub fn measures(lab: &Lab, host: usize, name: &str, value: u32) -> Result<()> {
+    let mut last = None;
+    let is_it = || {
+        last = metrics(&lab.host(host).netns, 8081)?.get(name).copied();
+        Ok(last.map(f64::to_bits) == Some(f64::from(value).to_bits()))
+    };
+    until(&format!("{name} is {value}"), is_it).with_context(|| format!("it is {last:?}"))
+}
+
 /// The first of a host's subnets.
 pub fn subnet(lab: &Lab, host: usize) -> Result<IpNetwork> {
     lab.status(host)?.subnets.first().copied().context("no subnet")

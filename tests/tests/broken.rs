@@ -14,8 +14,8 @@ use weft_daemon::lab::{Bytes, Lab, PingOptions};
 use weft_daemon::status::ProbeStatus;
 use weft_tests::doctor::{Check, finds, finds_within};
 use weft_tests::{
-    DEADLINE, bring_up, counter, etcd, free_subnet, hosts, hosts_of, overlay, plain_wire, program,
-    subnet, tells, until, until_within,
+    DEADLINE, bring_up, counter, etcd, free_subnet, hosts, hosts_of, measures, overlay, plain_wire,
+    program, subnet, tells, until, until_within,
 };
 
 /// How long a break may go unnamed.
@@ -35,7 +35,8 @@ fn probed(lab: &Lab) -> Result<()> {
 }
 
 fn pair() -> Result<Lab> {
-    let lab = overlay(2)?;
+    let mut lab = hosts(2)?;
+    bring_up(&mut lab, &["--healthz-port=8081"])?;
     probed(&lab)?;
     Ok(lab)
 }
@@ -56,8 +57,16 @@ fn a_peer_that_is_down() -> Result<()> {
     named(&lab, "peers", "FAIL", "10.168.0.95")?;
     let probe = &lab.status(0)?.peers[0].probe;
     assert_eq!((probe.reachable, probe.fault.as_deref()), (Some(false), Some("silent")));
+    let (unreachable, silent) = ("weft_peers_unreachable", "weft_peers_faulty{fault=\"silent\"}");
+    for name in [unreachable, silent] {
+        measures(&lab, 0, name, 1)?;
+    }
     lab.switch()?.ip(&["link", "set", "h2", "up"])?;
-    probed(&lab)
+    probed(&lab)?;
+    for name in [unreachable, silent] {
+        measures(&lab, 0, name, 0)?;
+    }
+    lab.remove()
 }
 
 #[test]
@@ -224,11 +233,13 @@ fn a_checksum_offload_that_loses_udp() -> Result<()> {
 #[test]
 fn etcd_that_is_gone() -> Result<()> {
     let mut lab = etcd::hosts(1, 1)?;
-    bring_up(&mut lab, &[])?;
+    bring_up(&mut lab, &["--healthz-port=8081"])?;
+    measures(&lab, 0, "weft_registry_readable", 1)?;
     lab.etcd(0).kill()?;
     named(&lab, "registry", "FAIL", "endpoint health")?;
+    measures(&lab, 0, "weft_registry_readable", 0)?;
     ensure!(lab.status(0)?.state == "forwarding");
-    Ok(())
+    lab.remove()
 }
 
 #[test]

@@ -15,8 +15,8 @@ use tempfile::TempDir;
 use weft_daemon::lab::{Lab, LabOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::{
-    DEADLINE, all_acquainted, bring_up, dual_stack, health, hosts, logs, pings, restart, run_weftd,
-    tells, until, write_config,
+    DEADLINE, all_acquainted, bring_up, dual_stack, health, hosts, logs, measures, pings, restart,
+    run_weftd, tells, until, write_config,
 };
 
 /// How rules come into the kernel.
@@ -510,14 +510,23 @@ fn two_writers_at_once_lose_nothing() -> Result<()> {
 
 #[test]
 fn without_the_program_the_overlay_goes_on_and_says_so() -> Result<()> {
-    let nothing = tempfile::tempdir()?;
-    let mut lab = lab(2, nothing.path())?;
-    bring_up(&mut lab, &["--ip-masq", "--firewall=iptables", "--iptables-resync=1"])?;
+    let programs = tempfile::tempdir()?;
+    let mut lab = lab(2, programs.path())?;
+    let flags = ["--ip-masq", "--firewall=iptables", "--iptables-resync=1", "--healthz-port=8081"];
+    bring_up(&mut lab, &flags)?;
     pings(&lab)?;
     let told = "there is no iptables; install it, or choose the other --firewall";
     tells(&lab, 0, told)?;
     let log = fs::read_to_string(&lab.host(0).log)?;
     assert_eq!(log.matches(told).count(), 1, "{log}");
+    for (name, value) in [("weft_firewall_in_place", 0), ("weft_problems", 1), ("weft_ready", 0)] {
+        measures(&lab, 0, name, value)?;
+    }
+    // Once it is there, nothing is wrong any more.
+    choose_kind(programs.path(), "nft")?;
+    for (name, value) in [("weft_firewall_in_place", 1), ("weft_problems", 0), ("weft_ready", 1)] {
+        measures(&lab, 0, name, value)?;
+    }
     lab.remove()
 }
 
