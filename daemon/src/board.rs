@@ -22,7 +22,7 @@ use crate::status::{FORWARDING, PeerStatus, ProbeStatus, SCHEMA, Status, Traffic
 use crate::usage;
 
 /// How long one turn of the loop may take: some work waits for slow servers, and for the kernel.
-const STILL_MAX: Duration = Duration::from_secs(120);
+pub(crate) const STILL_MAX: Duration = Duration::from_secs(120);
 
 /// The one place where it is kept. Clones are the same board.
 #[derive(Debug, Clone)]

@@ -118,3 +118,34 @@ async fn scrape(State(board): State<Board>) -> Response {
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::board::STILL_MAX;
+    use crate::health::Health;
+    use crate::log::Log;
+
+    /// The codes of `/healthz` and `/readyz`.
+    async fn codes(board: &Board) -> [u16; 2] {
+        let (state, headers) = (|| State(board.clone()), HeaderMap::new);
+        let alive = alive(state(), headers()).await.status();
+        [alive, ready(state(), headers()).await.status()].map(|code| code.as_u16())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_loop_that_stands_still_is_neither_alive_nor_ready() {
+        let health = Health::new();
+        let board = Board::new(Log::silent(), &health);
+        assert_eq!(codes(&board).await, [200, 503]);
+        health.forwards(Vec::new(), Vec::new());
+        board.turn();
+        assert_eq!(codes(&board).await, [200, 200]);
+        tokio::time::advance(STILL_MAX + Duration::from_secs(1)).await;
+        assert_eq!(codes(&board).await, [503, 503]);
+        board.turn();
+        assert_eq!(codes(&board).await, [200, 200]);
+    }
+}

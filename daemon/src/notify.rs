@@ -30,7 +30,7 @@ pub(crate) async fn tell(mut phases: watch::Receiver<Phase>, board: &Board) {
                 }
             }
             _ = timer.tick() => {
-                if watchdog.is_some() && board.stands_still().is_none() {
+                if beats(watchdog, board) {
                     send(&[NotifyState::Watchdog]);
                 }
             }
@@ -52,6 +52,11 @@ pub(crate) async fn tell(mut phases: watch::Receiver<Phase>, board: &Board) {
     }
 }
 
+/// Whether a watchdog, if there is one, is to hear that we are alive.
+fn beats(watchdog: Option<Duration>, board: &Board) -> bool {
+    watchdog.is_some() && board.stands_still().is_none()
+}
+
 /// Tells systemd that the daemon is about to end.
 pub(crate) fn tell_stopping() {
     send(&[NotifyState::Stopping]);
@@ -66,5 +71,32 @@ fn status(text: &str) -> NotifyState<'_> {
 fn send(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::debug!("cannot tell systemd: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::board::STILL_MAX;
+    use crate::health::Health;
+    use crate::log::Log;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_watchdog_hears_nothing_of_a_loop_that_stands_still() {
+        let health = Health::new();
+        let board = Board::new(Log::silent(), &health);
+        let beats = |watchdog| beats(watchdog, &board);
+        let asked = Some(Duration::from_secs(60));
+        // However long it waits for its first lease.
+        tokio::time::advance(STILL_MAX * 2).await;
+        assert!(beats(asked));
+        health.forwards(Vec::new(), Vec::new());
+        board.turn();
+        assert!(beats(asked));
+        tokio::time::advance(STILL_MAX + Duration::from_secs(1)).await;
+        assert!(!beats(asked));
+        board.turn();
+        assert!(beats(asked));
+        assert!(!beats(None));
     }
 }
