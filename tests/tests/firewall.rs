@@ -377,6 +377,40 @@ fn wiped_rules_come_back_and_foreign_ones_stay() -> Result<()> {
     lab.remove()
 }
 
+/// Events bring repairs sooner than this, the timer later.
+const GIVEN_UP_FOR: Duration = Duration::from_secs(2);
+
+/// Somebody who removes our rules again and again is not fought for ever.
+#[test]
+fn a_fight_over_rules_is_given_up_and_told() -> Result<()> {
+    let mut lab = hosts(1)?;
+    let flags = ["--ip-masq", "--firewall=iptables", "--healthz-port=8081"];
+    lab.start_daemon(0, &flags)?;
+    lab.wait_ready(0, DEADLINE)?;
+    let host = NetNs::open(lab.host(0).netns.name());
+    let flush = || host.tool("iptables-nft", &["-F", "FLANNEL-FWD"]).map(drop);
+    let is_there = || Ok::<_, anyhow::Error>(assert_flannels(&lab, 0, Mode::Nft).is_ok());
+    until("it is told", || {
+        flush()?;
+        let problems = lab.status(0)?.problems;
+        Ok(problems.iter().any(|it| it.contains("another program keeps removing")))
+    })?;
+    assert_eq!(health(&host, "/readyz")?.0, 503);
+    // From now on only the timer puts them back, which may come once.
+    let (since, mut refills) = (Instant::now(), 0);
+    flush()?;
+    until("they would have been put back", || {
+        if is_there()? {
+            refills += 1;
+            flush()?;
+        }
+        Ok(since.elapsed() > GIVEN_UP_FOR)
+    })?;
+    assert!(refills <= 1, "put back {refills} times");
+    until("the timer puts them back", is_there)?;
+    lab.remove()
+}
+
 fn restore(netns: &NetNs, program: &str, rules: &str) -> Result<()> {
     let file = tempfile::NamedTempFile::new()?;
     fs::write(file.path(), rules)?;
