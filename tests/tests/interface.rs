@@ -169,10 +169,13 @@ fn further_addresses_interrupt_nothing() -> Result<()> {
     let leased = ["10.168.0.94/24", "dev", "eth0", "valid_lft", "3600", "preferred_lft", "3600"];
     host.ip(&[&["address", "change"], &leased[..]].concat())?;
     let lost = outage(&lab, || {
-        host.ip(&["address", "add", "10.168.0.61/24", "dev", "eth0"])?;
-        until("the record tells the second address", || {
-            Ok(fs::read_to_string(&record)?.contains("10.168.0.61"))
-        })
+        for (what, is_told) in [("add", true), ("del", false)] {
+            host.ip(&["address", what, "10.168.0.61/24", "dev", "eth0"])?;
+            until(&format!("the record follows the second address's {what}"), || {
+                Ok(fs::read_to_string(&record)?.contains("10.168.0.61") == is_told)
+            })?;
+        }
+        Ok(())
     })?;
     assert!(lost.is_zero(), "packets were lost for {lost:?}");
     assert_eq!(lab.status(0)?.public_ip, Some("10.168.0.94".parse()?));
