@@ -75,7 +75,8 @@ fn a_peer_whose_daemon_has_ended() -> Result<()> {
     lab.kill_daemon(1)?;
     named(&lab, "peers", "FAIL", "ssh 10.168.0.95 systemctl start weftd")?;
     lab.start_daemon(1, &[])?;
-    probed(&lab)
+    probed(&lab)?;
+    lab.remove()
 }
 
 /// Where the kernel moves the packets, it goes on answering pings: no offload is to blame.
@@ -119,7 +120,8 @@ fn a_port_that_is_blocked() -> Result<()> {
     })?;
     ensure!(found.cure.contains("--dport 8285 -j ACCEPT"), "{found:?}");
     peer.tool("iptables-nft", &[&["-D"], &rule[..]].concat())?;
-    probed(&lab)
+    probed(&lab)?;
+    lab.remove()
 }
 
 #[test]
@@ -134,7 +136,8 @@ fn a_route_that_swallows_packets() -> Result<()> {
     route("add")?;
     named(&lab, "routes", "FAIL", "the kernel discards packets for the peer's")?;
     route("del")?;
-    probed(&lab)
+    probed(&lab)?;
+    lab.remove()
 }
 
 #[test]
@@ -142,7 +145,7 @@ fn rules_that_are_flushed() -> Result<()> {
     let lab = pair()?;
     lab.host(0).netns.tool("iptables-nft", &["-F"])?;
     named(&lab, "rules", "WARN", "put back")?;
-    Ok(())
+    lab.remove()
 }
 
 #[test]
@@ -155,7 +158,8 @@ fn a_path_that_swallows_large_packets() -> Result<()> {
     let found = named(&lab, "MTU", "FAIL", "more than 1400 bytes get lost")?;
     ensure!(found.cure.starts_with("ip link set eth0 mtu 1428"), "{found:?}");
     lab.switch()?.tool("nft", &["delete table bridge wire"])?;
-    probed(&lab)
+    probed(&lab)?;
+    lab.remove()
 }
 
 #[test]
@@ -171,7 +175,8 @@ fn an_offload_that_loses_what_it_cuts() -> Result<()> {
         let ping = PingOptions { size: Some(1400), ..PingOptions::default() };
         Ok(lab.ping(0, 1, &ping)?.complete())
     })?;
-    until("without it the path is whole", || Ok(lab.status(0)?.peers[0].probe.fault.is_none()))
+    until("without it the path is whole", || Ok(lab.status(0)?.peers[0].probe.fault.is_none()))?;
+    lab.remove()
 }
 
 /// One host loses what the others get.
@@ -209,7 +214,8 @@ fn a_host_that_loses_what_is_cut_slows_down_nobody_else() -> Result<()> {
     fs::remove_file(lab.registry()?.join("subnets").join(lease))?;
     until("nothing is said of who is gone", || {
         Ok(!lab.status(0)?.problems.iter().any(|it| it.starts_with(towards)))
-    })
+    })?;
+    lab.remove()
 }
 
 #[test]
@@ -227,7 +233,8 @@ fn a_checksum_offload_that_loses_udp() -> Result<()> {
     let is_told = |status: weft_daemon::status::Status| {
         status.problems.iter().any(|it| it.starts_with("tx-checksum-ip-generic is given up"))
     };
-    until("status says so", || lab.status(0).map(is_told))
+    until("status says so", || lab.status(0).map(is_told))?;
+    lab.remove()
 }
 
 #[test]
@@ -255,7 +262,8 @@ fn an_address_that_two_nodes_have() -> Result<()> {
     // A second node waits, and says for what.
     let second = lab.add_host()?;
     lab.start_daemon(second, &["--iface=eth0", "--public-ip=10.168.0.94"])?;
-    finds(&lab, second, "daemon", "FAIL", "lives with our public address")
+    finds(&lab, second, "daemon", "FAIL", "lives with our public address")?;
+    lab.remove()
 }
 
 #[test]
@@ -270,7 +278,7 @@ fn an_interface_that_leads_elsewhere() -> Result<()> {
     lab.wait_ready(0, DEADLINE)?;
     lab.wait_ready(1, DEADLINE)?;
     named(&lab, "interface", "FAIL", "weftd --iface eth0")?;
-    Ok(())
+    lab.remove()
 }
 
 #[test]
@@ -279,7 +287,7 @@ fn a_host_that_does_not_forward() -> Result<()> {
     let netns = &lab.host(0).netns;
     netns.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "0"))??;
     named(&lab, "ip_forward", "FAIL", "sysctl -w net.ipv4.ip_forward=1")?;
-    Ok(())
+    lab.remove()
 }
 
 #[test]
@@ -292,7 +300,8 @@ fn a_mac_that_somebody_changes() -> Result<()> {
         Ok(changes.iter().any(|line| line.text.contains("changed the MAC of the device")))
     };
     until_within(NAMED_WITHIN, "status names the change", is_named)?;
-    finds(&lab, 0, "MAC", "OK", "the MAC of the lease, 02:00:00:00:00:07")
+    finds(&lab, 0, "MAC", "OK", "the MAC of the lease, 02:00:00:00:00:07")?;
+    lab.remove()
 }
 
 #[test]
@@ -316,5 +325,5 @@ fn an_operator_probes_a_peer_at_once() -> Result<()> {
     lab.kill_daemon(1)?;
     let (well, told) = ping(&lab, &base)?;
     ensure!(!well && told.contains("no answer"), "{told}");
-    Ok(())
+    lab.remove()
 }

@@ -80,7 +80,8 @@ fn what_is_wrong_with_the_host_is_named_and_the_cure_mends_it() -> Result<()> {
     netns.ip(&["address", "add", "172.17.0.1/16", "dev", "docker0"])?;
     finds(&lab, 0, "docker0", "FAIL", "docker0 has 172.17.0.1/16, subnet.env says")?;
     netns.ip(&["address", "add", gateway, "dev", "docker0"])?;
-    finds(&lab, 0, "docker0", "OK", "")
+    finds(&lab, 0, "docker0", "OK", "")?;
+    lab.remove()
 }
 
 /// The rules of Docker 28 for a bridge and a container behind it.
@@ -158,7 +159,7 @@ fn firewalls_are_seen_through() -> Result<()> {
     if has_filter {
         finds(&lab, 0, "br_netfilter", "OK", "lets them pass")?;
     }
-    Ok(())
+    lab.remove()
 }
 
 /// As under a container runtime that forbids io_uring, or keeps weftd from large buffers.
@@ -327,5 +328,6 @@ fn the_registry_and_the_daemon_are_asked() -> Result<()> {
         .iter()
         .any(|it| it.name == "registry" && it.cure.contains(&format!("{registry} init")));
     ensure!(cured && !missing.exists(), "{checks:#?}");
-    until("the daemon of the other host goes on", || Ok(lab.status(1)?.state == "forwarding"))
+    until("the daemon of the other host goes on", || Ok(lab.status(1)?.state == "forwarding"))?;
+    lab.remove()
 }
