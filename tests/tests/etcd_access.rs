@@ -1,10 +1,10 @@
 //! etcd with TLS and with users.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use etcd_client::{Client, ConnectOptions};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustix::process::Signal;
@@ -13,7 +13,11 @@ use weft_daemon::lab::{EtcdOptions, Lab, LabOptions, PingOptions};
 use weft_tests::etcd::{
     PREFIX, client, get, hosts, inside, put as put_by_v3, wait_until_it_serves, weftd,
 };
-use weft_tests::{DEADLINE, Weftd, bring_up, doctor, log, logs, output_of, program, renews, until};
+use weft_tests::terminal::Terminal;
+use weft_tests::{
+    DEADLINE, Weftd, bring_up, doctor, free_subnet, log, logs, output_of, program, renews, subnet,
+    until,
+};
 
 /// Where the lab's first member of etcd lives.
 const ADDRESS: &str = "10.168.0.1";
@@ -203,6 +207,31 @@ fn the_api_is_the_one_that_has_a_config() -> Result<()> {
     lab.remove()
 }
 
+/// From now on whoever shows no password is let do nothing; root's is hunter2.
+fn protect_v3(lab: &Lab) -> Result<()> {
+    client(lab, |mut client| async move {
+        client.user_add("root", "hunter2", None).await?;
+        client.role_add("root").await?;
+        client.user_grant_role("root", "root").await?;
+        Ok(client.auth_enable().await.map(drop)?)
+    })
+}
+
+/// The same of the v2 API, which has users of its own.
+fn protect_v2(lab: &Lab) -> Result<()> {
+    let url = format!("{}/v2/auth", lab.etcd_urls()[0]);
+    let ask = |path: &str, body: &str| -> Result<()> {
+        let request = ureq::put(format!("{url}/{path}"))
+            .header("Content-Type", "application/json")
+            .header("Authorization", "Basic cm9vdDpodW50ZXIy");
+        lab.host(0).netns.run(|| request.send(body))??;
+        Ok(())
+    };
+    ask("users/root", r#"{"user":"root","password":"hunter2"}"#)?;
+    ask("enable", "")?;
+    ask("roles/guest", r#"{"role":"guest","revoke":{"kv":{"read":["/*"],"write":["/*"]}}}"#)
+}
+
 /// Where its v2 API is switched on and was never used, that says nothing of the config.
 #[test]
 fn who_is_refused_by_v3_goes_on_with_what_it_knew() -> Result<()> {
@@ -210,12 +239,7 @@ fn who_is_refused_by_v3_goes_on_with_what_it_knew() -> Result<()> {
     lab.start_daemon(0, &[])?;
     lab.wait_ready(0, DEADLINE)?;
     lab.stop_daemon(0)?;
-    client(&lab, |mut client| async move {
-        client.user_add("root", "hunter2", None).await?;
-        client.role_add("root").await?;
-        client.user_grant_role("root", "root").await?;
-        Ok(client.auth_enable().await.map(drop)?)
-    })?;
+    protect_v3(&lab)?;
     lab.start_daemon(0, &[])?;
     logs(&lab, 0, "starting with the network config known at")?;
     lab.wait_ready(0, DEADLINE)?;
@@ -232,14 +256,8 @@ fn users_are_known_by_password_and_again_when_tokens_are_gone() -> Result<()> {
     wait_until_it_serves(&lab)?;
     // What a fleet left behind that moved to v3 is not taken up where v3 refuses.
     put_config_by_v2(&lab)?;
-    client(&lab, |mut client| async move {
-        client.put(format!("{PREFIX}/config"), CONFIG, None).await?;
-        client.user_add("root", "hunter2", None).await?;
-        client.role_add("root").await?;
-        client.user_grant_role("root", "root").await?;
-        client.auth_enable().await?;
-        Ok(())
-    })?;
+    put_by_v3(&lab, "config", CONFIG)?;
+    protect_v3(&lab)?;
     is_told(&mut lab, &[], "refuses: etcdserver: user name is empty")?;
     let wrong = ["--etcd-username=root", "--etcd-password=hunter3"];
     is_told(&mut lab, &wrong, "refuses: etcdserver: authentication failed")?;
@@ -282,17 +300,7 @@ fn users_are_known_by_password_and_again_when_tokens_are_gone() -> Result<()> {
 #[test]
 fn users_are_known_by_password_by_the_v2_api_too() -> Result<()> {
     let mut lab = hosts(1, 1)?;
-    let url = format!("{}/v2/auth", lab.etcd_urls()[0]);
-    let ask = |path: &str, body: &str| -> Result<()> {
-        let request = ureq::put(format!("{url}/{path}"))
-            .header("Content-Type", "application/json")
-            .header("Authorization", "Basic cm9vdDpodW50ZXIy");
-        lab.host(0).netns.run(|| request.send(body))??;
-        Ok(())
-    };
-    ask("users/root", r#"{"user":"root","password":"hunter2"}"#)?;
-    ask("enable", "")?;
-    ask("roles/guest", r#"{"role":"guest","revoke":{"kv":{"read":["/*"],"write":["/*"]}}}"#)?;
+    protect_v2(&lab)?;
     let [_, api] = APIS;
     let refused = "refuses: 110: The request requires user authentication";
     is_told(&mut lab, &[api], refused)?;
@@ -300,4 +308,87 @@ fn users_are_known_by_password_by_the_v2_api_too() -> Result<()> {
     bring_up(&mut lab, &[api, "--etcd-username=root", "--etcd-password=hunter2"])?;
     assert!(!log(&lab, 0)?.contains("hunter"));
     lab.remove()
+}
+
+/// A user that may do no more than docs/etcd.md gives it, by the lines that stand there.
+#[test]
+fn the_user_of_the_document_is_enough() -> Result<()> {
+    for (api, comment) in APIS.into_iter().zip(["# v3", "# v2 (ETCDCTL_API=2)"]) {
+        let mut lab = hosts(1, 1)?;
+        make_user(&lab, api, lines(comment)?)?;
+        if comment == "# v3" {
+            protect_v3(&lab)?
+        } else {
+            protect_v2(&lab)?
+        }
+        let password = tempfile::NamedTempFile::new()?;
+        fs::write(password.path(), PASSWORD)?;
+        let file = format!("--etcd-password-file={}", password.path().display());
+        let user = [api, "--etcd-username=weft", &file];
+        let endpoints = format!("--etcd-endpoints={}", lab.etcd_urls()[0]);
+        let flags = [&[&endpoints[..]], &user[..]].concat();
+        let registry = |lab: &Lab, arguments: &[&str]| -> Result<String> {
+            let mut weft = Command::new(program("weft")?);
+            weft.arg("registry").args(&flags).args(arguments);
+            let output = output_of(&lab.host(0).netns, &mut weft)?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            Ok(String::from_utf8(output.stdout)?)
+        };
+
+        registry(&lab, &["init", "10.42.0.0/16"])?;
+        bring_up(&mut lab, &[&user[..], &["--subnet-lease-ttl=10s"]].concat())?;
+        renews(&lab, 0)?;
+        let peer = free_subnet(&lab)?.to_string();
+        registry(&lab, &["reserve", &peer, "10.168.0.99"])?;
+        until("the peer is there", || Ok(lab.status(0)?.peers.len() == 1))?;
+        let shown = registry(&lab, &["show"])?;
+        assert!(shown.contains(&peer) && shown.contains(&subnet(&lab, 0)?.to_string()), "{shown}");
+        registry(&lab, &["release", &peer])?;
+        until("the peer is gone", || Ok(lab.status(0)?.peers.is_empty()))?;
+        let (checks, _) = doctor::doctor(&lab, 0, &flags)?;
+        let check = checks.iter().find(|check| check.name == "registry").context("no check")?;
+        assert_eq!(check.verdict, "OK", "{api}: {check:?}");
+        assert!(lab.status(0)?.problems.is_empty(), "{api}: {:?}", lab.status(0)?.problems);
+        lab.remove()?;
+    }
+    Ok(())
+}
+
+const DOCUMENT: &str = include_str!("../../docs/etcd.md");
+const PASSWORD: &str = "hunter2";
+
+/// The commands of the document, the first of which has this comment.
+fn lines(comment: &str) -> Result<&'static str> {
+    let blocks = DOCUMENT.split("\n\n").filter(|block| block.starts_with("    etcdctl "));
+    let mut named =
+        blocks.filter(|block| block.lines().next().is_some_and(|line| line.ends_with(comment)));
+    named.next().with_context(|| format!("no commands {comment}"))
+}
+
+/// Has an operator type them.
+fn make_user(lab: &Lab, api: &str, lines: &str) -> Result<()> {
+    let [v3, _] = APIS;
+    let (number, questions) = if api == v3 {
+        (3, &["Password of weft:", "again"][..])
+    } else {
+        (2, &["New password:"][..])
+    };
+    // That of the etcd that the lab has, as LAB_ETCD names it.
+    let mut path = std::env::var("PATH")?;
+    if let Some(etcd) = std::env::var_os("LAB_ETCD") {
+        let directory = Path::new(&etcd).parent().context("LAB_ETCD is no program's path")?;
+        path = format!("{}:{path}", directory.display());
+    }
+    let mut shell = Command::new("env");
+    shell.arg(format!("PATH={path}")).arg(format!("ETCDCTL_API={number}"));
+    shell.arg(format!("ETCDCTL_ENDPOINTS={}", lab.etcd_urls()[0]));
+    shell.args(["sh", "-ec", lines]);
+    let mut terminal = Terminal::start(&lab.host(0).netns, &shell)?;
+    for question in questions {
+        terminal.shows(&[question])?;
+        terminal.press(&format!("{PASSWORD}\n"))?;
+    }
+    let outcome = terminal.shows(&["ranted"]).map(|()| terminal.screen());
+    ensure!(terminal.end()?.success(), "{outcome:?}");
+    Ok(())
 }
