@@ -174,6 +174,19 @@ pub fn plain_wire(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// Writes a sysctl of a namespace, by its path below /proc/sys.
+pub fn write_sysctl(netns: &NetNs, name: &str, value: &str) -> Result<()> {
+    let path = format!("/proc/sys/{name}");
+    netns.run(|| fs::write(&path, value))?.with_context(|| format!("cannot write {path}"))
+}
+
+/// A number that a host's kernel keeps of the overlay's device.
+pub fn link_count(lab: &Lab, host: usize, way: &str, name: &str) -> Result<u64> {
+    let device = lab.status(host)?.device.context("no device")?;
+    let links = lab.host(host).netns.ip_json(&["-s", "link", "show", "dev", &device])?;
+    links[0]["stats64"][way][name].as_u64().with_context(|| format!("no {way} {name}: {links}"))
+}
+
 /// A counter of a host's daemon.
 pub fn counter(lab: &Lab, host: usize, name: &str) -> Result<u64> {
     let counters = lab.status(host)?.counters;

@@ -15,7 +15,7 @@ use weft_daemon::status::ProbeStatus;
 use weft_tests::doctor::{Check, finds, finds_within};
 use weft_tests::{
     DEADLINE, bring_up, counter, etcd, free_subnet, hosts, hosts_of, measures, overlay, plain_wire,
-    program, subnet, tells, until, until_within,
+    program, subnet, tells, until, until_within, write_sysctl,
 };
 
 /// How long a break may go unnamed.
@@ -285,7 +285,7 @@ fn an_interface_that_leads_elsewhere() -> Result<()> {
 fn a_host_that_does_not_forward() -> Result<()> {
     let lab = overlay(1)?;
     let netns = &lab.host(0).netns;
-    netns.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "0"))??;
+    write_sysctl(netns, "net/ipv4/ip_forward", "0")?;
     named(&lab, "ip_forward", "FAIL", "sysctl -w net.ipv4.ip_forward=1")?;
     lab.remove()
 }

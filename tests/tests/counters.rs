@@ -5,7 +5,7 @@ use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_daemon::netns::NetNs;
 use weft_daemon::status::TrafficStatus;
-use weft_tests::{bring_up, counter, hosts, metrics, pings, plain_wire, until};
+use weft_tests::{bring_up, counter, hosts, link_count, metrics, pings, plain_wire, until};
 
 /// Outer IPv4 and UDP headers.
 const OVERHEAD: u64 = 28;
@@ -31,13 +31,6 @@ fn counted(netns: &NetNs) -> Result<(u64, u64)> {
     Ok((number("packets")?, number("bytes")?))
 }
 
-/// A number that the kernel keeps of the overlay's device.
-fn link(lab: &Lab, host: usize, way: &str, name: &str) -> Result<u64> {
-    let device = lab.status(host)?.device.context("no device")?;
-    let links = lab.host(host).netns.ip_json(&["-s", "link", "show", "dev", &device])?;
-    links[0]["stats64"][way][name].as_u64().with_context(|| format!("no {way} {name}: {links}"))
-}
-
 /// Two counts of the same thing, and what it is.
 type Counts = Vec<(&'static str, f64, f64)>;
 
@@ -49,7 +42,7 @@ fn number(count: u64) -> f64 {
 /// All that counts what crosses from one host to the other.
 fn counts(lab: &Lab, from: usize, to: usize) -> Result<Counts> {
     let ours = |host, name| -> Result<f64> { Ok(number(counter(lab, host, name)?)) };
-    let device = |host, way, name| -> Result<f64> { Ok(number(link(lab, host, way, name)?)) };
+    let device = |host, way, name| -> Result<f64> { Ok(number(link_count(lab, host, way, name)?)) };
     let peer = |host| -> Result<TrafficStatus> {
         let status = lab.status(host)?;
         status.peers.first().and_then(|peer| peer.traffic).context("no traffic")

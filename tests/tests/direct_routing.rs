@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use weft_daemon::lab::{Lab, PingOptions};
 use weft_daemon::netns::NetNs;
 use weft_tests::load::{ends, loses_nothing_while};
-use weft_tests::{all_acquainted, bring_up, hosts_of, tells, until, write_config};
+use weft_tests::{all_acquainted, bring_up, hosts_of, tells, until, write_config, write_sysctl};
 
 /// Two hops, both in kernels.
 const TTL_DIRECT: u8 = 62;
@@ -33,11 +33,6 @@ fn lab(backend: &str) -> Result<Lab> {
     let options = format!(r#"{{"Type":"{kind}","DirectRouting":true}}"#);
     write_config(&lab, &format!(r#"{{"Network":"10.42.0.0/16","Backend":{options}}}"#))?;
     Ok(lab)
-}
-
-fn set(netns: &NetNs, device: &str, key: &str, value: &str) -> Result<()> {
-    let path = format!("/proc/sys/net/ipv4/conf/{device}/{key}");
-    netns.run(|| fs::write(&path, value))?.with_context(|| format!("cannot write {path}"))
 }
 
 fn read(netns: &NetNs, device: &str, key: &str) -> Result<String> {
@@ -106,7 +101,7 @@ fn the_same_link_needs_no_tunnel(backend: &str) -> Result<()> {
 
     // What a peer sends another way than we do must not be dropped.
     let device = lab.status(0)?.device.context("no device")?;
-    set(&host, "all", "rp_filter", "1")?;
+    write_sysctl(&host, "net/ipv4/conf/all/rp_filter", "1")?;
     // Something that the daemon hears of.
     host.ip(&["address", "add", "192.0.2.1/32", "dev", "lo"])?;
     until("our own device takes it", || Ok(read(&host, &device, "rp_filter")? == "2"))?;

@@ -7,16 +7,12 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use weft_daemon::lab::{Lab, PingOptions, ping};
-use weft_daemon::netns::NetNs;
 use weft_tests::doctor::{Check, check, doctor, finds, run};
 use weft_tests::refusing::{Call, refusing};
 use weft_tests::{
     DEADLINE, Weftd, bring_up, etcd, free_subnet, hosts, pings, program, until, write_config,
+    write_sysctl,
 };
-
-fn write(netns: &NetNs, sysctl: &str, value: &str) -> Result<()> {
-    Ok(netns.run(|| fs::write(format!("/proc/sys/{sysctl}"), value))??)
-}
 
 /// Does what the cure says, as an operator would.
 fn cure(lab: &Lab, host: usize, name: &str) -> Result<()> {
@@ -44,7 +40,7 @@ fn what_is_wrong_with_the_host_is_named_and_the_cure_mends_it() -> Result<()> {
     let netns = &lab.host(0).netns;
     let peer = lab.host(1).address.to_string();
 
-    write(netns, "net/ipv4/ip_forward", "0")?;
+    write_sysctl(netns, "net/ipv4/ip_forward", "0")?;
     finds(&lab, 0, "ip_forward", "FAIL", "sysctl -w net.ipv4.ip_forward=1")?;
     cure(&lab, 0, "ip_forward")?;
     finds(&lab, 0, "ip_forward", "OK", "net.ipv4.ip_forward is 1")?;
@@ -52,7 +48,7 @@ fn what_is_wrong_with_the_host_is_named_and_the_cure_mends_it() -> Result<()> {
     netns.ip(&["link", "add", "elsewhere", "type", "bridge"])?;
     netns.ip(&["address", "add", "172.30.0.1/24", "dev", "elsewhere"])?;
     netns.ip(&["link", "set", "elsewhere", "up"])?;
-    write(netns, "net/ipv4/conf/eth0/rp_filter", "1")?;
+    write_sysctl(netns, "net/ipv4/conf/eth0/rp_filter", "1")?;
     finds(&lab, 0, "rp_filter", "OK", "strict on eth0")?;
     netns.ip(&["route", "add", &peer, "dev", "elsewhere"])?;
     finds(&lab, 0, "rp_filter", "FAIL", "eth0/rp_filter=2")?;
@@ -150,7 +146,7 @@ fn firewalls_are_seen_through() -> Result<()> {
     // The module is not loaded everywhere.
     let has_filter = Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables").exists();
     if has_filter {
-        write(netns, "net/bridge/bridge-nf-call-iptables", "1")?;
+        write_sysctl(netns, "net/bridge/bridge-nf-call-iptables", "1")?;
         finds(&lab, 0, "br_netfilter", "FAIL", "bridge-nf-call-iptables=0")?;
     }
     finds(&lab, 0, "FORWARD", "FAIL", "iptables-nft -P FORWARD ACCEPT")?;

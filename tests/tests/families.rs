@@ -12,7 +12,7 @@ use weft_daemon::lab::{
 use weft_daemon::netns::NetNs;
 use weft_tests::{
     DEADLINE, all_acquainted, bring_up, dual_stack, etcd, hosts_of, reaches, tells, until,
-    write_config,
+    write_config, write_sysctl,
 };
 
 const IPV4: &str = "10.42.0.0/16";
@@ -168,8 +168,7 @@ fn a_device_has_ipv6_where_the_host_has_it_off() -> Result<()> {
         write_config(&lab, DUAL)?;
         let host = NetNs::open(lab.host(0).netns.name());
         let disable = |which: &str, value: &str| -> Result<()> {
-            let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
-            Ok(host.run(|| fs::write(path, value))??)
+            write_sysctl(&host, &format!("net/ipv6/conf/{which}/disable_ipv6"), value)
         };
         let has_ipv6 = |device: &str| -> Result<bool> {
             let links = host.ip_json(&["-6", "address", "show", "dev", device])?;

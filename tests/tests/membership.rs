@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::UdpSocket;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,13 +13,12 @@ use weft_daemon::lab::{Lab, LabOptions, PingOptions};
 use weft_tests::load::{ends, loses_nothing_while};
 use weft_tests::{
     DEADLINE, SUBNETS_KEPT_FREE, all_acquainted, bring_up, counter, free_subnet, has_device, hosts,
-    log, logs, overlay, pings, subnet, tells, until, write_config,
+    log, logs, overlay, pings, subnet, tells, until, vxlan, write_config, write_sysctl,
 };
 
 /// The file of a host's lease.
-fn lease_file(lab: &Lab, host: usize) -> Result<std::path::PathBuf> {
-    let subnet = subnet(lab, host)?;
-    Ok(lab.registry()?.join("subnets").join(format!("{}-{}", subnet.network(), subnet.prefix())))
+fn lease_file(lab: &Lab, host: usize) -> Result<PathBuf> {
+    vxlan::lease_file(lab, subnet(lab, host)?)
 }
 
 #[test]
@@ -387,12 +387,10 @@ fn what_of_this_host_is_in_the_way_is_told() -> Result<()> {
     host.ip(&["address", "add", "10.42.200.1/24", "dev", "left"])?;
     tells(&lab, 0, "left has the address 10.42.200.1, which lies in the Network")?;
     host.ip(&["link", "del", "left"])?;
-    let forward =
-        |value: &'static str| host.run(move || fs::write("/proc/sys/net/ipv4/ip_forward", value));
-    forward("0")??;
+    write_sysctl(host, "net/ipv4/ip_forward", "0")?;
     host.ip(&["link", "add", "left", "type", "bridge"])?;
     tells(&lab, 0, "forwards no ipv4 packets that come in by flannel0")?;
-    forward("1")??;
+    write_sysctl(host, "net/ipv4/ip_forward", "1")?;
     host.ip(&["link", "del", "left"])?;
     host.ip(&["address", "add", "10.168.0.61/24", "dev", "eth0"])?;
     let former = lab.registry()?.join("subnets/10.42.250.0-24");

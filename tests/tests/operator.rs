@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use weft_daemon::lab::{Bytes, Lab};
 use weft_tests::terminal::Terminal;
-use weft_tests::{bring_up, hosts, install, output_of, program, until};
+use weft_tests::{bring_up, hosts, install, output_of, program, until, write_sysctl};
 
 const PASSWORD: &str = "hunter2hunter2";
 
@@ -76,13 +76,10 @@ fn ways(lab: &Lab) -> Result<()> {
         "{text}"
     );
     netns.ip(&["route", "del", &to])?;
-    let forward = |value: &'static str| {
-        netns.run(move || fs::write("/proc/sys/net/ipv4/ip_forward", value))?.context("a sysctl")
-    };
-    forward("0")?;
+    write_sysctl(netns, "net/ipv4/ip_forward", "0")?;
     let (ok, text) = weft(lab, &["trace", &to])?;
     assert!(!ok && text.contains("PROBLEM  this host does not forward packets"), "{text}");
-    forward("1")
+    write_sysctl(netns, "net/ipv4/ip_forward", "1")
 }
 
 fn rates(lab: &Lab) -> Result<()> {

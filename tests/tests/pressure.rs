@@ -9,18 +9,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use weft_daemon::lab::Lab;
 use weft_tests::load::Over;
-use weft_tests::{bring_up, counter, hosts, udp_socket, until};
+use weft_tests::{bring_up, counter, hosts, link_count, udp_socket, until};
 
 /// What the first host's wire is cut down to, with more room in its queue than the engine's socket
 /// has in its send buffer.
 const SLOW: &str = "qdisc add dev eth0 root tbf rate 50mbit burst 64kb limit 100mb";
-
-/// Packets that the device itself has dropped, its queue being full.
-fn dropped(lab: &Lab) -> Result<u64> {
-    let device = lab.status(0)?.device.context("no device")?;
-    let links = lab.host(0).netns.ip_json(&["-s", "link", "show", "dev", &device])?;
-    links[0]["stats64"]["tx"]["dropped"].as_u64().context("no count of dropped packets")
-}
 
 #[test]
 fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<()> {
@@ -59,7 +52,7 @@ fn a_full_socket_makes_packets_wait_and_the_other_direction_goes_on() -> Result<
 /// Waits until packets queue all the way back, and then sends against the stream.
 fn full_but_open(lab: &Lab, near: &UdpSocket, far: &UdpSocket) -> Result<()> {
     until("sends wait for room", || Ok(counter(lab, 0, "tun_to_udp_stalls")? > 0))?;
-    until("the device's queue is full", || Ok(dropped(lab)? > 0))?;
+    until("the device's queue is full", || Ok(link_count(lab, 0, "tx", "dropped")? > 0))?;
     near.set_read_timeout(Some(Duration::from_secs(5)))?;
     for number in 0..500u32 {
         far.send_to(&number.to_be_bytes(), near.local_addr()?)?;
