@@ -59,9 +59,7 @@ fn main() -> ExitCode {
         Command::Status(arguments) => status_command::run(&arguments, &directories, out),
         Command::Doctor(arguments) => doctor::run(&arguments, &directories, out),
         Command::PingPeer(arguments) => ping_peer::run(&arguments, &directories, out),
-        Command::Top(arguments) => {
-            top::run(&arguments, &directories, out).map(done)
-        }
+        Command::Top(arguments) => top::run(&arguments, &directories, out).map(done),
         Command::Trace(arguments) => trace::run(&arguments, &directories, out),
         Command::LogLevel(arguments) => {
             log_level_command::run(&arguments, &directories, out).map(done)
