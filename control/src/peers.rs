@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use crate::config::NetworkConfig;
-use crate::lease::{Lease, LeaseAttrs, LeaseKey, contains};
+use crate::lease::{Expiry, Lease, LeaseAttrs, LeaseKey, contains};
 
 /// The leases that may be forwarded to, and those that must not.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -166,6 +166,28 @@ fn refusal(
     None
 }
 
+/// Reservations that nobody lives by yet: the node has another lease, or `tells_backend` says that it would
+/// have told of its backend there. `own`: the lease that this node lives by.
+pub fn untaken<'a>(
+    own: Option<&LeaseKey>,
+    tells_backend: bool,
+    leases: &'a [Lease],
+) -> BTreeMap<LeaseKey, &'a Lease> {
+    let is_own = |lease: &Lease| own == Some(&lease.key);
+    let is_plain = |it: &&Lease| {
+        it.expires == Expiry::Never && it.attrs.backend_type.is_empty() && !is_own(it)
+    };
+    let mut plain = leases.iter().filter(is_plain).peekable();
+    if plain.peek().is_none() {
+        return BTreeMap::new();
+    }
+    let leased = leases.iter().filter(|it| it.expires != Expiry::Never || is_own(it));
+    let leased: HashSet<IpAddr> = leased.flat_map(|it| it.attrs.public_addresses()).collect();
+    let has_another = |it: &&Lease| it.attrs.public_addresses().any(|ip| leased.contains(&ip));
+    let untaken = plain.filter(|it| tells_backend || has_another(it));
+    untaken.map(|it| (it.key, it)).collect()
+}
+
 /// Whether nobody can be sent to by this address.
 pub fn is_unusable(address: IpAddr) -> bool {
     let broadcast = matches!(address, IpAddr::V4(ip) if ip.is_broadcast());
@@ -180,7 +202,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::lease::Expiry;
 
     fn key(text: &str) -> LeaseKey {
         text.parse().unwrap()
@@ -189,6 +210,30 @@ mod tests {
     fn lease(key: &str, public_ip: &str) -> Lease {
         let attrs = LeaseAttrs { public_ip: public_ip.parse().ok(), ..LeaseAttrs::default() };
         Lease { key: key.parse().unwrap(), attrs, expires: Expiry::Never, revision: 0 }
+    }
+
+    #[test]
+    fn a_reservation_is_taken_where_somebody_lives_by_it() {
+        let own = lease("10.3.1.0-24", "192.0.2.1");
+        let mut ends = lease("10.3.3.0-24", "192.0.2.2");
+        ends.expires = Expiry::Unknown;
+        let mut told = lease("10.3.6.0-24", "192.0.2.4");
+        told.attrs.backend_type = "vxlan".into();
+        let leases = [
+            own.clone(),
+            lease("10.3.2.0-24", "192.0.2.1"),
+            ends,
+            lease("10.3.4.0-24", "192.0.2.2"),
+            lease("10.3.5.0-24", "192.0.2.3"),
+            told,
+        ];
+        let untaken = |own: Option<&LeaseKey>, tells_backend| {
+            let found = untaken(own, tells_backend, &leases);
+            found.keys().map(LeaseKey::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(untaken(Some(&own.key), false), ["10.3.2.0-24", "10.3.4.0-24"]);
+        assert_eq!(untaken(Some(&own.key), true), ["10.3.2.0-24", "10.3.4.0-24", "10.3.5.0-24"]);
+        assert_eq!(untaken(None, false), ["10.3.4.0-24"]);
     }
 
     #[test]

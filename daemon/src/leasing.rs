@@ -116,11 +116,14 @@ impl Claim<'_> {
             }
             Plan::Create(key) => self.create(registry, &key).await?,
             Plan::Remove(seen) => {
-                tracing::warn!(
-                    subnet = %seen.key,
-                    "giving up the lease that is ours: the network config does not allow it any \
-                     more, another node had part of it before, or there is a reservation for us"
-                );
+                let why = if !keeper::is_compatible(self.config, &seen.key) {
+                    "the network config does not allow it any more"
+                } else if keeper::came_second(self.config, &seen, &snapshot.leases) {
+                    "another node had part of it before"
+                } else {
+                    "another one is reserved for us"
+                };
+                tracing::warn!(subnet = %seen.key, "giving up the lease that is ours: {why}");
                 registry.remove(&seen).await?;
                 None
             }

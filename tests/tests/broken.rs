@@ -14,8 +14,8 @@ use weft_daemon::lab::{Bytes, Lab, PingOptions};
 use weft_daemon::status::ProbeStatus;
 use weft_tests::doctor::{Check, finds, finds_within};
 use weft_tests::{
-    DEADLINE, bring_up, counter, etcd, free_subnet, hosts, hosts_of, measures, overlay, plain_wire,
-    program, subnet, tells, until, until_within, write_sysctl,
+    DEADLINE, bring_up, counter, etcd, hosts, hosts_of, measures, overlay, plain_wire, program,
+    subnet, tells, until, until_within, write_sysctl,
 };
 
 /// How long a break may go unnamed.
@@ -253,11 +253,9 @@ fn etcd_that_is_gone() -> Result<()> {
 fn an_address_that_two_nodes_have() -> Result<()> {
     let mut lab = etcd::hosts(2, 1)?;
     bring_up(&mut lab, &[])?;
-    let mut weft = Command::new(program("weft")?);
-    weft.args(["registry", "--etcd-endpoints", &lab.etcd_urls()[0]]);
-    weft.arg("reserve").arg(free_subnet(&lab)?.to_string()).arg("10.168.0.94");
-    let reserved = lab.host(0).netns.output(&mut weft)?;
-    ensure!(reserved.status.success(), "{reserved:?}");
+    // No subnet that nodes are given.
+    let second = r#"{"PublicIP":"10.168.0.94","BackendType":"vxlan"}"#;
+    etcd::put(&lab, "subnets/10.42.0.0-24", second)?;
     named(&lab, "PublicIP", "FAIL", "10.168.0.94")?;
     // A second node waits, and says for what.
     let second = lab.add_host()?;

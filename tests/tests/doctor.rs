@@ -291,11 +291,16 @@ fn the_registry_and_the_daemon_are_asked() -> Result<()> {
     let url = lab.etcd_urls()[0].clone();
     let flags = ["--etcd-endpoints", &url];
 
+    // One that waits for its node's next start is no second lease.
     let mut weft = Command::new(program("weft")?);
     weft.arg("registry").args(flags).arg("reserve").arg(free_subnet(&lab)?.to_string());
     weft.arg("10.168.0.94");
     let reserved = lab.host(0).netns.output(&mut weft)?;
     ensure!(reserved.status.success(), "{reserved:?}");
+    finds(&lab, 0, "PublicIP", "OK", "3 leases")?;
+    // No subnet that nodes are given.
+    let second = r#"{"PublicIP":"10.168.0.94","BackendType":"vxlan"}"#;
+    etcd::put(&lab, "subnets/10.42.0.0-24", second)?;
     finds(&lab, 0, "PublicIP", "FAIL", "10.168.0.94 has several leases")?;
 
     let mut weft = Command::new(program("weft")?);

@@ -9,6 +9,7 @@ use ipnetwork::IpNetwork;
 use serde_json::{Map, Value, json};
 use weft_control::RegistryError;
 use weft_control::lease::Snapshot;
+use weft_control::peers::untaken;
 
 use super::check::Check;
 use super::seen::{RegistrySeen, Seen};
@@ -174,7 +175,7 @@ pub(super) fn public_ip(seen: &Seen) -> Option<Check> {
         let cure = registry.weft("show   # then release the one that its node does not use");
         return Check::fail(what, cure);
     }
-    Check::ok(format!("each of {} nodes has its own", snapshot.leases.len()))
+    Check::ok(format!("each node has its own, with {} leases", snapshot.leases.len()))
 }
 
 fn is_shared((_, owners): &(IpAddr, Vec<String>)) -> bool {
@@ -195,7 +196,9 @@ fn nodes_by_address(snapshot: &Snapshot, own: Option<&str>) -> BTreeMap<IpAddr, 
 
 fn leases_by_address(snapshot: &Snapshot) -> BTreeMap<IpAddr, Vec<String>> {
     let mut leases: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
-    for lease in &snapshot.leases {
+    // A reservation may wait for its node's next start.
+    let untaken = untaken(None, false, &snapshot.leases);
+    for lease in snapshot.leases.iter().filter(|it| !untaken.contains_key(&it.key)) {
         let subnet = lease.key.networks().next().map(|it| it.to_string()).unwrap_or_default();
         for ip in lease.attrs.public_addresses() {
             leases.entry(ip).or_default().push(subnet.clone());

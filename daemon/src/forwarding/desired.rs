@@ -1,12 +1,12 @@
 //! Whom packets go to and come from, by what the registry says. Pure.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use weft_backends::{BackendKind, Desired, DesiredPeer, some};
-use weft_control::lease::{Expiry, Snapshot, by_address};
-use weft_control::peers::{Refusal, peers};
-use weft_control::{Lease, LeaseKey, keeper};
+use weft_control::keeper;
+use weft_control::lease::{Snapshot, by_address};
+use weft_control::peers::{Refusal, peers, untaken};
 
 use super::turn::{Tenure, Turn};
 use crate::flags::Settings;
@@ -22,7 +22,8 @@ pub(super) fn desired(
     let Tenure { config, lease: own, former, .. } = &turn.tenure;
     let further = &turn.interface.other_addresses;
     let mut peers = peers(config, own, former, further, &snapshot.leases);
-    let untaken = untaken(kind, own, &snapshot.leases);
+    // udp-tun's nodes tell nothing of their backend in the lease, as flannel's.
+    let untaken = untaken(Some(&own.key), kind != BackendKind::UdpTun, &snapshot.leases);
     peers.accepted.retain(|lease| !untaken.contains_key(&lease.key));
     peers.refused.retain(|(key, _)| !untaken.contains_key(key));
     let ours = untaken.iter().filter(|(_, lease)| lease.attrs.same_node(&own.attrs));
@@ -59,63 +60,4 @@ pub(super) fn desired(
     let skipped =
         snapshot.skipped.iter().map(|it| format!("entry {} skipped: {}", it.name, it.reason));
     (desired, some(refused).into_iter().chain(some(skipped)).chain(ours).collect())
-}
-
-/// Reservations that nobody lives by yet: the node goes by another lease, or has not been started. Who has
-/// taken one tells of its backend there, but for udp-tun's, as flannel's.
-fn untaken<'a>(
-    kind: BackendKind,
-    own: &Lease,
-    leases: &'a [Lease],
-) -> HashMap<LeaseKey, &'a Lease> {
-    let is_plain = |it: &&Lease| {
-        it.expires == Expiry::Never && it.attrs.backend_type.is_empty() && it.key != own.key
-    };
-    let mut plain = leases.iter().filter(is_plain).peekable();
-    if plain.peek().is_none() {
-        return HashMap::new();
-    }
-    let leased = leases.iter().filter(|it| it.expires != Expiry::Never || it.key == own.key);
-    let leased: HashSet<IpAddr> = leased.flat_map(|it| it.attrs.public_addresses()).collect();
-    let lives_elsewhere = |it: &&Lease| it.attrs.public_addresses().any(|ip| leased.contains(&ip));
-    let untaken = plain.filter(|it| kind != BackendKind::UdpTun || lives_elsewhere(it));
-    untaken.map(|it| (it.key, it)).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use weft_control::LeaseAttrs;
-
-    use super::*;
-
-    #[test]
-    fn a_reservation_is_taken_where_somebody_lives_by_it() {
-        let lease = |key: &str, last: u8, backend: &str, expires: Expiry| Lease {
-            key: key.parse().unwrap(),
-            attrs: LeaseAttrs {
-                public_ip: Some([192, 0, 2, last].into()),
-                backend_type: backend.into(),
-                ..LeaseAttrs::default()
-            },
-            expires,
-            revision: 0,
-        };
-        let own = lease("10.3.1.0-24", 1, "", Expiry::Never);
-        let leases = [
-            own.clone(),
-            lease("10.3.2.0-24", 1, "", Expiry::Never),
-            lease("10.3.3.0-24", 2, "", Expiry::Unknown),
-            lease("10.3.4.0-24", 2, "", Expiry::Never),
-            lease("10.3.5.0-24", 3, "", Expiry::Never),
-            lease("10.3.6.0-24", 4, "vxlan", Expiry::Never),
-        ];
-        let of = |kind| {
-            let mut found: Vec<String> =
-                untaken(kind, &own, &leases).keys().map(LeaseKey::to_string).collect();
-            found.sort();
-            found
-        };
-        assert_eq!(of(BackendKind::UdpTun), ["10.3.2.0-24", "10.3.4.0-24"]);
-        assert_eq!(of(BackendKind::Vxlan), ["10.3.2.0-24", "10.3.4.0-24", "10.3.5.0-24"]);
-    }
 }
