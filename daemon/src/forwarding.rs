@@ -206,7 +206,7 @@ impl Forwarding<'_> {
         if *readable {
             self.follow(snapshot, overlay, turn).await?;
         } else {
-            (turn.renewals, turn.records) = Default::default();
+            turn.forget_writes();
             self.reconcile(snapshot, overlay, turn, Basis::Memory).await?;
         }
         turn.heard = Arc::clone(snapshot);

@@ -8,7 +8,6 @@ use std::io::{self, ErrorKind::AddrInUse};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::Context;
 use axum::Router;
 use axum::extract::State;
 use axum::http::header::{ACCEPT, CONNECTION, CONTENT_TYPE};
@@ -36,11 +35,15 @@ const PORT_RETRY: Duration = Duration::from_millis(50);
 /// # Errors
 /// The address cannot be listened at.
 pub(crate) async fn serve(address: SocketAddr, board: Board) -> anyhow::Result<()> {
-    let listener = listen(address).await.with_context(|| {
-        format!(
-            "cannot listen at {address}; another weftd may run here: stop that one, or change \
-             --healthz-port or --healthz-ip"
-        )
+    let listener = listen(address).await.map_err(|error| {
+        let other = if error.kind() == AddrInUse {
+            "another weftd may run here: stop that one, or "
+        } else {
+            ""
+        };
+        let what =
+            format!("cannot listen at {address}; {other}change --healthz-port or --healthz-ip");
+        anyhow::Error::new(error).context(what)
     })?;
     tracing::info!(%address, "answering health checks");
     let router = Router::new()

@@ -9,6 +9,7 @@ use weft_control::{NetworkConfig, Registry};
 
 use crate::board::Board;
 use crate::flags::Settings;
+use crate::output::joined;
 use crate::registry::config_file;
 use crate::repeats::Repeats;
 use crate::state_file::StateFile;
@@ -92,7 +93,11 @@ async fn read_config(
     let wanted = wanted.ok_or_else(|| {
         let none = format!("there is none in {}; write one, or start with", registry.describe());
         match file.load() {
-            Some((text, since)) => format!("{none} --network; it was {text} at {since}"),
+            // On one line, however it was written.
+            Some((text, since)) => {
+                let text = joined(text.split_whitespace(), " ");
+                format!("{none} --network; it was {text} at {since}")
+            }
             None => format!("{none} --network"),
         }
     })?;

@@ -265,8 +265,10 @@ impl Operator<'_> {
             IpAddr::V4(ip) => LeaseAttrs { public_ip: Some(ip), ..LeaseAttrs::default() },
             IpAddr::V6(ip) => LeaseAttrs { public_ipv6: Some(ip), ..LeaseAttrs::default() },
         };
-        let former = snapshot.leases.iter().find(|it| it.key != key && it.attrs.same_node(&attrs));
-        if let Some(other) = former.filter(|it| it.expires == Expiry::Never) {
+        let is_its = |it: &&Lease| it.key != key && it.attrs.same_node(&attrs);
+        let mut others = snapshot.leases.iter().filter(is_its);
+        let former = others.clone().next();
+        if let Some(other) = others.find(|it| it.expires == Expiry::Never) {
             bail!(
                 "{public_ip} has the reservation {} already, and a node has one subnet; to give it \
                  this one, first `weft registry release {}`",

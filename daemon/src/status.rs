@@ -113,7 +113,9 @@ impl Status {
         let networks = |word: &str| {
             let word = word.trim_matches(|it: char| !it.is_ascii_alphanumeric());
             let key = word.parse::<LeaseKey>().ok();
-            let key = key.or_else(|| Some(LeaseKey::from(word.parse::<IpNetwork>().ok()?)));
+            // A bare address is no subnet.
+            let network = || word.contains('/').then(|| word.parse::<IpNetwork>().ok())?;
+            let key = key.or_else(|| network().map(LeaseKey::from));
             key.into_iter().flat_map(|key| key.networks())
         };
         let is_of = |problem: &&String| {

@@ -260,7 +260,7 @@ fn of_a_daemon_that_waits_nothing_is_called_well_that_is_not_known() -> Result<(
     finds(&lab, 0, "daemon", "FAIL", "weftd waits: unknown backend type")?;
     finds(&lab, 0, "registry", "FAIL", "unknown backend type")?;
     let (checks, _) = doctor(&lab, 0, &[])?;
-    for name in ["MAC", "rules", "Docker", "docker0", "peers", "MTU"] {
+    for name in ["MAC", "rules", "Docker", "docker0", "peers", "MTU", "sockets"] {
         let check = checks.iter().find(|check| check.name == name).context(name)?;
         let found = (check.verdict.as_str(), check.seen.as_str(), check.cure.as_str());
         assert_eq!(found, ("WARN", "not known while weftd waits", ""), "{name}");

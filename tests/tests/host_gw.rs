@@ -255,7 +255,10 @@ fn peers_that_cannot_be_reached_are_told() -> Result<()> {
     }
     for (to, told) in [
         ("10.42.1.9", "do not go there: `ip route replace 10.42.1.0/24 via 203.0.113.7"),
-        ("10.42.2.9", "do not go there: the node of 10.42.2.0-24 is of the backend udp"),
+        (
+            "10.42.2.9",
+            "do not go there: the node of 10.42.2.0-24 at 10.168.0.120 is of the backend vxlan",
+        ),
         ("10.42.4.9", "10.168.0.200"),
     ] {
         let trace = traced(&lab, to)?;

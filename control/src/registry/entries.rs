@@ -17,6 +17,9 @@ pub(super) const SUBNETS: &str = "subnets/";
 /// What weft nodes tell each other, by their ids.
 pub(super) const NODES: &str = "weft/nodes/";
 
+/// So much of an entry that cannot be read is told.
+const QUOTED_LEN: usize = 200;
+
 /// No entry is longer; one that is was not meant for us.
 const VALUE_LEN_MAX: usize = 64 * 1024;
 
@@ -132,8 +135,10 @@ fn parse<T: DeserializeOwned>(value: &[u8]) -> Result<T, String> {
     if value.len() > VALUE_LEN_MAX {
         return Err(format!("longer than {VALUE_LEN_MAX} bytes"));
     }
-    let text = String::from_utf8_lossy(value);
-    serde_json::from_slice(value).map_err(|error| format!("{error} in {text:?}"))
+    serde_json::from_slice(value).map_err(|error| {
+        let text: String = String::from_utf8_lossy(value).chars().take(QUOTED_LEN).collect();
+        format!("{error} in {text:?}")
+    })
 }
 
 #[cfg(test)]

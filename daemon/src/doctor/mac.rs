@@ -14,7 +14,7 @@ pub(super) fn mac(seen: &Seen) -> Option<Check> {
     if backend != "vxlan" {
         return Check::ok(format!("of no matter to {backend}"));
     }
-    let device = status.device.as_deref().unwrap_or_default();
+    let device = status.device.as_deref()?;
     let Some(mac) = seen.link(device).and_then(|link| link.mac) else {
         let what = format!("the device {device:?} is gone");
         return Check::fail(what, seen.restart());

@@ -30,49 +30,40 @@ use crate::status::Status;
 /// Judges what was seen; `None` is that only a daemon could tell.
 type Judge = fn(&Seen) -> Option<Check>;
 
-/// In the order in which one thing stands on another.
-const CHECKS: [(&str, Judge); 24] = [
-    ("daemon", host::daemon),
-    ("registry", registry::registry),
-    ("clock", registry::clock),
-    ("PublicIP", registry::public_ip),
-    ("kernel", host::kernel),
-    ("io_uring", host::io_uring),
-    ("ip_forward", host::ip_forward),
-    ("rp_filter", host::rp_filter),
-    ("br_netfilter", firewall::br_netfilter),
-    ("FORWARD", firewall::forward),
-    ("rules", firewall::rules),
-    ("firewalld", firewall::firewalld),
-    ("Docker", firewall::docker_lets_in),
-    ("interface", routing::interface),
-    ("docker0", routing::bridge),
-    ("routes", routing::stale_routes),
-    ("overlap", routing::overlap),
-    ("MAC", mac::mac),
-    ("peers", peers::peers),
-    ("port", peers::port),
-    ("MTU", peers::mtu),
-    ("offloads", peers::offloads),
-    ("conntrack", queues::conntrack),
-    ("sockets", queues::socket_buffers),
-];
+/// What a check tells of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Of {
+    Host,
+    /// Of a daemon that does not forward yet it is not known, unless it is seen to be wrong.
+    Overlay,
+}
 
-/// What is known only where a daemon forwards: of one that waits, that nothing is seen to be wrong says nothing.
-const OF_FORWARDING: [&str; 13] = [
-    "io_uring",
-    "rp_filter",
-    "rules",
-    "Docker",
-    "interface",
-    "docker0",
-    "routes",
-    "overlap",
-    "MAC",
-    "peers",
-    "port",
-    "MTU",
-    "offloads",
+/// In the order in which one thing stands on another.
+const CHECKS: [(&str, Of, Judge); 24] = [
+    ("daemon", Of::Host, host::daemon),
+    ("registry", Of::Host, registry::registry),
+    ("clock", Of::Host, registry::clock),
+    ("PublicIP", Of::Host, registry::public_ip),
+    ("kernel", Of::Host, host::kernel),
+    ("io_uring", Of::Overlay, host::io_uring),
+    ("ip_forward", Of::Host, host::ip_forward),
+    ("rp_filter", Of::Overlay, host::rp_filter),
+    ("br_netfilter", Of::Host, firewall::br_netfilter),
+    ("FORWARD", Of::Host, firewall::forward),
+    ("rules", Of::Overlay, firewall::rules),
+    ("firewalld", Of::Host, firewall::firewalld),
+    ("Docker", Of::Overlay, firewall::docker_lets_in),
+    ("interface", Of::Overlay, routing::interface),
+    ("docker0", Of::Overlay, routing::bridge),
+    ("routes", Of::Overlay, routing::stale_routes),
+    ("overlap", Of::Overlay, routing::overlap),
+    ("MAC", Of::Overlay, mac::mac),
+    ("peers", Of::Overlay, peers::peers),
+    ("port", Of::Overlay, peers::port),
+    ("MTU", Of::Overlay, peers::mtu),
+    ("offloads", Of::Overlay, peers::offloads),
+    ("conntrack", Of::Host, queues::conntrack),
+    ("sockets", Of::Overlay, queues::socket_buffers),
 ];
 
 /// Look for what keeps this host's part of the overlay from working, and say how to mend it.
@@ -155,17 +146,17 @@ async fn examine(daemon: Result<Daemon, Absent>, fallback: &Fallback) -> anyhow:
     let pid = there.map(|daemon| daemon.pid.unwrap_or(daemon.status.pid));
     let node_id = there.map(|daemon| daemon.status.node_id.clone());
     let seen = Seen::look(daemon, fallback).await?;
-    let checks = (1..).zip(CHECKS).map(|(number, (name, check))| Numbered {
+    let checks = (1..).zip(CHECKS).map(|(number, (name, of, check))| Numbered {
         number,
         name,
-        check: judge(&seen, name, check),
+        check: judge(&seen, of, check),
     });
     Ok(Report { pid, node_id, checks: checks.collect() })
 }
 
-fn judge(seen: &Seen, name: &str, check: Judge) -> Check {
+fn judge(seen: &Seen, of: Of, check: Judge) -> Check {
     let found = check(seen);
-    let is_vain = seen.waits() && OF_FORWARDING.contains(&name);
+    let is_vain = seen.waits() && of == Of::Overlay;
     let found = found.filter(|it| !is_vain || it.verdict != Verdict::Ok);
     found.unwrap_or_else(|| Check {
         verdict: Verdict::Warn,

@@ -6,6 +6,7 @@ use ipnetwork::IpNetwork;
 use weft_backends::{BackendKind, Feature, FeatureState};
 use weft_control::Lease;
 use weft_control::lease::NodeRecord;
+use weft_control::peers::untaken;
 
 use super::check::Check;
 use super::seen::Seen;
@@ -18,7 +19,9 @@ pub(super) fn peers(seen: &Seen) -> Option<Check> {
         |peer: &&PeerStatus| has_fault(peer, &["silent", "unanswered", "refused", "no-daemon"]);
     let mut gone = status.peers.iter().filter(is_gone);
     let Some(peer) = gone.next() else {
-        if let Some((what, cure)) = unreached(seen, status) {
+        if !seen.waits()
+            && let Some((what, cure)) = unreached(seen, status)
+        {
             return Check::fail(what, cure);
         }
         let answering = status.peers.iter().filter(|it| it.probe.reachable == Some(true)).count();
@@ -53,7 +56,11 @@ fn unreached(seen: &Seen, status: &Status) -> Option<(String, String)> {
     };
     let ways: HashSet<IpNetwork> =
         status.peers.iter().flat_map(|peer| &peer.subnets).copied().collect();
-    let others = snapshot.leases.iter().filter(|lease| !is_ours(lease));
+    // Nobody is there yet.
+    let tells_backend = status.backend != Some(BackendKind::UdpTun.to_string());
+    let untaken = untaken(Some(&own), tells_backend, &snapshot.leases);
+    let is_others = |it: &&Lease| !is_ours(it) && !untaken.contains_key(&it.key);
+    let others = snapshot.leases.iter().filter(is_others);
     let missing = |lease: &&Lease| lease.key.networks().find(|subnet| !ways.contains(subnet));
     let unreached: Vec<IpNetwork> = others.clone().filter_map(|it| missing(&it)).collect();
     let first = unreached.first()?;
@@ -172,7 +179,7 @@ mod tests {
     use crate::doctor::check::Verdict;
     use crate::doctor::seen::{Daemon, RegistrySeen};
     use crate::probe::FAULTS;
-    use crate::status::ProbeStatus;
+    use crate::status::{FORWARDING, ProbeStatus};
 
     fn seen(fault: &str) -> Seen {
         let probe = ProbeStatus {
@@ -234,16 +241,19 @@ mod tests {
                 public_ip: Some([192, 0, 2, number].into()),
                 ..LeaseAttrs::default()
             },
-            expires: Expiry::Never,
+            expires: Expiry::Unknown,
             revision: 0,
         };
-        // Ours, the peer's, and two more.
-        let leases = [1, 7, 8, 9].map(lease).into();
+        // Ours, the peer's, two more, and what waits for one's next start.
+        let mut leases: Vec<Lease> = [1, 7, 8, 9].map(lease).into();
+        let key = "10.42.20.0-24".parse().unwrap();
+        leases.push(Lease { key, expires: Expiry::Never, ..lease(8) });
         let mut seen = Seen {
             registry: Some(RegistrySeen::example(Snapshot { leases, ..Snapshot::default() })),
             ..seen("")
         };
         let status = &mut seen.daemon.as_mut().unwrap().status;
+        status.state = FORWARDING.into();
         status.subnets = vec!["10.42.1.0/24".parse().unwrap()];
         status.problems = vec!["route replace 10.42.9.0/24 via 192.0.2.9: refused".into()];
         let found = peers(&seen).unwrap();

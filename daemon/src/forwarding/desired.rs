@@ -1,12 +1,13 @@
 //! Whom packets go to and come from, by what the registry says. Pure.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use weft_backends::{BackendKind, Desired, DesiredPeer, some};
-use weft_control::keeper;
-use weft_control::lease::{Snapshot, by_address};
+use weft_control::lease::{Expiry, Snapshot, by_address};
 use weft_control::peers::{Refusal, peers, untaken};
+use weft_control::{Lease, LeaseAttrs, keeper};
 
 use super::turn::{Tenure, Turn};
 use crate::flags::Settings;
@@ -21,18 +22,30 @@ pub(super) fn desired(
 ) -> (Desired, BTreeSet<String>) {
     let Tenure { config, lease: own, former, .. } = &turn.tenure;
     let further = &turn.interface.other_addresses;
-    let mut peers = peers(config, own, former, further, &snapshot.leases);
-    // udp-tun's nodes tell nothing of their backend in the lease, as flannel's.
-    let untaken = untaken(Some(&own.key), kind != BackendKind::UdpTun, &snapshot.leases);
-    peers.accepted.retain(|lease| !untaken.contains_key(&lease.key));
-    peers.refused.retain(|(key, _)| !untaken.contains_key(key));
+    let weft_nodes = by_address(&snapshot.nodes);
+    let is_weft =
+        |attrs: &LeaseAttrs| attrs.public_addresses().any(|ip| weft_nodes.contains_key(&ip));
+    // udp-tun's nodes tell nothing of their backend in the lease, and flannel's may live by either of two.
+    let is_udp = kind == BackendKind::UdpTun;
+    let mut untaken = untaken(Some(&own.key), !is_udp, &snapshot.leases);
+    untaken.retain(|_, it| !is_udp || it.attrs.same_node(&own.attrs) || is_weft(&it.attrs));
+    let leases: Cow<'_, [Lease]> = if untaken.is_empty() {
+        Cow::Borrowed(&snapshot.leases)
+    } else {
+        let lived_by = snapshot.leases.iter().filter(|it| !untaken.contains_key(&it.key));
+        Cow::Owned(lived_by.cloned().collect())
+    };
+    let peers = peers(config, own, former, further, &leases);
     let ours = untaken.iter().filter(|(_, lease)| lease.attrs.same_node(&own.attrs));
     let ours = ours.map(|(key, _)| {
-        if keeper::is_compatible(config, key) {
-            format!("{key} is reserved for this node; restart weftd to take it")
+        let cure = if !keeper::is_compatible(config, key) {
+            ", and the network config does not allow it".into()
+        } else if own.expires == Expiry::Never {
+            format!(", as is {}, by which it lives; release one of them", own.key)
         } else {
-            format!("{key} is reserved for this node, and the network config does not allow it")
-        }
+            "; restart weftd to take it".to_owned()
+        };
+        format!("{key} is reserved for this node{cure}")
     });
     let mut others: HashMap<IpAddr, Vec<IpAddr>> = HashMap::new();
     for record in &snapshot.nodes {
@@ -43,10 +56,9 @@ pub(super) fn desired(
     for (public, address) in &settings.peer_sources {
         others.entry(*public).or_default().push(*address);
     }
-    let weft_nodes = by_address(&snapshot.nodes);
     let desired = peers.accepted.into_iter().map(|lease| {
         let publics: Vec<IpAddr> = lease.attrs.public_addresses().collect();
-        let is_weft = publics.iter().any(|ip| weft_nodes.contains_key(ip));
+        let is_weft = is_weft(&lease.attrs);
         let other_addresses =
             publics.iter().filter_map(|ip| others.get(ip)).flatten().copied().collect();
         DesiredPeer { lease, other_addresses, is_weft }

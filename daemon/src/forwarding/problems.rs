@@ -22,6 +22,14 @@ impl Turn {
         }
     }
 
+    /// While the registry cannot be read, that tells why writes fail. They are not mended by that.
+    pub(super) fn forget_writes(&mut self) {
+        for problem in self.renewals.problem().into_iter().chain(self.records.problem()) {
+            self.unresolved.remove(&problem);
+        }
+        (self.renewals, self.records) = Default::default();
+    }
+
     /// Takes in what keeps our own part in forwarding from being right: what the backend says, and what is
     /// known besides.
     pub(super) fn fails_in(&mut self, mut failures: Vec<String>) {
@@ -59,8 +67,8 @@ impl Turn {
         let problems = found.chain(waits).chain(writes).chain(config.chain(host).cloned());
         let mut problems: BTreeSet<String> = problems.collect();
         self.logged.retain(|_, at| at.elapsed() < LOGGED_AGAIN);
-        for problem in problems.difference(&self.problems) {
-            if !self.logged.contains_key(problem) {
+        for problem in &problems {
+            if !self.unresolved.contains(problem) && !self.logged.contains_key(problem) {
                 tracing::warn!("{problem}");
                 self.logged.insert(problem.clone(), Instant::now());
                 self.unresolved.insert(problem.clone());

@@ -463,8 +463,7 @@ fn received(result: i32) -> io::Result<Option<usize>> {
     match outcome(result) {
         Ok(len) => Ok(Some(len)),
         Err(error) => match error.raw_os_error() {
-            // The last is what `ss --kill` leaves on a socket, which receives on (udp_abort() in
-            // net/ipv4/udp.c).
+            // The last is left by `ss --kill`; the socket receives on (udp_abort() in net/ipv4/udp.c).
             Some(libc::ENOBUFS | libc::EAGAIN | libc::EINTR | libc::ECONNABORTED) => Ok(None),
             _ => Err(error),
         },
