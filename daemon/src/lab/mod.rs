@@ -398,7 +398,7 @@ impl Lab {
         self.tear_down()
     }
 
-    /// Leaves the lab up after the drop, for [`down()`], and returns its id.
+    /// Leaves the lab up after the drop, for `weft lab down`, and returns its id.
     ///
     /// # Errors
     /// That cannot be recorded; the lab is removed then.
