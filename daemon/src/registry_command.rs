@@ -1,6 +1,8 @@
 //! `weft registry`: looks at a registry of any kind, and changes it as an operator.
 
-use std::collections::{BTreeMap, HashMap};
+mod showing;
+
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::mem;
@@ -10,14 +12,12 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
-use comfy_table::{Table, presets};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use ipnetwork::IpNetwork;
-use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use weft_control::keeper;
-use weft_control::lease::{Expiry, NodeRecord, Snapshot, by_address};
+use weft_control::lease::{Expiry, Snapshot};
 use weft_control::peers::is_unusable;
 use weft_control::registry::minimal_config;
 use weft_control::{DirectoryRegistry, Lease, LeaseAttrs, LeaseKey, NetworkConfig, Registry};
@@ -26,9 +26,10 @@ use crate::directories::Directories;
 use crate::flags::registry::quoted;
 use crate::flags::{RegistryFlags, RegistrySettings};
 use crate::network_config::usable;
-use crate::output::{Output, joined};
+use crate::output::Output;
 use crate::registry::open_now;
 use crate::{socket, started};
+use showing::{addresses, as_json, as_table, changes, owner, shown};
 
 /// Leases whose time left is asked for at once.
 const ASKED_AT_ONCE: usize = 64;
@@ -461,11 +462,6 @@ fn subnets(text: &str) -> Result<LeaseKey, String> {
     Ok(network.into())
 }
 
-/// The subnets of a lease, for people.
-fn shown(key: LeaseKey) -> String {
-    joined(key.networks(), ", ")
-}
-
 /// What the config would not give out, its node would give up.
 fn require_compatible(snapshot: &Snapshot, key: &LeaseKey) -> anyhow::Result<()> {
     let Some(text) = &snapshot.config else { return Ok(()) };
@@ -476,126 +472,4 @@ fn require_compatible(snapshot: &Snapshot, key: &LeaseKey) -> anyhow::Result<()>
          lengths and bounds in {text}"
     );
     Ok(())
-}
-
-/// What has come, changed and gone.
-fn changes<'a>(
-    before: &'a BTreeMap<LeaseKey, LeaseAttrs>,
-    now: &'a BTreeMap<LeaseKey, LeaseAttrs>,
-) -> Vec<(&'static str, LeaseKey, &'a LeaseAttrs)> {
-    let come = now.iter().filter_map(|(key, attrs)| match before.get(key) {
-        None => Some(("added", *key, attrs)),
-        Some(former) if former != attrs => Some(("changed", *key, attrs)),
-        Some(_) => None,
-    });
-    let gone = before.iter().filter(|(key, _)| !now.contains_key(key));
-    come.chain(gone.map(|(key, attrs)| ("removed", *key, attrs))).collect()
-}
-
-fn addresses(attrs: &LeaseAttrs) -> String {
-    joined(attrs.public_addresses(), ", ")
-}
-
-fn owner(lease: &Lease) -> String {
-    addresses(&lease.attrs)
-}
-
-/// The weft node that lives and has a lease.
-fn node_with<'a>(lease: &Lease, nodes: &HashMap<IpAddr, &'a NodeRecord>) -> Option<&'a NodeRecord> {
-    lease.attrs.public_addresses().find_map(|ip| nodes.get(&ip).copied())
-}
-
-fn as_table(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["subnet", "public IP", "backend", "weft node", "expires in"]);
-    let nodes = by_address(&snapshot.nodes);
-    for lease in &snapshot.leases {
-        let backend = match lease.attrs.backend_type.as_str() {
-            "" => "udp",
-            name => name,
-        };
-        let node = node_with(lease, &nodes);
-        let start_of = |id: &str| id.chars().take(8).collect::<String>();
-        let node = node.map(|node| format!("{} ({})", node.name, start_of(&node.id)));
-        let left = match (lease.expires, left.get(&lease.key).copied().flatten()) {
-            (Expiry::Never, _) => "never (reserved)".to_owned(),
-            (_, Some(left)) => {
-                format!("{:#}", SignedDuration::from_secs(left.as_secs().cast_signed()))
-            }
-            (_, None) => "-".to_owned(),
-        };
-        let node = node.unwrap_or_else(|| "-".to_owned());
-        table.add_row([shown(lease.key), owner(lease), backend.to_owned(), node, left]);
-    }
-    table
-}
-
-fn as_json(snapshot: &Snapshot, left: &BTreeMap<LeaseKey, Option<Duration>>) -> Value {
-    let nodes = by_address(&snapshot.nodes);
-    let lease = |lease: &Lease| {
-        let node = node_with(lease, &nodes);
-        json!({
-            "subnet": lease.key,
-            "value": lease.attrs,
-            "reservation": lease.expires == Expiry::Never,
-            "ttl": left.get(&lease.key).copied().flatten().map(|left| left.as_secs()),
-            "node": node.map(|node| json!({ "id": node.id, "name": node.name })),
-        })
-    };
-    json!({
-        "config": snapshot.config,
-        "leases": snapshot.leases.iter().map(lease).collect::<Vec<_>>(),
-        "skipped": snapshot.skipped,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Whoever may write to the registry chooses its name.
-    #[test]
-    fn a_node_id_of_any_letters_is_shown() {
-        let id = "aäääää".to_owned();
-        let lease = Lease {
-            key: "10.3.1.0-24".parse().unwrap(),
-            attrs: LeaseAttrs { public_ip: Some([192, 0, 2, 1].into()), ..LeaseAttrs::default() },
-            expires: Expiry::Never,
-            revision: 0,
-        };
-        let node: NodeRecord = serde_json::from_value(json!({
-            "Id": id, "Name": "h1", "PublicIP": "192.0.2.1", "Addresses": [], "Version": "1",
-            "Mtu": 1472,
-        }))
-        .unwrap();
-        let snapshot = Snapshot { leases: vec![lease], nodes: vec![node], ..Snapshot::default() };
-        let table = as_table(&snapshot, &BTreeMap::new()).to_string();
-        assert!(table.contains("h1 (aäääää)"), "{table}");
-    }
-
-    #[test]
-    fn changes_are_told_apart() {
-        let attrs = |last: u8| LeaseAttrs {
-            public_ip: Some([192, 0, 2, last].into()),
-            ..LeaseAttrs::default()
-        };
-        let map = |leases: &[(&str, u8)]| {
-            leases.iter().map(|(key, last)| (key.parse().unwrap(), attrs(*last))).collect()
-        };
-        let before = map(&[("10.3.1.0-24", 1), ("10.3.2.0-24", 2), ("10.3.3.0-24", 3)]);
-        let now = map(&[("10.3.1.0-24", 1), ("10.3.2.0-24", 9), ("10.3.4.0-24", 4)]);
-        let told: Vec<String> = changes(&before, &now)
-            .into_iter()
-            .map(|(change, key, attrs)| format!("{change} {key} {}", addresses(attrs)))
-            .collect();
-        assert_eq!(
-            told,
-            [
-                "changed 10.3.2.0-24 192.0.2.9",
-                "added 10.3.4.0-24 192.0.2.4",
-                "removed 10.3.3.0-24 192.0.2.3"
-            ]
-        );
-    }
 }

@@ -18,7 +18,8 @@ pub enum GuardMode {
     /// others into the overlay without masquerading.
     Peer,
     /// Well-formed packets from anywhere to anywhere, as flannel does; but none that claim to come from our
-    /// subnet or our address on the underlay, which the kernel would drop if our own ICMP errors did not need it to let them in.
+    /// subnet or our address on the underlay, which the kernel would drop if our own ICMP errors did not need
+    /// it to let them in.
     Off,
 }
 
